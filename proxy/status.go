@@ -1,0 +1,111 @@
+package proxy
+
+import (
+	"errors"
+	"fmt"
+	"time"
+
+	"lunshift/target"
+)
+
+// Phase is where a volume stands in its life; lifecycle.go holds what each means.
+type Phase string
+
+// The phases, in the order of a migration.
+const (
+	Ready     Phase = "ready"
+	Migrating Phase = "migrating"
+	Synced    Phase = "synced"
+	Cutover   Phase = "cutover"
+)
+
+// Phases lists every phase in the order of a migration.
+var Phases = []Phase{Ready, Migrating, Synced, Cutover}
+
+// ErrPhase marks a step that is not allowed in the volume's phase.
+var ErrPhase = errors.New("not allowed in this phase")
+
+// PhaseError says which step was refused in which phase, and what to do.
+type PhaseError struct {
+	Volume string
+	Step   string
+	Phase  Phase
+	Hint   string
+}
+
+func (e *PhaseError) Error() string {
+	s := fmt.Sprintf("volume %s: %s is not allowed in phase %s", e.Volume, e.Step, e.Phase)
+	if e.Hint != "" {
+		s += ": " + e.Hint
+	}
+	return s
+}
+
+// Is makes errors.Is(err, ErrPhase) hold.
+func (e *PhaseError) Is(target error) bool { return target == ErrPhase }
+
+// Refusal is a condition of the two logical units that forbids a migration:
+// destination smaller, same device, not blank and the like. Its text is one line
+// that says what is wrong and what to do.
+type Refusal struct{ Reason string }
+
+func (r *Refusal) Error() string { return r.Reason }
+
+// UnitStatus is one side of a volume.
+type UnitStatus struct {
+	// Address is the URL or path without secrets.
+	Address string `json:"address"`
+	// State is "online", or "unavailable" with Reason.
+	State   string `json:"state"`
+	Reason  string `json:"reason,omitempty"`
+	ID      string `json:"id"`
+	Vendor  string `json:"vendor,omitempty"`
+	Product string `json:"product,omitempty"`
+	Serial  string `json:"serial,omitempty"`
+	Size    uint64 `json:"size_bytes"`
+	Thin    bool   `json:"thin"`
+	// Errors counts commands that failed since the service started.
+	Errors uint64 `json:"errors"`
+}
+
+// Status is a volume at one instant. Sizes and counts are bytes.
+type Status struct {
+	Name     string `json:"name"`
+	IQN      string `json:"iqn"`
+	LUN      uint64 `json:"lun"`
+	Phase    Phase  `json:"phase"`
+	Paused   bool   `json:"paused"`
+	Degraded bool   `json:"degraded"`
+	// DegradedReason is set where Degraded is.
+	DegradedReason string `json:"degraded_reason,omitempty"`
+
+	Size      uint64 `json:"size_bytes"`
+	BlockSize uint32 `json:"block_size"`
+	// Allocated is what the source has storage for; while AllocatedKnown is false
+	// the allocation map is still being read and Allocated is what was seen so far.
+	Allocated      uint64 `json:"allocated_bytes"`
+	AllocatedKnown bool   `json:"allocated_known"`
+	// Copied is what the copier read from the source and put on the destination.
+	Copied uint64 `json:"copied_bytes"`
+	// Skipped is what the copier did not have to copy: unallocated or zero.
+	Skipped uint64 `json:"skipped_bytes"`
+	// InitiatorWritten is the size of the blocks initiators wrote since start.
+	InitiatorWritten uint64 `json:"initiator_written_bytes"`
+	// Remaining is what is not yet valid on the destination.
+	Remaining uint64 `json:"remaining_bytes"`
+	// Rate is the copy's current speed, RateLimit its throttle (0 none).
+	Rate      uint64 `json:"copy_rate_bytes_per_second"`
+	RateLimit uint64 `json:"copy_rate_limit_bytes_per_second"`
+	// ETA is null when it cannot be told: not migrating, paused, or no rate yet.
+	ETA *int64 `json:"eta_seconds"`
+
+	StartedAt *time.Time `json:"started_at,omitempty"`
+	SyncedAt  *time.Time `json:"synced_at,omitempty"`
+	CutoverAt *time.Time `json:"cutover_at,omitempty"`
+	// Hold is how long initiator I/O was held at cutover, in milliseconds.
+	Hold *float64 `json:"cutover_hold_ms,omitempty"`
+
+	Sessions    []target.SessionInfo `json:"sessions"`
+	Source      UnitStatus           `json:"source"`
+	Destination UnitStatus           `json:"destination"`
+}
