@@ -1,0 +1,35 @@
+# lunshift: one target per tier. Go comes from PATH; `make demo` needs nothing else.
+
+VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
+
+.PHONY: all build demo tools test bench fuzz fmt lint clean
+
+all: build
+
+build:            ## bin/lunshift, one static binary
+	CGO_ENABLED=0 go build -trimpath -ldflags '-s -w -X main.version=$(VERSION)' -o bin/lunshift ./cmd/lunshift
+
+demo: build       ## a whole migration on this machine: no root, no array, under a minute
+	bin/lunshift demo
+
+tools:            ## what the tests talk to: tgt, libiscsi, qemu and a C compiler for the race detector (apt)
+	sh tests/install.sh
+
+test: tools lint build ## every test, with the race detector
+	CGO_ENABLED=1 go test -race -timeout 20m ./...
+
+bench: build      ## lunshift against tgtd, gotgt and qemu-img, as ratios
+	go run ./tests/bench
+
+fuzz:             ## every fuzz target for 30 seconds each (FUZZTIME=5m for longer)
+	sh tests/fuzz.sh $(or $(FUZZTIME),30s)
+
+fmt:              ## format the code
+	gofmt -w $$(git ls-files '*.go')
+
+lint:             ## what gofmt and go vet have to say
+	@test -z "$$(gofmt -l $$(git ls-files '*.go'))" || { echo "not formatted (make fmt): $$(gofmt -l $$(git ls-files '*.go'))"; exit 1; }
+	go vet ./...
+
+clean:            ## remove what build made
+	rm -rf bin
