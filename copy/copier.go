@@ -1,0 +1,564 @@
+// Package copier moves the content of a source logical unit to a destination while
+// initiators go on writing to the destination.
+//
+// It reads allocated blocks that are not yet valid on the destination, writes them
+// there in slices, each under an exclusive lock on just that slice, and has the
+// blocks flagged once the destination holds them on stable storage. It never
+// overwrites a block that became valid meanwhile, and it leaves
+// the destination thin: what is unallocated or zero is not written.
+//
+// The package keeps no state of its own over a restart; what is done is what the
+// Ledger says. The folder is copy/, the package copier, so that Go's builtin copy
+// stays in sight.
+package copier
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/sirupsen/logrus"
+	"golang.org/x/sync/errgroup"
+
+	"lunshift/lun"
+)
+
+const (
+	// sliceBytes is the most that is written under one lock, so the longest that
+	// a write of an initiator waits for the copier.
+	sliceBytes = 256 << 10
+	// holeStepBytes is the most that is made zero under one lock where the
+	// destination needs no data transfer for it.
+	holeStepBytes = 16 << 20
+	// holeSpanRegions is how many wholly unallocated regions are one job.
+	holeSpanRegions = 4096
+	// readGapBytes is the longest run of blocks nobody needs that is read along, to
+	// make one read of two.
+	readGapBytes = 64 << 10
+	// backlog is how many finished jobs may wait for their flags.
+	backlog = 256
+
+	firstRetry = 100 * time.Millisecond
+	lastRetry  = 10 * time.Second
+)
+
+// Ledger knows what is valid on the destination. The volume implements it; all
+// methods may be called concurrently.
+type Ledger interface {
+	// NextPartial is the first region from from on of which some blocks are valid
+	// and some are not.
+	NextPartial(from uint64) (region uint64, ok bool)
+	// NextMissing is the first region from from on of which not all blocks are
+	// valid.
+	NextMissing(from uint64) (region uint64, ok bool)
+	// Begin is called before anything of e is read or looked at.
+	Begin(e lun.Extent)
+	// Invalid gives the runs of e that are not valid, in rising order.
+	Invalid(e lun.Extent) []lun.Extent
+	// Exclude keeps initiators' writes out of e until release is called.
+	Exclude(ctx context.Context, e lun.Extent) (release func(), err error)
+	// Commit flushes the destination and flags the blocks; when it returns nil
+	// they are valid and that is on stable storage.
+	Commit(ctx context.Context, done []lun.Extent) error
+}
+
+// Options is what a Copier works on.
+type Options struct {
+	Source, Destination lun.Device
+	Ledger              Ledger
+	// Volume is the extent to copy; it starts at 0.
+	Volume lun.Extent
+	// RegionBlocks is the unit of copying, in blocks.
+	RegionBlocks uint64
+	// Depth is how many regions are copied at once, at least 1.
+	Depth int
+	// Throttle limits the bytes read from the source per second.
+	Throttle *Throttle
+	// Fault is told of each failed step, and nil when steps succeed again. The
+	// copier goes on by itself.
+	Fault func(error)
+	Log   logrus.FieldLogger
+}
+
+// Progress counts what a Copier did since it was made, in bytes.
+type Progress struct {
+	// Copied was written to the destination as data.
+	Copied uint64
+	// Skipped needed no data: unallocated, or zeroes.
+	Skipped uint64
+	// Allocated is the storage of the source in all, as far as the survey has come;
+	// Surveyed tells whether it has come to the end.
+	Allocated uint64
+	Surveyed  bool
+}
+
+// Copier copies one volume. Run may be called again after it returned; calls to Run
+// must not overlap.
+type Copier struct {
+	Options
+	info lun.Info // of the source
+	pool sync.Pool
+
+	copied, skipped, allocated atomic.Uint64
+	allocation                 atomic.Pointer[AllocationMap]
+
+	mu       sync.Mutex // protects the fields below
+	cond     *sync.Cond // signalled when inFlight shrinks, or Run ends
+	inFlight map[uint64]struct{}
+	cursor   uint64
+}
+
+// job is a run of regions that one worker deals with. Hole jobs hold no allocated
+// block.
+type job struct {
+	first, count uint64
+	hole         bool
+}
+
+// done is a job whose blocks the destination holds, but for the flush.
+type done struct {
+	job
+	extents         []lun.Extent
+	copied, skipped uint64
+}
+
+// New makes a Copier; nothing happens before Run.
+func New(o Options) *Copier {
+	c := &Copier{Options: o, info: o.Source.Info(), inFlight: make(map[uint64]struct{})}
+	c.cond = sync.NewCond(&c.mu)
+	c.pool.New = func() any {
+		p := make([]byte, o.RegionBlocks*uint64(c.info.BlockSize))
+		return &p
+	}
+	return c
+}
+
+// Progress is a snapshot.
+func (c *Copier) Progress() Progress {
+	return Progress{
+		Copied:    c.copied.Load(),
+		Skipped:   c.skipped.Load(),
+		Allocated: c.allocated.Load(),
+		Surveyed:  c.allocation.Load() != nil,
+	}
+}
+
+// Run copies until every block is valid, then returns nil; or until ctx ends, then
+// returns ctx's error. What fails is told to Fault and tried again.
+func (c *Copier) Run(ctx context.Context) error {
+	if err := c.survey(ctx); err != nil {
+		return err
+	}
+	// The workers' results go to one finisher, so that a flush and a flag commit
+	// serve all that became due during the last one.
+	finished := make(chan done, backlog)
+	finisher := make(chan struct{})
+	go func() {
+		defer close(finisher)
+		c.finish(ctx, finished)
+	}()
+	stop := context.AfterFunc(ctx, func() {
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		c.cond.Broadcast()
+	})
+	defer stop()
+
+	var workers sync.WaitGroup
+	for range max(1, c.Depth) {
+		workers.Go(func() { c.work(ctx, finished) })
+	}
+	workers.Wait()
+	close(finished)
+	<-finisher
+	return ctx.Err()
+}
+
+func (c *Copier) survey(ctx context.Context) error {
+	if c.allocation.Load() != nil {
+		return nil
+	}
+	wait := firstRetry
+	for {
+		m, err := Survey(ctx, c.Source, c.Volume, func(blocks uint64) {
+			c.allocated.Store(blocks * uint64(c.info.BlockSize))
+		})
+		if err == nil {
+			c.allocation.Store(m)
+			c.Fault(nil)
+			return nil
+		}
+		if err := c.retry(ctx, err, &wait); err != nil {
+			return err
+		}
+	}
+}
+
+// retry tells of err and waits; it returns ctx's error when that ends.
+func (c *Copier) retry(ctx context.Context, err error, wait *time.Duration) error {
+	if ctx.Err() != nil {
+		return ctx.Err()
+	}
+	c.Fault(err)
+	t := time.NewTimer(*wait)
+	defer t.Stop()
+	*wait = min(2**wait, lastRetry)
+	select {
+	case <-t.C:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+func (c *Copier) work(ctx context.Context, finished chan<- done) {
+	wait := firstRetry
+	for {
+		j, ok := c.take(ctx)
+		if !ok {
+			return
+		}
+		d, err := c.copy(ctx, j)
+		if err != nil {
+			c.release(j)
+			if c.retry(ctx, err, &wait) != nil {
+				return
+			}
+			continue
+		}
+		if wait != firstRetry {
+			wait = firstRetry
+			c.Fault(nil)
+		}
+		finished <- d
+	}
+}
+
+// take hands out the next job: partial regions first, then in rising order, and
+// round again for what failed. It waits while all that is left is in
+// flight; false means that nothing is left, or ctx ended.
+func (c *Copier) take(ctx context.Context) (job, bool) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for ctx.Err() == nil {
+		if r, ok := c.free(c.Ledger.NextPartial, 0); ok {
+			return c.claim(r, 1, false), true
+		}
+		r, ok := c.free(c.Ledger.NextMissing, c.cursor)
+		if !ok {
+			r, ok = c.free(c.Ledger.NextMissing, 0)
+		}
+		if ok {
+			count, hole := c.holeSpan(r)
+			c.cursor = r + count
+			return c.claim(r, count, hole), true
+		}
+		if len(c.inFlight) == 0 {
+			return job{}, false
+		}
+		c.cond.Wait()
+	}
+	return job{}, false
+}
+
+// free is the first region from from on that next gives and nobody works on.
+func (c *Copier) free(next func(uint64) (uint64, bool), from uint64) (uint64, bool) {
+	for {
+		r, ok := next(from)
+		if !ok {
+			return 0, false
+		}
+		if _, busy := c.inFlight[r]; !busy {
+			return r, true
+		}
+		from = r + 1
+	}
+}
+
+// holeSpan is how many regions from r on hold no allocated block, and whether r is
+// one of them; the span ends at regions in flight or valid.
+func (c *Copier) holeSpan(r uint64) (count uint64, hole bool) {
+	next, ok := c.allocation.Load().NextAllocated(lun.LBA(r * c.RegionBlocks))
+	end := (c.Volume.Blocks + c.RegionBlocks - 1) / c.RegionBlocks
+	if ok {
+		end = uint64(next) / c.RegionBlocks
+	}
+	if end <= r {
+		return 1, false
+	}
+	for count < holeSpanRegions && r+count < end {
+		if m, ok := c.free(c.Ledger.NextMissing, r+count); !ok || m != r+count {
+			break
+		}
+		count++
+	}
+	return max(1, count), true
+}
+
+func (c *Copier) claim(first, count uint64, hole bool) job {
+	for r := first; r < first+count; r++ {
+		c.inFlight[r] = struct{}{}
+	}
+	return job{first, count, hole}
+}
+
+func (c *Copier) release(j job) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for r := j.first; r < j.first+j.count; r++ {
+		delete(c.inFlight, r)
+	}
+	c.cond.Broadcast()
+}
+
+func (c *Copier) extent(j job) lun.Extent {
+	return lun.Extent{Start: lun.LBA(j.first * c.RegionBlocks), Blocks: j.count * c.RegionBlocks}.Intersect(c.Volume)
+}
+
+// copy brings the blocks of a job that are not valid onto the destination.
+func (c *Copier) copy(ctx context.Context, j job) (done, error) {
+	e := c.extent(j)
+	c.Ledger.Begin(e)
+	d := done{job: j}
+	var err error
+	if j.hole {
+		err = c.copyHole(ctx, e, &d)
+	} else {
+		err = c.copyRegion(ctx, e, &d)
+	}
+	return d, err
+}
+
+func (c *Copier) copyRegion(ctx context.Context, e lun.Extent, d *done) error {
+	need := c.Ledger.Invalid(e)
+	if len(need) == 0 {
+		return nil
+	}
+	blank, err := c.blank(ctx, e)
+	if err != nil {
+		return err
+	}
+	p := c.pool.Get().(*[]byte)
+	defer c.pool.Put(p)
+	buf := (*p)[:c.info.Bytes(e)]
+	if err := c.read(ctx, buf, e, need); err != nil {
+		return err
+	}
+	for _, run := range need {
+		for !run.Empty() {
+			slice := run
+			slice.Blocks = min(slice.Blocks, sliceBytes/uint64(c.info.BlockSize))
+			run.Start, run.Blocks = slice.End(), run.Blocks-slice.Blocks
+			if err := c.writeSlice(ctx, buf, e, slice, blank, d); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// read fills buf, the content of e, with what the source has for the runs in need;
+// unallocated blocks are zeroes without being read.
+func (c *Copier) read(ctx context.Context, buf []byte, e lun.Extent, need []lun.Extent) error {
+	var wanted []lun.Extent
+	gap := uint64(readGapBytes) / uint64(c.info.BlockSize)
+	for _, run := range need {
+		for _, a := range c.allocation.Load().Within(run) {
+			if n := len(wanted); n > 0 && uint64(a.Start-wanted[n-1].End()) <= gap {
+				wanted[n-1].Blocks = uint64(a.End() - wanted[n-1].Start)
+			} else {
+				wanted = append(wanted, a)
+			}
+		}
+	}
+	at := e.Start
+	for _, w := range wanted {
+		clear(c.part(buf, e, lun.Extent{Start: at, Blocks: uint64(w.Start - at)}))
+		p := c.part(buf, e, w)
+		if err := c.Throttle.Wait(ctx, len(p)); err != nil {
+			return err
+		}
+		if err := c.Source.ReadAt(ctx, p, w.Start); err != nil {
+			return fmt.Errorf("read %v of the source: %w", w, err)
+		}
+		at = w.End()
+	}
+	clear(c.part(buf, e, lun.Extent{Start: at, Blocks: uint64(e.End() - at)}))
+	return nil
+}
+
+// part is where buf, the content of whole, holds e.
+func (c *Copier) part(buf []byte, whole, e lun.Extent) []byte {
+	at := uint64(e.Start-whole.Start) * uint64(c.info.BlockSize)
+	return buf[at : at+c.info.Bytes(e)]
+}
+
+// writeSlice writes those blocks of slice that are still not valid, with
+// initiators' writes to the slice kept out.
+func (c *Copier) writeSlice(ctx context.Context, buf []byte, whole, slice lun.Extent, blank []lun.Extent, d *done) error {
+	release, err := c.Ledger.Exclude(ctx, slice)
+	if err != nil {
+		return err
+	}
+	defer release()
+	var writes errgroup.Group
+	writes.SetLimit(16)
+	still := c.Ledger.Invalid(slice)
+	for _, run := range still {
+		err = splitZeroes(c.part(buf, whole, run), run, c.info.BlockSize, func(p []byte, e lun.Extent, zero bool) error {
+			if zero {
+				d.skipped += uint64(len(p))
+				if inside(blank, e) {
+					return nil
+				}
+			} else {
+				d.copied += uint64(len(p))
+			}
+			write := func() error {
+				if zero {
+					return c.Destination.WriteZeroes(ctx, e)
+				}
+				return c.Destination.WriteAt(ctx, p, e.Start)
+			}
+			writes.Go(func() error {
+				if err := write(); err != nil {
+					return fmt.Errorf("write %v of the destination: %w", e, err)
+				}
+				return nil
+			})
+			return nil
+		})
+		if err != nil {
+			break
+		}
+	}
+	// Every write has ended before the lock goes, whatever failed.
+	err = errors.Join(err, writes.Wait())
+	if err == nil {
+		d.extents = append(d.extents, still...)
+	}
+	return err
+}
+
+// copyHole makes the blocks of e that are not valid read as zeroes on the
+// destination.
+func (c *Copier) copyHole(ctx context.Context, e lun.Extent, d *done) error {
+	blank, err := c.blank(ctx, e)
+	if err != nil {
+		return err
+	}
+	step := uint64(sliceBytes)
+	if info := c.Destination.Info(); info.Thin && info.UnmapZeroes {
+		step = holeStepBytes
+	}
+	for !e.Empty() {
+		part := e
+		if len(blank) == 0 || !inside(blank, part) {
+			part.Blocks = min(part.Blocks, step/uint64(c.info.BlockSize))
+		}
+		e.Start, e.Blocks = part.End(), e.Blocks-part.Blocks
+		if err := c.zeroPart(ctx, part, blank, d); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (c *Copier) zeroPart(ctx context.Context, part lun.Extent, blank []lun.Extent, d *done) error {
+	release, err := c.Ledger.Exclude(ctx, part)
+	if err != nil {
+		return err
+	}
+	defer release()
+	for _, run := range c.Ledger.Invalid(part) {
+		if !inside(blank, run) {
+			if err := c.Destination.WriteZeroes(ctx, run); err != nil {
+				return fmt.Errorf("zero %v of the destination: %w", run, err)
+			}
+		}
+		d.skipped += c.info.Bytes(run)
+		d.extents = append(d.extents, run)
+	}
+	return nil
+}
+
+// blank gives the runs of e that the destination has no storage for and that read
+// as zeroes there, in rising order.
+func (c *Copier) blank(ctx context.Context, e lun.Extent) ([]lun.Extent, error) {
+	info := c.Destination.Info()
+	if !info.ReportsAllocation || !info.UnmapZeroes {
+		return nil, nil
+	}
+	var blank []lun.Extent
+	for !e.Empty() {
+		list, err := c.Destination.Extents(ctx, e)
+		if err != nil {
+			return nil, fmt.Errorf("read the allocation of %v of the destination: %w", e, err)
+		}
+		if len(list) == 0 {
+			return nil, fmt.Errorf("read the allocation of %v of the destination: no answer", e)
+		}
+		for _, a := range list {
+			if n := len(blank); !a.Allocated && n > 0 && blank[n-1].End() == a.Start {
+				blank[n-1].Blocks += a.Blocks
+			} else if !a.Allocated {
+				blank = append(blank, a.Extent)
+			}
+		}
+		at := list[len(list)-1].End()
+		e.Start, e.Blocks = at, uint64(e.End()-at)
+	}
+	return blank, nil
+}
+
+// inside tells whether one of runs holds all of e.
+func inside(runs []lun.Extent, e lun.Extent) bool {
+	for _, r := range runs {
+		if r.Start <= e.Start && e.End() <= r.End() {
+			return true
+		}
+	}
+	return false
+}
+
+// finish has the blocks of finished jobs flagged, many jobs at a time.
+func (c *Copier) finish(ctx context.Context, finished <-chan done) {
+	wait := firstRetry
+	for d := range finished {
+		batch := []done{d}
+		for more := true; more && len(batch) < backlog; {
+			select {
+			case d, ok := <-finished:
+				if more = ok; ok {
+					batch = append(batch, d)
+				}
+			default:
+				more = false
+			}
+		}
+		var extents []lun.Extent
+		for _, d := range batch {
+			extents = append(extents, d.extents...)
+		}
+		err := c.Ledger.Commit(ctx, extents)
+		for _, d := range batch {
+			if err == nil {
+				c.copied.Add(d.copied)
+				c.skipped.Add(d.skipped)
+			}
+			c.release(d.job)
+		}
+		if err != nil {
+			// The regions are not valid and will be taken again.
+			if c.retry(ctx, err, &wait) != nil {
+				continue // drain: the workers may still hold results
+			}
+		} else if wait != firstRetry {
+			wait = firstRetry
+			c.Fault(nil)
+		}
+	}
+}
