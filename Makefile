@@ -1,6 +1,7 @@
 # lunshift: one target per tier. Go comes from PATH; `make demo` needs nothing else.
 
 VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
+FUZZTIME ?= 30s
 
 .PHONY: all build demo tools test bench fuzz fmt lint clean
 
@@ -22,7 +23,12 @@ bench: build      ## lunshift against tgtd, gotgt and qemu-img, as ratios
 	go run ./tests/bench
 
 fuzz:             ## every fuzz target for 30 seconds each (FUZZTIME=5m for longer)
-	sh tests/fuzz.sh $(or $(FUZZTIME),30s)
+	@for dir in $$(git grep -l '^func Fuzz' -- '*_test.go' | xargs -n1 dirname | sort -u); do \
+		for target in $$(grep -hoE '^func Fuzz[A-Za-z0-9_]+' $$dir/*_test.go | cut -c6-); do \
+			echo "$$dir $$target"; \
+			go test ./$$dir -run '^$$' -fuzz "^$$target\$$" -fuzztime $(FUZZTIME) || exit 1; \
+		done; \
+	done
 
 fmt:              ## format the code
 	gofmt -w $$(git ls-files '*.go')

@@ -1,0 +1,212 @@
+// Package conf is the configuration of lunshift: the TOML schema, its defaults
+// and its validation. Load reports every fault of a file at once, each with file,
+// line and key.
+//
+// The package knows no device and no network: whether a logical unit can be
+// reached, and whether two of them fit together, is found out by the service.
+package conf
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"time"
+
+	"github.com/pelletier/go-toml/v2"
+)
+
+// DefaultPath is where commands look for the configuration when none is named.
+const DefaultPath = "/etc/lunshift/lunshift.toml"
+
+// DefaultControl is the control socket of a configuration that names none.
+const DefaultControl = "/run/lunshift/control.sock"
+
+// maxFile bounds a configuration file in bytes; a volume takes about 500.
+const maxFile = 4 << 20
+
+// Config is a whole configuration file, validated, defaults filled in.
+type Config struct {
+	// Path is the file it was read from.
+	Path    string
+	Service Service
+	// Volumes holds at least one volume, in the order of the file.
+	Volumes []Volume
+}
+
+// Service is the [service] table: what all volumes share.
+type Service struct {
+	// Portals are the addresses initiators connect to, "ip:port", at least one.
+	Portals []string
+	// Control is the absolute path of the control socket.
+	Control string
+	// HTTP is the "host:port" of the metrics; empty for none.
+	HTTP string
+	// State is the absolute path of the directory with flags and lifecycle records.
+	State string
+	// LogLevel is debug, info, warn or error; LogFormat is text or json.
+	LogLevel, LogFormat string
+	// InitiatorName is what lunshift calls itself towards the arrays.
+	InitiatorName string
+	// LoginTimeout bounds one login to an array, 1 s to 10 min.
+	LoginTimeout time.Duration
+	// IOTimeout is how long a command waits for an array that went away, 1 s to 1 h.
+	IOTimeout time.Duration
+	// ShutdownTimeout is how long a stop waits for commands in flight, 1 s to 10 min.
+	ShutdownTimeout time.Duration
+}
+
+// Volume is one [[volume]] table: one migration.
+type Volume struct {
+	// Name is unique: a letter or digit, then up to 63 of A-Z a-z 0-9 . _ -
+	Name string
+	// IQN and LUN are where initiators find the volume; the pair is unique.
+	IQN string
+	// LUN is 0 to 16383 (flat space addressing, SAM-5 4.7.7.3).
+	LUN         uint64
+	Source      Unit
+	Destination Unit
+	// Autostart starts the migration with the service.
+	Autostart bool
+	// Overwrite allows a destination that is not blank.
+	Overwrite bool
+	// RegionSize is the unit of copying, a power of two from 64 KiB to 64 MiB.
+	RegionSize Size
+	// FileBlockSize is the logical block length of plain files, 512 or 4096 bytes.
+	FileBlockSize uint32
+	Copy          Copy
+}
+
+// Unit is one side of a volume.
+type Unit struct {
+	// Address is "iscsi://[user@]host[:port]/iqn/lun" or the absolute path of a
+	// file or a block device. It holds no secret.
+	Address string
+	// Secret is the CHAP secret of the user in Address; empty where there is none.
+	Secret Secret
+}
+
+// Copy is how fast the background copy goes.
+type Copy struct {
+	// Depth is how many regions are copied at once, 1 to 256.
+	Depth int
+	// Rate is in bytes per second; 0 is no limit.
+	Rate Size
+}
+
+func defaultService() Service {
+	return Service{
+		Portals:         []string{"0.0.0.0:3260"},
+		Control:         DefaultControl,
+		HTTP:            "127.0.0.1:9260",
+		State:           "/var/lib/lunshift",
+		LogLevel:        "info",
+		LogFormat:       "text",
+		InitiatorName:   defaultInitiatorName(),
+		LoginTimeout:    15 * time.Second,
+		IOTimeout:       time.Minute,
+		ShutdownTimeout: 30 * time.Second,
+	}
+}
+
+func defaultVolume() Volume {
+	return Volume{
+		RegionSize:    1 << 20,
+		FileBlockSize: 512,
+		Copy:          Copy{Depth: 8},
+	}
+}
+
+// AddressCheck says what is wrong with the address of a logical unit, in one
+// line without secrets; nil when it is well formed.
+type AddressCheck func(address string) error
+
+// Load reads and validates a configuration file. Addresses of logical units are
+// also held against the checks. A file with faults gives Faults, which has all of
+// them; a file that cannot be read gives one plain error.
+//
+// Secrets come from LUNSHIFT_SECRET_<NAME>_SOURCE and
+// LUNSHIFT_SECRET_<NAME>_DESTINATION in the environment, which win, or from the
+// files that the configuration names.
+func Load(path string, checks ...AddressCheck) (*Config, error) {
+	text, err := read(path)
+	if err != nil {
+		return nil, err
+	}
+	return parse(path, text, checks)
+}
+
+// Control is the control socket that the file names, or the default one. Nothing
+// else in the file needs to be right, so that commands reach a running service
+// whose file is being edited.
+func Control(path string) (string, error) {
+	text, err := read(path)
+	if err != nil {
+		return "", err
+	}
+	var file struct {
+		Service struct {
+			Control string `toml:"control"`
+		} `toml:"service"`
+	}
+	if err := toml.Unmarshal(text, &file); err != nil {
+		return "", Faults{syntaxFault(path, err)}
+	}
+	if file.Service.Control == "" {
+		return DefaultControl, nil
+	}
+	return file.Service.Control, nil
+}
+
+func read(path string) ([]byte, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		var pathErr *os.PathError
+		if errors.As(err, &pathErr) {
+			err = pathErr.Err
+		}
+		return nil, fmt.Errorf("cannot read the configuration %s: %w", path, err)
+	}
+	defer f.Close()
+	text, err := io.ReadAll(io.LimitReader(f, maxFile+1))
+	if err != nil {
+		var pathErr *os.PathError
+		if errors.As(err, &pathErr) {
+			err = pathErr.Err
+		}
+		return nil, fmt.Errorf("cannot read the configuration %s: %w", path, err)
+	}
+	if len(text) > maxFile {
+		return nil, fmt.Errorf("the configuration %s is larger than %d MiB: is it the right file?", path, maxFile>>20)
+	}
+	return text, nil
+}
+
+func parse(path string, text []byte, checks []AddressCheck) (*Config, error) {
+	var tree map[string]any
+	if err := toml.Unmarshal(text, &tree); err != nil {
+		return nil, Faults{syntaxFault(path, err)}
+	}
+	d := &decoder{file: path, lines: keyLines(bytes.Clone(text)), checks: checks}
+	cfg := d.config(tree)
+	if len(d.faults) > 0 {
+		return nil, d.faults.sorted()
+	}
+	cfg.Path = path
+	return cfg, nil
+}
+
+// defaultInitiatorName is the same at every start of a host and differs between
+// hosts, because arrays grant access and keep reservations by it.
+func defaultInitiatorName() string {
+	host, err := os.Hostname()
+	if err != nil || host == "" {
+		host = "localhost"
+	}
+	name := "iqn.2026-11.lunshift:" + lowerName(host)
+	if len(name) > maxISCSIName {
+		name = name[:maxISCSIName]
+	}
+	return name
+}

@@ -1,0 +1,341 @@
+package conf
+
+import (
+	"fmt"
+	"maps"
+	"math"
+	"slices"
+	"strings"
+	"time"
+)
+
+// decoder turns a TOML tree into a Config. It goes on after a fault, so that all
+// are found in one run.
+type decoder struct {
+	file   string
+	lines  map[string]int
+	checks []AddressCheck
+	faults Faults
+}
+
+// setting is one key of a table. take is called with the key's value and gives
+// the reason why it cannot be.
+type setting struct {
+	key  string
+	take func(value any) error
+}
+
+func (d *decoder) config(tree map[string]any) *Config {
+	cfg := &Config{Service: defaultService()}
+	var volumes []any
+	d.table(tree, "", "", []setting{
+		{"service", d.subtable("service", "service", func() []setting { return d.service(&cfg.Service) })},
+		{"volume", func(v any) error {
+			list, ok := v.([]any)
+			if !ok {
+				return fmt.Errorf("is %s; each volume opens with a line [[volume]]", kindOf(v))
+			}
+			volumes = list
+			return nil
+		}},
+	})
+	if len(volumes) == 0 && len(d.faults) == 0 {
+		d.fault("", "volume", "there is none: add a [[volume]] with name, iqn, source and destination")
+	}
+	uses := newUses()
+	for i, v := range volumes {
+		path := fmt.Sprintf("volume[%d]", i)
+		m, ok := v.(map[string]any)
+		if !ok {
+			d.fault(path, path, fmt.Sprintf("is %s; each volume opens with a line [[volume]]", kindOf(v)))
+			continue
+		}
+		cfg.Volumes = append(cfg.Volumes, d.volume(path, m, uses))
+	}
+	d.sharedEnvironment(cfg.Volumes)
+	return cfg
+}
+
+func (d *decoder) service(s *Service) []setting {
+	return []setting{
+		{"portals", portals(&s.Portals)},
+		{"control", all(text(&s.Control), func() error { return checkSocket(s.Control) })},
+		{"http", all(text(&s.HTTP), func() error { return checkHTTP(s.HTTP) })},
+		{"state", all(text(&s.State), func() error { return checkAbsolute(s.State) })},
+		{"log_level", oneOf(&s.LogLevel, "debug", "info", "warn", "error")},
+		{"log_format", oneOf(&s.LogFormat, "text", "json")},
+		{"initiator_name", all(text(&s.InitiatorName), func() error { return checkISCSIName(s.InitiatorName) })},
+		{"login_timeout", duration(&s.LoginTimeout, time.Second, 10*time.Minute)},
+		{"io_timeout", duration(&s.IOTimeout, time.Second, time.Hour)},
+		{"shutdown_timeout", duration(&s.ShutdownTimeout, time.Second, 10*time.Minute)},
+	}
+}
+
+func (d *decoder) volume(path string, m map[string]any, uses *uses) Volume {
+	v := defaultVolume()
+	label := path
+	if name, ok := m["name"].(string); ok && checkName(name) == nil {
+		label = "volume[" + name + "]"
+	}
+	var files secretFiles
+	before := len(d.faults)
+	d.table(m, path, label, d.volumeSettings(&v, &files, path, label))
+	for _, key := range []string{"name", "iqn", "source", "destination"} {
+		if _, given := m[key]; !given {
+			d.fault(path, label+"."+key, "is missing; every volume has name, iqn, source and destination")
+		}
+	}
+	d.secret(&v.Source, v.Name, "source", path, label, files.source)
+	d.secret(&v.Destination, v.Name, "destination", path, label, files.destination)
+	if len(d.faults) == before {
+		uses.add(d, path, label, &v)
+	}
+	return v
+}
+
+// secretFiles are where a volume's secrets are kept; empty for none.
+type secretFiles struct{ source, destination string }
+
+func (d *decoder) volumeSettings(v *Volume, files *secretFiles, path, label string) []setting {
+	return []setting{
+		{"name", all(text(&v.Name), func() error { return checkName(v.Name) })},
+		{"iqn", all(text(&v.IQN), func() error { return checkISCSIName(v.IQN) })},
+		{"lun", integer(&v.LUN, 0, maxLUN)},
+		{"source", all(text(&v.Source.Address), func() error { return d.checkAddress(v.Source.Address) })},
+		{"destination", all(text(&v.Destination.Address), func() error { return d.checkAddress(v.Destination.Address) })},
+		{"source_secret_file", all(text(&files.source), func() error { return checkAbsolute(files.source) })},
+		{"destination_secret_file", all(text(&files.destination), func() error { return checkAbsolute(files.destination) })},
+		{"autostart", boolean(&v.Autostart)},
+		{"overwrite", boolean(&v.Overwrite)},
+		{"region_size", all(size(&v.RegionSize), func() error { return checkRegionSize(v.RegionSize) })},
+		{"file_block_size", all(integer(&v.FileBlockSize, 512, 4096), func() error {
+			if v.FileBlockSize != 512 && v.FileBlockSize != 4096 {
+				return fmt.Errorf("is %d; it is 512 or 4096", v.FileBlockSize)
+			}
+			return nil
+		})},
+		{"copy", d.subtable(path+".copy", label+".copy", func() []setting {
+			return []setting{
+				{"depth", integer(&v.Copy.Depth, 1, 256)},
+				{"rate", size(&v.Copy.Rate)},
+			}
+		})},
+	}
+}
+
+// table hands each value of m to the setting of that key. A key without one is a
+// fault.
+func (d *decoder) table(m map[string]any, path, label string, settings []setting) {
+	for _, key := range slices.Sorted(maps.Keys(m)) {
+		at := join(path, key)
+		i := slices.IndexFunc(settings, func(s setting) bool { return s.key == key })
+		if i < 0 {
+			d.fault(at, join(label, key), "there is no such setting; "+nearest(key, settings))
+			continue
+		}
+		if err := settings[i].take(m[key]); err != nil {
+			d.fault(at, join(label, key), err.Error())
+		}
+	}
+}
+
+func (d *decoder) subtable(path, label string, settings func() []setting) func(any) error {
+	return func(v any) error {
+		m, ok := v.(map[string]any)
+		if !ok {
+			return fmt.Errorf("is %s; it is a table of settings", kindOf(v))
+		}
+		d.table(m, path, label, settings())
+		return nil
+	}
+}
+
+// fault notes a fault of the key at path, or of the nearest table around it.
+func (d *decoder) fault(path, key, text string) {
+	line := 1
+	for p := path; p != ""; {
+		if n, ok := d.lines[p]; ok {
+			line = n
+			break
+		}
+		p = p[:max(strings.LastIndexByte(p, '.'), 0)]
+	}
+	d.faults = append(d.faults, Fault{File: d.file, Line: line, Key: key, Text: text})
+}
+
+// all takes the value and then checks what was taken.
+func all(take func(any) error, check func() error) func(any) error {
+	return func(v any) error {
+		if err := take(v); err != nil {
+			return err
+		}
+		return check()
+	}
+}
+
+func text(to *string) func(any) error {
+	return func(v any) error {
+		s, ok := v.(string)
+		if !ok {
+			return fmt.Errorf("is %s; it is a text in quotes", kindOf(v))
+		}
+		*to = s
+		return nil
+	}
+}
+
+func boolean(to *bool) func(any) error {
+	return func(v any) error {
+		b, ok := v.(bool)
+		if !ok {
+			return fmt.Errorf("is %s; it is true or false, without quotes", kindOf(v))
+		}
+		*to = b
+		return nil
+	}
+}
+
+func integer[T int | uint32 | uint64](to *T, low, high int64) func(any) error {
+	return func(v any) error {
+		n, ok := v.(int64)
+		if !ok {
+			return fmt.Errorf("is %s; it is a number from %d to %d, without quotes", kindOf(v), low, high)
+		}
+		if n < low || n > high {
+			return fmt.Errorf("is %d; it is from %d to %d", n, low, high)
+		}
+		*to = T(n)
+		return nil
+	}
+}
+
+func size(to *Size) func(any) error {
+	return func(v any) error {
+		switch v := v.(type) {
+		case string:
+			return to.UnmarshalText([]byte(v))
+		case int64:
+			if v < 0 {
+				return fmt.Errorf("is %d; a size is not negative", v)
+			}
+			*to = Size(v)
+			return nil
+		}
+		return fmt.Errorf("is %s; it is a size such as \"64MiB\"", kindOf(v))
+	}
+}
+
+func duration(to *time.Duration, low, high time.Duration) func(any) error {
+	return func(v any) error {
+		s, ok := v.(string)
+		if !ok {
+			return fmt.Errorf("is %s; it is a time such as \"30s\"", kindOf(v))
+		}
+		t, err := time.ParseDuration(s)
+		if err != nil {
+			return fmt.Errorf("%q is no time; it is a number with s, m or h, such as \"30s\"", s)
+		}
+		if t < low || t > high {
+			return fmt.Errorf("is %s; it is from %s to %s", s, low, high)
+		}
+		*to = t
+		return nil
+	}
+}
+
+func oneOf(to *string, choices ...string) func(any) error {
+	return func(v any) error {
+		s, ok := v.(string)
+		if !ok || !slices.Contains(choices, s) {
+			return fmt.Errorf("is %v; it is one of %s", v, strings.Join(choices, ", "))
+		}
+		*to = s
+		return nil
+	}
+}
+
+func portals(to *[]string) func(any) error {
+	return func(v any) error {
+		list, ok := v.([]any)
+		if !ok {
+			return fmt.Errorf("is %s; it is a list such as [\"0.0.0.0:3260\"]", kindOf(v))
+		}
+		if len(list) == 0 {
+			return fmt.Errorf("is empty; initiators need at least one address such as \"0.0.0.0:3260\"")
+		}
+		var given []string
+		for _, e := range list {
+			s, ok := e.(string)
+			if !ok {
+				return fmt.Errorf("holds %s; it is a list such as [\"0.0.0.0:3260\"]", kindOf(e))
+			}
+			if err := checkPortal(s); err != nil {
+				return err
+			}
+			if slices.Contains(given, s) && !strings.HasSuffix(s, ":0") {
+				return fmt.Errorf("has %s twice", s)
+			}
+			given = append(given, s)
+		}
+		*to = given
+		return nil
+	}
+}
+
+func kindOf(v any) string {
+	switch v := v.(type) {
+	case string:
+		return "a text"
+	case bool:
+		return fmt.Sprint(v)
+	case int64:
+		return fmt.Sprintf("the number %d", v)
+	case float64:
+		if math.IsNaN(v) || math.IsInf(v, 0) {
+			return "no number"
+		}
+		return fmt.Sprintf("the number %g", v)
+	case []any:
+		return "a list"
+	case map[string]any:
+		return "a table"
+	}
+	return "a date or time"
+}
+
+// nearest says which setting was probably meant.
+func nearest(key string, settings []setting) string {
+	names := make([]string, len(settings))
+	best, least := "", 3
+	for i, s := range settings {
+		names[i] = s.key
+		if n := distance(key, s.key); n < least {
+			best, least = s.key, n
+		}
+	}
+	if best != "" {
+		return fmt.Sprintf("is %s meant?", best)
+	}
+	return "there are " + strings.Join(names, ", ")
+}
+
+// distance is how many letters to insert, delete or change make one word the other.
+func distance(a, b string) int {
+	row := make([]int, len(b)+1)
+	for j := range row {
+		row[j] = j
+	}
+	for i := range len(a) {
+		diagonal := row[0]
+		row[0] = i + 1
+		for j := range len(b) {
+			cost := diagonal
+			if a[i] != b[j] {
+				cost++
+			}
+			diagonal = row[j+1]
+			row[j+1] = min(cost, row[j]+1, row[j+1]+1)
+		}
+	}
+	return row[len(b)]
+}
