@@ -1,0 +1,266 @@
+package iscsi
+
+import (
+	"encoding/binary"
+	"hash/crc32"
+	"io"
+	"net"
+	"sync"
+)
+
+const (
+	// MaxFrame is the longest data segment, in bytes, that Frame takes; longer
+	// ones go through Append.
+	MaxFrame = 64 << 10
+
+	arenaSize = 256 << 10
+	// maxSegments keeps one batch within one writev of the kernel (IOV_MAX 1024).
+	maxSegments = 1000
+	// maxReferenced bounds the data a batch refers to, in bytes.
+	maxReferenced = 8 << 20
+)
+
+// Releaser is told that a Writer has no further use for the data it was given.
+// It must not block, and not call the Writer.
+type Releaser interface{ Release() }
+
+// Writer gathers PDUs and sends them in as few writes as it can. While one
+// goroutine is in a write the others go on gathering; what they gathered goes out
+// with the next write of the same goroutine.
+//
+// All methods are called with the lock held that NewWriter was given.
+// Reserve and Flush give it up while they wait.
+type Writer struct {
+	// HeaderDigest and DataDigest are on when negotiated.
+	HeaderDigest, DataDigest bool
+
+	w        io.Writer
+	lock     sync.Locker
+	idle     *sync.Cond // no write is under way
+	cur      *batch
+	spare    *batch
+	flushing bool
+	err      error
+}
+
+// batch is what one write sends.
+type batch struct {
+	arena      []byte // headers, short data, padding, digests; never grows
+	open       int    // where in arena the segment begins that is not in segs yet
+	segs       net.Buffers
+	out        net.Buffers // what WriteTo consumes; segs keeps the memory
+	owners     []Releaser
+	referenced int
+}
+
+// NewWriter makes a Writer to w whose state lock protects.
+func NewWriter(w io.Writer, lock sync.Locker) *Writer {
+	return &Writer{w: w, lock: lock, idle: sync.NewCond(lock), cur: newBatch()}
+}
+
+func newBatch() *batch {
+	return &batch{arena: make([]byte, 0, arenaSize), segs: make(net.Buffers, 0, 64)}
+}
+
+// Reserve waits until a PDU with n bytes of data surely fits, sending what is
+// gathered where it must. Without it Frame and Append may give up the lock.
+func (w *Writer) Reserve(n int) {
+	for !w.cur.room(n) {
+		if w.flushing {
+			w.idle.Wait()
+		} else {
+			w.Flush()
+		}
+	}
+}
+
+func (b *batch) room(n int) bool {
+	if len(b.arena) == 0 && len(b.segs) == 0 {
+		return true
+	}
+	need := BHSLength + maxAHS + 2*DigestLength + 3
+	if n <= MaxFrame {
+		need += n
+	}
+	return len(b.arena)+need <= cap(b.arena) && len(b.segs)+4 <= maxSegments && b.referenced+n <= maxReferenced
+}
+
+// Frame begins a PDU with n bytes of data, at most MaxFrame, that the caller
+// fills in place. header is zero but for DataSegmentLength; data is not cleared.
+// Both are valid until Commit or Cancel, one of which must follow before the lock
+// is given up.
+func (w *Writer) Frame(n int) (header *BHS, data []byte) {
+	w.Reserve(n)
+	b := w.cur
+	at := len(b.arena)
+	head := BHSLength
+	if w.HeaderDigest {
+		head += DigestLength
+	}
+	size := head
+	if n > 0 {
+		size += (n + 3) &^ 3
+		if w.DataDigest {
+			size += DigestLength
+		}
+	}
+	b.arena = b.arena[:at+size]
+	header = (*BHS)(b.arena[at:])
+	*header = BHS{}
+	header.SetDataLength(n)
+	return header, b.arena[at+head : at+head+n : at+head+n]
+}
+
+// Commit ends the PDU that Frame began.
+func (w *Writer) Commit(header *BHS, data []byte) {
+	if !w.HeaderDigest && !w.DataDigest && len(data)&3 == 0 {
+		return
+	}
+	b := w.cur
+	tail := b.arena[len(b.arena)-w.tail(len(data)):]
+	w.finish(tail, data)
+	if w.HeaderDigest {
+		at := len(b.arena) - len(tail) - len(data) - DigestLength
+		binary.LittleEndian.PutUint32(b.arena[at:], crc32.Checksum(header[:], castagnoli))
+	}
+}
+
+// Cancel takes back the PDU that Frame began.
+func (w *Writer) Cancel(data []byte) {
+	size := BHSLength + len(data) + w.tail(len(data))
+	if w.HeaderDigest {
+		size += DigestLength
+	}
+	w.cur.arena = w.cur.arena[:len(w.cur.arena)-size]
+}
+
+// Append adds a PDU whose data stays where it is until owner, if any, is told.
+// header is copied; its DataSegmentLength is set. ahs may be nil.
+func (w *Writer) Append(header *BHS, ahs, data []byte, owner Releaser) {
+	w.Reserve(len(data))
+	b := w.cur
+	header.SetDataLength(len(data))
+	header.SetAHSLength(len(ahs))
+	at := len(b.arena)
+	b.arena = append(append(b.arena, header[:]...), ahs...)
+	if w.HeaderDigest {
+		b.arena = binary.LittleEndian.AppendUint32(b.arena, crc32.Checksum(b.arena[at:], castagnoli))
+	}
+	if len(data) > 0 && len(data) <= 512 {
+		b.arena = append(b.arena, data...)
+		if owner != nil {
+			owner.Release()
+			owner = nil
+		}
+	} else if len(data) > 0 {
+		b.close()
+		b.segs = append(b.segs, data)
+		b.referenced += len(data)
+	}
+	if t := w.tail(len(data)); t > 0 {
+		at := len(b.arena)
+		b.arena = b.arena[:at+t]
+		w.finish(b.arena[at:], data)
+	}
+	if owner != nil {
+		b.owners = append(b.owners, owner)
+	}
+}
+
+// tail is the length of padding and digest behind n bytes of data.
+func (w *Writer) tail(n int) int {
+	if n == 0 {
+		return 0
+	}
+	if w.DataDigest {
+		return -n&3 + DigestLength
+	}
+	return -n & 3
+}
+
+// finish writes padding and digest of data to tail.
+func (w *Writer) finish(tail, data []byte) {
+	pad := tail[:-len(data)&3]
+	clear(pad)
+	if w.DataDigest && len(data) > 0 {
+		crc := crc32.Update(crc32.Checksum(data, castagnoli), castagnoli, pad)
+		binary.LittleEndian.PutUint32(tail[len(pad):], crc)
+	}
+}
+
+// Pending tells whether something is gathered and not being written.
+func (w *Writer) Pending() bool { return len(w.cur.arena) > 0 }
+
+// Flush sends what is gathered. If another goroutine is in a write it leaves the
+// sending to that one and returns at once. The first error stays; everything
+// after it is thrown away, and every Flush gives it.
+func (w *Writer) Flush() error {
+	if w.flushing {
+		return w.err
+	}
+	for w.Pending() && w.err == nil {
+		b := w.cur
+		if w.spare == nil {
+			w.spare = newBatch()
+		}
+		w.cur, w.spare = w.spare, nil
+		w.flushing = true
+		w.lock.Unlock()
+		err := b.send(w.w)
+		b.reset()
+		w.lock.Lock()
+		w.flushing = false
+		w.spare = b
+		if err != nil && w.err == nil {
+			w.err = err
+		}
+		w.idle.Broadcast()
+	}
+	if w.err != nil {
+		w.cur.reset()
+	}
+	return w.err
+}
+
+// Close makes every later PDU be thrown away, waits for a write under way and
+// tells the owners of all data. The caller has made the write end, by closing
+// the connection.
+func (w *Writer) Close(err error) {
+	if w.err == nil {
+		w.err = err
+	}
+	for w.flushing {
+		w.idle.Wait()
+	}
+	w.cur.reset()
+}
+
+// close ends the segment of the arena that is being filled.
+func (b *batch) close() {
+	if b.open < len(b.arena) {
+		b.segs = append(b.segs, b.arena[b.open:len(b.arena):len(b.arena)])
+		b.open = len(b.arena)
+	}
+}
+
+func (b *batch) send(w io.Writer) error {
+	if len(b.segs) == 0 {
+		_, err := w.Write(b.arena)
+		return err
+	}
+	b.close()
+	b.out = b.segs
+	_, err := b.out.WriteTo(w)
+	return err
+}
+
+func (b *batch) reset() {
+	for i, o := range b.owners {
+		o.Release()
+		b.owners[i] = nil
+	}
+	// WriteTo clears the entries it sent; what an error left is cleared here.
+	clear(b.segs)
+	b.arena, b.segs, b.owners = b.arena[:0], b.segs[:0], b.owners[:0]
+	b.open, b.referenced = 0, 0
+}
