@@ -29,7 +29,7 @@ func (e Extent) Empty() bool { return e.Blocks == 0 }
 
 // Overlaps tells whether the two extents share a block.
 func (e Extent) Overlaps(o Extent) bool {
-	return e.Start < o.End() && o.Start < e.End()
+	return max(e.Start, o.Start) < min(e.End(), o.End())
 }
 
 // Intersect is the run of blocks that both extents hold; it is empty when they
