@@ -1,0 +1,264 @@
+package state
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"hash/crc32"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+const (
+	lockName = "LOCK"
+	headName = "HEAD"
+
+	// formatVersion is the layout of the directory and of the keys.
+	formatVersion = 1
+)
+
+// damaged marks err as ErrCorrupt and tells what to do about it.
+func damaged(dir string, err error) error {
+	if errors.Is(err, ErrCorrupt) || errors.Is(err, ErrVersion) {
+		return err
+	}
+	text := strings.Join(strings.Fields(err.Error()), " ")
+	return fmt.Errorf("state directory %s is %w: %s: serve no volume from it; keep it and both logical units unchanged, repair the file system or bring back the directory's latest copy",
+		dir, ErrCorrupt, text)
+}
+
+// dirLock is the flock that keeps a second Store out.
+type dirLock struct{ file *os.File }
+
+// openDir makes dir and locks it.
+func openDir(dir string) (*dirLock, error) {
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return nil, fmt.Errorf("state directory %s: %w: name a directory that can be created", dir, reason(err))
+	}
+	if err := checkForeign(dir); err != nil {
+		return nil, err
+	}
+	path := filepath.Join(dir, lockName)
+	file, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
+	if err != nil {
+		return nil, fmt.Errorf("state directory %s: cannot write %s: %w: give this user the directory", dir, lockName, reason(err))
+	}
+	if err := unix.Flock(int(file.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		defer file.Close()
+		if errors.Is(err, unix.EWOULDBLOCK) {
+			pid, _ := io.ReadAll(io.LimitReader(file, 20))
+			if p := strings.TrimSpace(string(pid)); p != "" {
+				return nil, fmt.Errorf("state directory %s: %w (pid %s): stop that one first", dir, ErrLocked, p)
+			}
+			return nil, fmt.Errorf("state directory %s: %w: stop that one first", dir, ErrLocked)
+		}
+		return nil, fmt.Errorf("state directory %s: lock: %w", dir, err)
+	}
+	pid := fmt.Sprintf("%d\n", os.Getpid())
+	if err := file.Truncate(0); err == nil {
+		_, err = file.WriteAt([]byte(pid), 0)
+	}
+	if err != nil {
+		file.Close()
+		return nil, fmt.Errorf("state directory %s: write %s: %w", dir, lockName, reason(err))
+	}
+	return &dirLock{file}, nil
+}
+
+// release gives the lock up. The file stays: removing it would let two processes
+// lock two files of one name.
+func (l *dirLock) release() error {
+	l.file.Truncate(0) // the pid is for people only
+	return l.file.Close()
+}
+
+// checkForeign refuses a directory that holds other people's files and no state.
+func checkForeign(dir string) error {
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return fmt.Errorf("state directory %s: %w", dir, reason(err))
+	}
+	var foreign string
+	var own bool
+	for _, e := range entries {
+		switch name := e.Name(); {
+		case name == headName:
+			return nil
+		case name == badgerDir:
+			own = true
+		case name == lockName, name == "lost+found", strings.HasPrefix(name, "."), e.Type()&fs.ModeSocket != 0:
+		default:
+			foreign = name
+		}
+	}
+	if own {
+		return damaged(dir, fmt.Errorf("%s is missing", headName))
+	}
+	if foreign != "" {
+		return fmt.Errorf("state directory %s: %w: it holds %s and no state: name an empty directory", dir, ErrForeign, foreign)
+	}
+	return nil
+}
+
+// head is the file that says what a directory is, and from which commit on it
+// must not fall back. It is written in place after each commit and synced only at
+// Close: the page reaches the disk at the earliest after the commit did, so
+// whatever it says was durable. A database that has lost commits, to a damaged log
+// or a lost file, is told by it.
+//
+// Layout, little endian: "lunshift" | version uint32 | CRC-32C of the rest
+// uint32 | sequence number uint64.
+type head struct {
+	file *os.File
+	seq  uint64
+}
+
+const headSize = 24
+
+const headMagic = "lunshift"
+
+// openHead reads the head, or writes a new one. A new one is on stable storage
+// before the database comes into being.
+func openHead(dir string) (*head, error) {
+	path := filepath.Join(dir, headName)
+	if _, err := os.Lstat(path); errors.Is(err, fs.ErrNotExist) {
+		if err := createHead(dir, path); err != nil {
+			return nil, fmt.Errorf("state directory %s: create %s: %w", dir, headName, reason(err))
+		}
+	}
+	file, err := os.OpenFile(path, os.O_RDWR, 0)
+	if err != nil {
+		return nil, fmt.Errorf("state directory %s: %w: give this user the directory", dir, err)
+	}
+	var b [headSize + 1]byte
+	n, err := file.ReadAt(b[:], 0)
+	switch {
+	case err != nil && err != io.EOF:
+		err = fmt.Errorf("state directory %s: %w", dir, err)
+	case n < len(headMagic) || string(b[:len(headMagic)]) != headMagic:
+		err = fmt.Errorf("state directory %s: %w: its %s is not one of lunshift's: name another directory", dir, ErrForeign, headName)
+	case n < 12:
+		err = damaged(dir, fmt.Errorf("%s is cut off", headName))
+	case binary.LittleEndian.Uint32(b[8:]) > formatVersion && headSum(b[:]) == binary.LittleEndian.Uint32(b[12:]):
+		err = fmt.Errorf("state directory %s has format version %d, this lunshift knows up to %d: %w: run the newer one",
+			dir, binary.LittleEndian.Uint32(b[8:]), formatVersion, ErrVersion)
+	case n != headSize || headSum(b[:]) != binary.LittleEndian.Uint32(b[12:]) || binary.LittleEndian.Uint32(b[8:]) != formatVersion:
+		err = damaged(dir, fmt.Errorf("%s fails its checksum", headName))
+	default:
+		return &head{file, binary.LittleEndian.Uint64(b[16:])}, nil
+	}
+	file.Close()
+	return nil, err
+}
+
+func createHead(dir, path string) error {
+	tmp := filepath.Join(dir, "."+headName)
+	b := encodeHead(0)
+	file, err := os.OpenFile(tmp, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
+	if err != nil {
+		return err
+	}
+	_, err = file.Write(b[:])
+	err = errors.Join(err, file.Sync(), file.Close())
+	if err == nil {
+		err = os.Rename(tmp, path)
+	}
+	if err == nil {
+		err = syncPath(dir)
+	}
+	if err == nil {
+		err = syncPath(filepath.Dir(dir))
+	}
+	return err
+}
+
+func encodeHead(seq uint64) (b [headSize]byte) {
+	copy(b[:], headMagic)
+	binary.LittleEndian.PutUint32(b[8:], formatVersion)
+	binary.LittleEndian.PutUint64(b[16:], seq)
+	binary.LittleEndian.PutUint32(b[12:], headSum(b[:]))
+	return b
+}
+
+func headSum(b []byte) uint32 {
+	table := crc32.MakeTable(crc32.Castagnoli)
+	return crc32.Update(crc32.Checksum(b[:12], table), table, b[16:headSize])
+}
+
+// advance notes that commit seq is on stable storage.
+func (h *head) advance(seq uint64) error {
+	b := encodeHead(seq)
+	if _, err := h.file.WriteAt(b[:], 0); err != nil {
+		return fmt.Errorf("write %s: %w", headName, reason(err))
+	}
+	h.seq = seq
+	return nil
+}
+
+func (h *head) close() error {
+	return errors.Join(h.file.Sync(), h.file.Close())
+}
+
+// dirSyncer makes new files' names durable: Badger begins a new log in the
+// middle of a commit and leaves the directory to a goroutine of its own.
+type dirSyncer struct {
+	dir   *os.File
+	clean int64 // the mtime, in ns, that is known to be synced; 0 unknown
+}
+
+// sync returns once every name in the directory is on stable storage. It costs
+// one fstat where nothing changed.
+func (d *dirSyncer) sync() error {
+	var st unix.Stat_t
+	if err := unix.Fstat(int(d.dir.Fd()), &st); err != nil {
+		return fmt.Errorf("stat %s: %w", d.dir.Name(), err)
+	}
+	mtime := st.Mtim.Nano()
+	if mtime == d.clean {
+		return nil
+	}
+	if err := d.dir.Sync(); err != nil {
+		return fmt.Errorf("sync %s: %w", d.dir.Name(), reason(err))
+	}
+	// A change within the same tick of the file system's clock would not show.
+	if d.clean = 0; time.Since(time.Unix(0, mtime)) > 100*time.Millisecond {
+		d.clean = mtime
+	}
+	return nil
+}
+
+func syncPath(path string) error {
+	d, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	return errors.Join(d.Sync(), d.Close())
+}
+
+// checkFree fails with ErrNoSpace where less than need bytes are free.
+func checkFree(dir string, need uint64) error {
+	var st unix.Statfs_t
+	if err := unix.Statfs(dir, &st); err != nil {
+		return fmt.Errorf("free space: %w", err)
+	}
+	if free := st.Bavail * uint64(st.Bsize); free < need {
+		return fmt.Errorf("%w: %d MiB free, %d MiB needed: free some", ErrNoSpace, free>>20, need>>20)
+	}
+	return nil
+}
+
+// reason takes the path out of a file system's error where the text names the
+// directory already.
+func reason(err error) error {
+	var pe *fs.PathError
+	if errors.As(err, &pe) {
+		return pe.Err
+	}
+	return err
+}

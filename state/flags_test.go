@@ -1,0 +1,164 @@
+package state
+
+import (
+	"context"
+	"fmt"
+	"testing"
+
+	"pgregory.net/rapid"
+)
+
+// model is the plain truth that Flags is held against.
+type model [kindCount][]bool
+
+func (m *model) set(k Kinds, r Run) {
+	for i := range m {
+		if k&(1<<i) != 0 {
+			for b := r.Start; b < r.end(); b++ {
+				m[i][b] = true
+			}
+		}
+	}
+}
+
+func (m *model) is(i int, r Run, all bool) bool {
+	for b := r.Start; b < r.end(); b++ {
+		if m[i][b] != all {
+			return !all
+		}
+	}
+	return all
+}
+
+func drawRun(t *rapid.T, blocks uint64) Run {
+	start := rapid.Uint64Range(0, blocks).Draw(t, "start")
+	return Run{start, rapid.Uint64Range(0, blocks-start).Draw(t, "blocks")}
+}
+
+// checkAgainst compares everything that readers can ask with the model.
+func checkAgainst(t *rapid.T, f *Flags, m *model, asked Run) {
+	g := f.Geometry()
+	for i := range m {
+		k := Kinds(1 << i)
+		var count uint64
+		for _, set := range m[i] {
+			if set {
+				count++
+			}
+		}
+		if got := f.Count(k); got != count {
+			t.Fatalf("Count(%d) = %d, want %d", k, got, count)
+		}
+		if got, want := f.All(k, asked), m.is(i, asked, true); got != want {
+			t.Fatalf("All(%d, %v) = %v", k, asked, got)
+		}
+		if got, want := f.Any(k, asked), m.is(i, asked, false); got != want {
+			t.Fatalf("Any(%d, %v) = %v", k, asked, got)
+		}
+		at, first, before := asked.Start, true, false
+		f.Runs(k, asked, func(r Run, set bool) bool {
+			if r.Start != at || r.Blocks == 0 || r.end() > asked.end() || !first && set == before {
+				t.Fatalf("Runs(%d, %v): %v %v after block %d", k, asked, r, set, at)
+			}
+			for b := r.Start; b < r.end(); b++ {
+				if m[i][b] != set {
+					t.Fatalf("Runs(%d, %v): block %d is %v in %v %v", k, asked, b, m[i][b], r, set)
+				}
+			}
+			at, first, before = r.end(), false, set
+			return true
+		})
+		if at != asked.end() {
+			t.Fatalf("Runs(%d, %v) ends at block %d", k, asked, at)
+		}
+		var missing, partial []uint64
+		for at := uint64(0); ; {
+			region, part, ok := f.Missing(k, at)
+			if !ok {
+				break
+			}
+			missing = append(missing, region)
+			if part {
+				partial = append(partial, region)
+			}
+			at = region + 1
+		}
+		var wantMissing, wantPartial []uint64
+		for region := range f.Regions() {
+			start := region * g.RegionBlocks
+			r := Run{start, min(g.RegionBlocks, g.Blocks-start)}
+			if !m.is(i, r, true) {
+				wantMissing = append(wantMissing, region)
+				if m.is(i, r, false) {
+					wantPartial = append(wantPartial, region)
+				}
+			}
+		}
+		if fmt.Sprint(missing) != fmt.Sprint(wantMissing) || fmt.Sprint(partial) != fmt.Sprint(wantPartial) {
+			t.Fatalf("Missing(%d): %v, partial %v; want %v, partial %v", k, missing, partial, wantMissing, wantPartial)
+		}
+		partial = nil
+		for at := uint64(0); ; {
+			region, ok := f.NextPartial(k, at)
+			if !ok {
+				break
+			}
+			partial = append(partial, region)
+			at = region + 1
+		}
+		if fmt.Sprint(partial) != fmt.Sprint(wantPartial) {
+			t.Fatalf("NextPartial(%d): %v, want %v", k, partial, wantPartial)
+		}
+	}
+	both := m.is(0, asked, true) && m.is(1, asked, true)
+	if got := f.All(Valid|Dirty, asked); got != both {
+		t.Fatalf("All(Valid|Dirty, %v) = %v", asked, got)
+	}
+}
+
+func TestFlagsAnswerLikePlainArraysAcrossReopens(t *testing.T) {
+	ctx := context.Background()
+	dir, n := t.TempDir(), 0
+	rapid.Check(t, func(t *rapid.T) {
+		s, err := Open(dir, Options{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer func() { s.Close() }()
+		n++
+		volume := fmt.Sprintf("v%d", n)
+		g := Geometry{
+			Blocks:       rapid.Uint64Range(1, 3000).Draw(t, "volume blocks"),
+			RegionBlocks: 1 << rapid.IntRange(0, 9).Draw(t, "region bits"),
+		}
+		f, err := s.Flags(volume, g)
+		if err != nil {
+			t.Fatal(err)
+		}
+		m := model{make([]bool, g.Blocks), make([]bool, g.Blocks)}
+		for range rapid.IntRange(1, 12).Draw(t, "steps") {
+			k := Kinds(rapid.IntRange(1, 3).Draw(t, "kinds"))
+			runs := make([]Run, rapid.IntRange(1, 3).Draw(t, "runs"))
+			for i := range runs {
+				runs[i] = drawRun(t, g.Blocks)
+				m.set(k, runs[i])
+			}
+			if err := f.Set(ctx, k, runs...); err != nil {
+				t.Fatal(err)
+			}
+			if rapid.IntRange(0, 9).Draw(t, "reopen") == 0 {
+				if err := s.Close(); err != nil {
+					t.Fatal(err)
+				}
+				if s, err = Open(dir, Options{}); err != nil {
+					t.Fatal(err)
+				}
+				if f, err = s.Flags(volume, g); err != nil {
+					t.Fatal(err)
+				}
+			}
+			checkAgainst(t, f, &m, drawRun(t, g.Blocks))
+		}
+		checkAgainst(t, f, &m, Run{0, g.Blocks})
+	})
+}

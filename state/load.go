@@ -1,0 +1,412 @@
+package state
+
+import (
+	"bytes"
+	"context"
+	"crypto/rand"
+	"encoding/binary"
+	"encoding/json"
+	"fmt"
+	"math/bits"
+	"sync/atomic"
+
+	"github.com/dgraph-io/badger/v4"
+)
+
+// Keys. A volume's flags lie under a generation, a random number that its header
+// names: forgetting the header forgets all of them at once, and what is left of
+// them can never be taken for those of a new volume of the same name.
+//
+//	"s"                                          number of the last commit
+//	"r/" volume                                  record
+//	"h/" volume                                  header: generation, geometry
+//	"f/" generation 'c' kind chunk               all bits of 8192 regions
+//	"f/" generation 'p' region                   bitmaps of a partial region
+const (
+	seqKey       = "s"
+	recordPrefix = "r/"
+	headerPrefix = "h/"
+	flagsPrefix  = "f/"
+
+	chunkMark  = 'c'
+	regionMark = 'p'
+	genSize    = len(flagsPrefix) + 8
+)
+
+func recordKey(volume string) []byte { return []byte(recordPrefix + volume) }
+func headerKey(volume string) []byte { return []byte(headerPrefix + volume) }
+
+func genKey(gen uint64) []byte {
+	return binary.BigEndian.AppendUint64([]byte(flagsPrefix), gen)
+}
+
+func chunkKey(gen uint64, kind int, chunk uint64) []byte {
+	return binary.BigEndian.AppendUint64(append(genKey(gen), chunkMark, byte(kind)), chunk)
+}
+
+func regionKey(gen, region uint64) []byte {
+	return binary.BigEndian.AppendUint64(append(genKey(gen), regionMark), region)
+}
+
+func encodeWords(words []uint64) []byte {
+	b := make([]byte, 0, 8*len(words))
+	for _, w := range words {
+		b = binary.LittleEndian.AppendUint64(b, w)
+	}
+	return b
+}
+
+func decodeWords(b []byte) []uint64 {
+	words := make([]uint64, len(b)/8)
+	for i := range words {
+		words[i] = binary.LittleEndian.Uint64(b[8*i:])
+	}
+	return words
+}
+
+// A region's value begins with a byte that says whose bitmaps follow: bit i that
+// of kind i, sameBitmap that all of them are equal and stored once.
+const sameBitmap = 0x80
+
+func encodeRegion(bitmaps [kindCount][]uint64) []byte {
+	var tag byte
+	b := make([]byte, 1, 1+8*(len(bitmaps[0])+len(bitmaps[1])))
+	for i, words := range bitmaps {
+		switch {
+		case words == nil:
+			continue
+		case tag != 0 && equalWords(words, bitmaps[0]):
+			tag |= sameBitmap
+		default:
+			b = append(b, encodeWords(words)...)
+		}
+		tag |= 1 << i
+	}
+	b[0] = tag
+	return b
+}
+
+func decodeRegion(b []byte, words int) (bitmaps [kindCount][]uint64, err error) {
+	if len(b) == 0 {
+		return bitmaps, fmt.Errorf("empty value")
+	}
+	kinds := b[0] &^ sameBitmap
+	same := b[0]&sameBitmap != 0
+	n := bits.OnesCount8(kinds)
+	if kinds == 0 || kinds >= 1<<kindCount || same && n < 2 {
+		return bitmaps, fmt.Errorf("unknown tag %#x", b[0])
+	}
+	if same {
+		n = 1
+	}
+	if len(b) != 1+n*words*8 {
+		return bitmaps, fmt.Errorf("%d bytes, want %d", len(b), 1+n*words*8)
+	}
+	b = b[1:]
+	for i := range bitmaps {
+		if kinds&(1<<i) == 0 {
+			continue
+		}
+		bitmaps[i] = decodeWords(b[:words*8])
+		if !same {
+			b = b[words*8:]
+		}
+	}
+	return bitmaps, nil
+}
+
+// Flags gives the flags of a volume, and begins them, none set, for a volume that
+// has none. Every call for one volume gives the same Flags.
+//
+// ErrGeometry where they were kept for another geometry; ErrCorrupt where they are
+// damaged, or missing although the volume's record is in a phase past "ready".
+func (s *Store) Flags(volume string, g Geometry) (*Flags, error) {
+	if err := checkVolume(volume); err != nil {
+		return nil, err
+	}
+	if err := g.check(); err != nil {
+		return nil, fmt.Errorf("volume %s: flags: %w", volume, err)
+	}
+	s.loading.Lock()
+	defer s.loading.Unlock()
+	s.mu.Lock()
+	f := s.flags[volume]
+	s.mu.Unlock()
+	if f != nil {
+		return f, s.checkGeometry(volume, f.geo, g)
+	}
+	header, err := s.get(headerKey(volume))
+	if err != nil {
+		return nil, err
+	}
+	if header == nil {
+		return s.begin(volume, g)
+	}
+	gen, stored, err := decodeHeader(header)
+	if err != nil {
+		return nil, damaged(s.dir, fmt.Errorf("flags of volume %s: %w", volume, err))
+	}
+	if err := s.checkGeometry(volume, stored, g); err != nil {
+		return nil, err
+	}
+	f = newFlags(s, volume, gen, g)
+	if err := s.view(f.load); err != nil {
+		return nil, err
+	}
+	s.keep(f)
+	return f, nil
+}
+
+// begin starts the flags of a volume that has none.
+func (s *Store) begin(volume string, g Geometry) (*Flags, error) {
+	rec, ok, err := s.Record(volume)
+	if err != nil {
+		return nil, err
+	}
+	if ok && rec.Phase != "" && rec.Phase != phaseUntouched {
+		return nil, damaged(s.dir, fmt.Errorf("volume %s is in phase %s, but its flags are missing", volume, rec.Phase))
+	}
+	var b [8]byte
+	if _, err := rand.Read(b[:]); err != nil {
+		return nil, fmt.Errorf("volume %s: flags: %w", volume, err)
+	}
+	gen := binary.BigEndian.Uint64(b[:])
+	value, err := json.Marshal(storedHeader{headerSchema, gen, g.Blocks, g.RegionBlocks, chunkRegions})
+	if err != nil {
+		return nil, fmt.Errorf("volume %s: flags: %w", volume, err)
+	}
+	r := &request{records: []op{{headerKey(volume), value}}}
+	if err := s.submit(context.Background(), r); err != nil {
+		return nil, wrap(volume, "begin flags", err)
+	}
+	f := newFlags(s, volume, gen, g)
+	s.keep(f)
+	return f, nil
+}
+
+func (s *Store) keep(f *Flags) {
+	s.mu.Lock()
+	s.flags[f.volume] = f
+	s.mu.Unlock()
+}
+
+func (s *Store) checkGeometry(volume string, have, want Geometry) error {
+	if have == want {
+		return nil
+	}
+	return fmt.Errorf("volume %s: flags in %s are of %d blocks in regions of %d, the volume has %d in regions of %d: %w: set the former size and region size again, or forget the volume",
+		volume, s.dir, have.Blocks, have.RegionBlocks, want.Blocks, want.RegionBlocks, ErrGeometry)
+}
+
+const headerSchema = 1
+
+// storedHeader says that a volume has flags, and where.
+type storedHeader struct {
+	Schema       int    `json:"schema"`
+	Generation   uint64 `json:"generation"`
+	Blocks       uint64 `json:"blocks"`
+	RegionBlocks uint64 `json:"region_blocks"`
+	ChunkRegions uint64 `json:"chunk_regions"`
+}
+
+func decodeHeader(b []byte) (gen uint64, g Geometry, err error) {
+	var h storedHeader
+	if err := json.Unmarshal(b, &h); err != nil {
+		return 0, g, fmt.Errorf("header: %w", err)
+	}
+	if h.Schema > headerSchema {
+		return 0, g, fmt.Errorf("header has schema %d, this lunshift knows up to %d: %w", h.Schema, headerSchema, ErrVersion)
+	}
+	g = Geometry{h.Blocks, h.RegionBlocks}
+	if err := g.check(); err != nil {
+		return 0, g, fmt.Errorf("header: %w", err)
+	}
+	if h.Schema < 1 || h.ChunkRegions != chunkRegions {
+		return 0, g, fmt.Errorf("header: schema %d, chunks of %d regions", h.Schema, h.ChunkRegions)
+	}
+	return h.Generation, g, nil
+}
+
+func newFlags(s *Store, volume string, gen uint64, g Geometry) *Flags {
+	f := &Flags{
+		store:   s,
+		volume:  volume,
+		gen:     gen,
+		geo:     g,
+		shift:   uint(bits.TrailingZeros64(g.RegionBlocks)),
+		regions: (g.Blocks-1)/g.RegionBlocks + 1,
+		words:   int((g.RegionBlocks + 63) / 64),
+	}
+	n := (f.regions + chunkRegions - 1) / chunkRegions * chunkWords
+	for i := range f.kinds {
+		f.kinds[i].all = make([]atomic.Uint64, n)
+		f.kinds[i].partial = make([]atomic.Uint64, n)
+	}
+	return f
+}
+
+// load fills f, which nobody else sees yet. It reads chunks before regions, as
+// their keys are ordered.
+func (f *Flags) load(txn *badger.Txn) error {
+	o := badger.DefaultIteratorOptions
+	o.Prefix = genKey(f.gen)
+	it := txn.NewIterator(o)
+	defer it.Close()
+	for it.Rewind(); it.Valid(); it.Next() {
+		item := it.Item()
+		key := item.Key()[genSize:]
+		err := item.Value(func(value []byte) error {
+			switch {
+			case len(key) == 10 && key[0] == chunkMark:
+				return f.loadChunk(int(key[1]), binary.BigEndian.Uint64(key[2:]), value)
+			case len(key) == 9 && key[0] == regionMark:
+				return f.loadRegion(binary.BigEndian.Uint64(key[1:]), value)
+			}
+			return fmt.Errorf("unknown key %x", key)
+		})
+		if err != nil {
+			return damaged(f.store.dir, fmt.Errorf("flags of volume %s: %w", f.volume, err))
+		}
+	}
+	for i := range f.kinds {
+		k := &f.kinds[i]
+		n := k.blocks.Load()
+		for w := range k.all {
+			n += uint64(bits.OnesCount64(k.all[w].Load())) * f.geo.RegionBlocks
+		}
+		if f.isAll(i, f.regions-1) {
+			n -= f.geo.RegionBlocks - f.regionBlocks(f.regions-1)
+		}
+		k.blocks.Store(n)
+	}
+	return nil
+}
+
+func (f *Flags) loadChunk(kind int, chunk uint64, value []byte) error {
+	if kind >= kindCount || chunk >= uint64(len(f.kinds[0].all)/chunkWords) || len(value) != chunkWords*8 {
+		return fmt.Errorf("chunk %d of kind %d with %d bytes", chunk, kind, len(value))
+	}
+	for w, word := range decodeWords(value) {
+		first := chunk*chunkRegions + uint64(w)*64
+		if word != 0 && first+uint64(bits.Len64(word)) > f.regions {
+			return fmt.Errorf("chunk %d of kind %d reaches beyond the last region", chunk, kind)
+		}
+		f.kinds[kind].all[first/64].Store(word)
+	}
+	return nil
+}
+
+func (f *Flags) loadRegion(g uint64, value []byte) error {
+	if g >= f.regions {
+		return fmt.Errorf("region %d of %d", g, f.regions)
+	}
+	bitmaps, err := decodeRegion(value, f.words)
+	if err != nil {
+		return fmt.Errorf("region %d: %w", g, err)
+	}
+	size := f.regionBlocks(g)
+	for i, b := range bitmaps {
+		if b == nil {
+			continue
+		}
+		if rest := f.words*64 - int(size); rest > 0 && anyBit(b, size, uint64(rest)) {
+			return fmt.Errorf("region %d has a bit beyond its last block", g)
+		}
+		// A bitmap beside an all bit is left of a commit that was cut off; the
+		// next one of the region removes it.
+		if f.isAll(i, g) {
+			bitmaps[i] = nil
+			continue
+		}
+		n := countBits(b)
+		f.kinds[i].blocks.Add(n)
+	}
+	if bitmaps[0] != nil || bitmaps[1] != nil {
+		f.putPartial(g, bitmaps)
+	}
+	return nil
+}
+
+// forgetVolume removes the record and the header, from where on the flags are out
+// of reach; Store.Forget then removes them.
+func (c *committer) forgetVolume(volume string) error {
+	if err := c.commit([]op{{key: recordKey(volume)}, {key: headerKey(volume)}}, true); err != nil {
+		return err
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if f := c.flags[volume]; f != nil {
+		f.gone.Store(true)
+		delete(c.flags, volume)
+	}
+	return nil
+}
+
+// sweep removes flags that no header names: those of forgotten volumes.
+func (s *Store) sweep() error {
+	named := map[uint64]bool{}
+	var orphans []uint64
+	err := s.view(func(txn *badger.Txn) error {
+		o := badger.DefaultIteratorOptions
+		it := txn.NewIterator(o)
+		defer it.Close()
+		for it.Seek([]byte(headerPrefix)); it.ValidForPrefix([]byte(headerPrefix)); it.Next() {
+			value, err := it.Item().ValueCopy(nil)
+			if err != nil {
+				return err
+			}
+			gen, _, err := decodeHeader(value)
+			if err != nil {
+				return damaged(s.dir, fmt.Errorf("flags of volume %s: %w", it.Item().Key()[len(headerPrefix):], err))
+			}
+			named[gen] = true
+		}
+		for it.Seek([]byte(flagsPrefix)); it.ValidForPrefix([]byte(flagsPrefix)); {
+			key := it.Item().Key()
+			if len(key) < genSize {
+				return damaged(s.dir, fmt.Errorf("unknown key %x", key))
+			}
+			gen := binary.BigEndian.Uint64(key[len(flagsPrefix):])
+			if !named[gen] {
+				orphans = append(orphans, gen)
+			}
+			if gen++; gen == 0 {
+				break
+			}
+			it.Seek(genKey(gen))
+		}
+		return nil
+	})
+	for _, gen := range orphans {
+		if err == nil {
+			err = s.drop(gen)
+		}
+	}
+	return err
+}
+
+// drop deletes the keys of a generation that no header names, in transactions
+// small enough not to hold others up.
+func (s *Store) drop(gen uint64) error {
+	const perCommit = 4096
+	for {
+		r := &request{}
+		err := s.view(func(txn *badger.Txn) error {
+			o := badger.DefaultIteratorOptions
+			o.PrefetchValues = false
+			o.Prefix = genKey(gen)
+			it := txn.NewIterator(o)
+			defer it.Close()
+			for it.Rewind(); it.Valid() && len(r.records) < perCommit; it.Next() {
+				r.records = append(r.records, op{key: bytes.Clone(it.Item().Key())})
+			}
+			return nil
+		})
+		if err != nil || len(r.records) == 0 {
+			return err
+		}
+		if err := s.submit(context.Background(), r); err != nil {
+			return err
+		}
+	}
+}

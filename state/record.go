@@ -1,0 +1,183 @@
+package state
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"strings"
+	"time"
+
+	"github.com/dgraph-io/badger/v4"
+)
+
+// recordSchema is the newest form of a Record that this code writes and reads.
+const recordSchema = 1
+
+// phaseUntouched is the phase in which no flag of a volume can have been set. An
+// empty phase means the same.
+const phaseUntouched = "ready"
+
+// Record is the durable lifecycle record of one volume.
+type Record struct {
+	// Volume is the volume's name, 1 to 255 bytes without NUL.
+	Volume string `json:"volume"`
+	// SourceID and DestinationID name the two devices, so that the flags are never
+	// used for another pair.
+	SourceID      string `json:"source_id"`
+	DestinationID string `json:"destination_id"`
+	// BlockSize is in bytes, Blocks and RegionBlocks in logical blocks.
+	BlockSize    uint32 `json:"block_size"`
+	Blocks       uint64 `json:"blocks"`
+	RegionBlocks uint64 `json:"region_blocks"`
+	// Phase is the proxy's word for where the volume stands. In any phase but
+	// "ready" (or "") the volume must have flags.
+	Phase  string `json:"phase"`
+	Paused bool   `json:"paused"`
+	// RateLimit is the copy's throttle in bytes per second, 0 for none; nil where
+	// none was ever set.
+	RateLimit *uint64 `json:"rate_limit,omitempty"`
+	// CopiedBytes and SkippedBytes are the copier's tally at the last record.
+	CopiedBytes  uint64 `json:"copied_bytes"`
+	SkippedBytes uint64 `json:"skipped_bytes"`
+	// AllocatedBytes is the storage of the source; 0 until it is known.
+	AllocatedBytes uint64 `json:"allocated_bytes"`
+	// InitiatorWrittenBytes is the size of the dirty blocks at the last record.
+	InitiatorWrittenBytes uint64 `json:"initiator_written_bytes"`
+
+	CreatedAt time.Time  `json:"created_at"`
+	StartedAt *time.Time `json:"started_at,omitempty"`
+	SyncedAt  *time.Time `json:"synced_at,omitempty"`
+	CutoverAt *time.Time `json:"cutover_at,omitempty"`
+	// Hold is how long initiator I/O was held at cutover.
+	Hold *time.Duration `json:"hold_ns,omitempty"`
+}
+
+// storedRecord is a Record on disk.
+type storedRecord struct {
+	Schema int `json:"schema"`
+	Record
+}
+
+// PutRecords writes the records in one transaction: after a crash all of them
+// are there or none. It returns once they are on stable storage. If ctx ends
+// before the committer took them up nothing is written; if later, it waits for the
+// outcome.
+func (s *Store) PutRecords(ctx context.Context, recs ...Record) error {
+	if len(recs) == 0 {
+		return nil
+	}
+	r := &request{}
+	for _, rec := range recs {
+		if err := checkVolume(rec.Volume); err != nil {
+			return err
+		}
+		value, err := json.Marshal(storedRecord{recordSchema, rec})
+		if err != nil {
+			return fmt.Errorf("volume %s: encode record: %w", rec.Volume, err)
+		}
+		r.records = append(r.records, op{key: recordKey(rec.Volume), value: value})
+	}
+	return s.submit(ctx, r)
+}
+
+// Record gives a volume's record, and false where there is none.
+func (s *Store) Record(volume string) (Record, bool, error) {
+	if err := checkVolume(volume); err != nil {
+		return Record{}, false, err
+	}
+	value, err := s.get(recordKey(volume))
+	if err != nil || value == nil {
+		return Record{}, false, err
+	}
+	rec, err := s.decodeRecord(volume, value)
+	return rec, err == nil, err
+}
+
+// Records gives every record in the order of the volumes' names.
+func (s *Store) Records() ([]Record, error) {
+	var recs []Record
+	err := s.view(func(txn *badger.Txn) error {
+		o := badger.DefaultIteratorOptions
+		o.Prefix = []byte(recordPrefix)
+		it := txn.NewIterator(o)
+		defer it.Close()
+		for it.Rewind(); it.Valid(); it.Next() {
+			value, err := it.Item().ValueCopy(nil)
+			if err != nil {
+				return err
+			}
+			rec, err := s.decodeRecord(string(it.Item().Key()[len(recordPrefix):]), value)
+			if err != nil {
+				return err
+			}
+			recs = append(recs, rec)
+		}
+		return nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	return recs, nil
+}
+
+func (s *Store) decodeRecord(volume string, value []byte) (Record, error) {
+	var schema struct{ Schema int }
+	if err := json.Unmarshal(value, &schema); err != nil || schema.Schema < 1 {
+		return Record{}, damaged(s.dir, fmt.Errorf("record of volume %s is not readable", volume))
+	}
+	if schema.Schema > recordSchema {
+		return Record{}, fmt.Errorf("state directory %s: record of volume %s has schema %d, this lunshift knows up to %d: %w: run the newer one",
+			s.dir, volume, schema.Schema, recordSchema, ErrVersion)
+	}
+	var stored storedRecord
+	if err := json.Unmarshal(value, &stored); err != nil {
+		return Record{}, damaged(s.dir, fmt.Errorf("record of volume %s: %w", volume, err))
+	}
+	if stored.Volume != volume {
+		return Record{}, damaged(s.dir, fmt.Errorf("record of volume %s names volume %s", volume, stored.Volume))
+	}
+	return stored.Record, nil
+}
+
+// get reads one key; nil where there is none.
+func (s *Store) get(key []byte) (value []byte, err error) {
+	err = s.view(func(txn *badger.Txn) error {
+		item, err := txn.Get(key)
+		if errors.Is(err, badger.ErrKeyNotFound) {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		value, err = item.ValueCopy([]byte{})
+		return err
+	})
+	return value, err
+}
+
+// view runs fn on a snapshot. It holds Close back while fn runs. What fn or the
+// database cannot read is damage.
+func (s *Store) view(fn func(*badger.Txn) error) (err error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	defer func() {
+		if r := recover(); r != nil {
+			err = damaged(s.dir, fmt.Errorf("reading the database: %v", r))
+		}
+	}()
+	if s.db.IsClosed() {
+		return ErrClosed
+	}
+	if err = s.db.View(fn); err != nil {
+		err = damaged(s.dir, err)
+	}
+	return err
+}
+
+func checkVolume(name string) error {
+	if name == "" || len(name) > 255 || strings.ContainsRune(name, 0) {
+		return fmt.Errorf("volume name %q: want 1 to 255 bytes without NUL", name)
+	}
+	return nil
+}

@@ -1,0 +1,332 @@
+// Package state keeps what must outlive the process: the lifecycle record of
+// each volume, and for each logical block whether the destination holds its
+// current content (valid) and whether the initiators wrote it since the start
+// (dirty).
+//
+// Its guarantee: what PutRecords and Flags.Set have acknowledged is on stable
+// storage and comes back at the next Open, after a kill or a power loss as well;
+// if it does not, Open or Store.Flags fails and says so. A store never begins
+// again from nothing by itself.
+//
+// A Store is one directory. A Record is one volume's place in its life. Flags
+// is the two-level image of one volume's blocks: it is read without I/O, and
+// written in transactions that gather what became due, of all volumes, while the
+// last one was being synced.
+//
+// The package does not know what a phase means, reads and writes no logical
+// unit, and imports none of lunshift's other packages.
+package state
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"path/filepath"
+	"sync"
+	"time"
+
+	"github.com/dgraph-io/badger/v4"
+	badgeroptions "github.com/dgraph-io/badger/v4/options"
+	"github.com/sirupsen/logrus"
+)
+
+// Errors of this package, wrapped with the directory and what was being done.
+var (
+	// ErrLocked: another process (or another Store) has the directory open.
+	ErrLocked = errors.New("in use by another process")
+	// ErrForeign: the directory holds something that is not a lunshift state.
+	ErrForeign = errors.New("not a lunshift state directory")
+	// ErrVersion: the state was written by a newer lunshift.
+	ErrVersion = errors.New("written by a newer lunshift")
+	// ErrCorrupt: the state is damaged or incomplete.
+	ErrCorrupt = errors.New("damaged")
+	// ErrGeometry: the volume's flags were kept for another size or region size.
+	ErrGeometry = errors.New("geometry differs")
+	// ErrClosed: the Store was closed.
+	ErrClosed = errors.New("state closed")
+	// ErrForgotten: the volume's state was forgotten while its Flags were in use.
+	ErrForgotten = errors.New("state of the volume was forgotten")
+	// ErrNoSpace: too little space is free to commit safely; nothing was written,
+	// and the Store goes on as soon as there is space again.
+	ErrNoSpace = errors.New("too little free space")
+	// ErrFailed: an earlier commit failed with an unknown outcome; nothing more is
+	// written until the Store is opened again.
+	ErrFailed = errors.New("an earlier commit failed")
+	// ErrRange: a run reaches beyond the volume.
+	ErrRange = errors.New("beyond the end of the volume")
+)
+
+const (
+	// memTableSize is Badger's in-memory table and write-ahead log, in bytes. A
+	// transaction holds at most 15 % of it.
+	memTableSize = 16 << 20
+	// minFree is the free space in bytes below which nothing is committed. Badger
+	// writes through memory maps: on a full file system a store into one kills the
+	// process, so the room is made sure of before. It covers one rotation of
+	// the memory table with a compaction beside it.
+	minFree = 4 * memTableSize
+	// badgerDir holds Badger's files within the state directory.
+	badgerDir = "badger"
+)
+
+// Options are what a Store needs from outside.
+type Options struct {
+	// Log takes what Badger and the committer have to tell. Nil discards it.
+	Log logrus.FieldLogger
+}
+
+// Store is an open state directory. All methods may be called concurrently.
+type Store struct {
+	dir  string
+	log  logrus.FieldLogger
+	lock *dirLock
+	head *head
+	db   *badger.DB
+
+	queue   chan *request
+	closing chan struct{} // closed by Close: no new requests
+	stopped chan struct{} // closed by the committer: no more outcomes
+	close   sync.Once
+	closed  error // Close's outcome
+
+	stats   statsKeeper
+	freeMin uint64 // minFree, smaller in tests of a full disk
+
+	// Lock order: loading, then mu.
+	loading sync.Mutex        // held while a volume's flags are loaded or forgotten
+	mu      sync.Mutex        // guards flags, and the database against Close while it is read
+	flags   map[string]*Flags // by volume name
+}
+
+// Open opens the state in dir and creates both where there is none. One Store
+// at a time has a directory. The errors name dir: ErrLocked, ErrForeign,
+// ErrVersion, ErrCorrupt, ErrNoSpace or the file system's own.
+func Open(dir string, opts Options) (_ *Store, err error) {
+	log := opts.Log
+	if log == nil {
+		quiet := logrus.New()
+		quiet.SetLevel(logrus.PanicLevel)
+		log = quiet
+	}
+	dir, err = filepath.Abs(dir)
+	if err != nil {
+		return nil, fmt.Errorf("state directory %s: %w", dir, err)
+	}
+	lock, err := openDir(dir)
+	if err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			lock.release()
+		}
+	}()
+	if err := checkFree(dir, minFree); err != nil {
+		return nil, fmt.Errorf("state directory %s: %w", dir, err)
+	}
+	head, err := openHead(dir)
+	if err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			head.file.Close()
+		}
+	}()
+	bdir := filepath.Join(dir, badgerDir)
+	if err := verifyFiles(bdir); err != nil {
+		return nil, damaged(dir, err)
+	}
+	db, err := openBadger(bdir, log)
+	if err != nil {
+		return nil, damaged(dir, err)
+	}
+	s := &Store{
+		dir:     dir,
+		log:     log,
+		lock:    lock,
+		head:    head,
+		db:      db,
+		queue:   make(chan *request, maxBatch),
+		closing: make(chan struct{}),
+		stopped: make(chan struct{}),
+		freeMin: minFree,
+		flags:   map[string]*Flags{},
+	}
+	c, err := newCommitter(s)
+	if err != nil {
+		db.Close()
+		return nil, err
+	}
+	go c.run()
+	if err := s.sweep(); err != nil {
+		s.Close()
+		return nil, err
+	}
+	return s, nil
+}
+
+func openBadger(dir string, log logrus.FieldLogger) (db *badger.DB, err error) {
+	defer func() {
+		if r := recover(); r != nil {
+			db, err = nil, fmt.Errorf("opening the database: %v", r)
+		}
+	}()
+	o := badger.DefaultOptions(dir).
+		WithLogger(badgerLog{log}).
+		WithSyncWrites(true).
+		WithDetectConflicts(false). // one committer, no concurrent transactions
+		WithMemTableSize(memTableSize).
+		WithNumMemtables(2).
+		WithNumLevelZeroTables(4).
+		WithNumLevelZeroTablesStall(8).
+		WithNumCompactors(2).
+		WithBaseTableSize(4 << 20).
+		WithBaseLevelSize(32 << 20).
+		WithValueLogFileSize(64 << 20).
+		WithValueThreshold(1 << 20). // every value stays in the tables
+		WithCompression(badgeroptions.None).
+		WithBlockCacheSize(0). // uncompressed blocks are read in place
+		WithIndexCacheSize(0).
+		WithChecksumVerificationMode(badgeroptions.OnTableAndBlockRead).
+		WithMetricsEnabled(false)
+	return badger.Open(o)
+}
+
+// Close lets the commits under way finish, refuses the rest with ErrClosed and
+// gives the directory up. Flags stay readable.
+func (s *Store) Close() error {
+	s.close.Do(func() {
+		close(s.closing)
+		<-s.stopped
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		err := s.db.Close()
+		if err != nil {
+			err = fmt.Errorf("state directory %s: close: %w", s.dir, err)
+		}
+		s.closed = errors.Join(err, s.head.close(), s.lock.release())
+	})
+	return s.closed
+}
+
+// Forget removes the record and the flags of a volume; Flags of it that are in
+// use fail from then on with ErrForgotten. It does nothing for a volume that is
+// not known.
+func (s *Store) Forget(volume string) error {
+	if err := checkVolume(volume); err != nil {
+		return err
+	}
+	s.loading.Lock()
+	defer s.loading.Unlock()
+	header, err := s.get(headerKey(volume))
+	if err != nil {
+		return err
+	}
+	if err := s.submit(context.Background(), &request{forget: volume}); err != nil {
+		return err
+	}
+	if header == nil {
+		return nil
+	}
+	gen, _, err := decodeHeader(header)
+	if err != nil {
+		return nil // its flags are out of reach all the same
+	}
+	if err := s.drop(gen); err != nil {
+		return wrap(volume, "remove forgotten flags", err)
+	}
+	return nil
+}
+
+// Stats is what the Store did since it was opened.
+type Stats struct {
+	// Commits counts synced transactions, Requests the calls they served.
+	Commits, Requests uint64
+	// Failures counts transactions that failed.
+	Failures uint64
+	// FlagsSet counts the blocks of any kind whose flag was newly set.
+	FlagsSet uint64
+	// Latency is the time from a transaction's begin to its sync.
+	Latency Histogram
+}
+
+// Histogram counts durations. Counts[i] holds those up to Bounds[i] and above
+// the bound before; the last count, beyond all bounds, has no bound.
+type Histogram struct {
+	Bounds []time.Duration
+	Counts []uint64
+	Sum    time.Duration
+}
+
+// Stats is a snapshot.
+func (s *Store) Stats() Stats { return s.stats.snapshot() }
+
+type statsKeeper struct {
+	mu sync.Mutex // guards all below
+	Stats
+}
+
+func (k *statsKeeper) committed(took time.Duration, err error) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if k.Latency.Bounds == nil {
+		k.Latency.Bounds = latencyBounds()
+		k.Latency.Counts = make([]uint64, len(k.Latency.Bounds)+1)
+	}
+	if err != nil {
+		k.Failures++
+		return
+	}
+	k.Commits++
+	k.Latency.Sum += took
+	i := 0
+	for i < len(k.Latency.Bounds) && took > k.Latency.Bounds[i] {
+		i++
+	}
+	k.Latency.Counts[i]++
+}
+
+func (k *statsKeeper) served(requests int, flags uint64) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.Requests += uint64(requests)
+	k.FlagsSet += flags
+}
+
+func (k *statsKeeper) snapshot() Stats {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	st := k.Stats
+	if st.Latency.Bounds == nil {
+		st.Latency.Bounds = latencyBounds()
+		st.Latency.Counts = make([]uint64, len(st.Latency.Bounds)+1)
+		return st
+	}
+	st.Latency.Counts = append([]uint64(nil), st.Latency.Counts...)
+	return st
+}
+
+func latencyBounds() []time.Duration {
+	var b []time.Duration
+	for d := 50 * time.Microsecond; d < 2*time.Second; d *= 2 {
+		b = append(b, d)
+	}
+	return b
+}
+
+// badgerLog hands Badger's lines on. None of them is for people who run lunshift
+// but its warnings.
+type badgerLog struct{ log logrus.FieldLogger }
+
+func (l badgerLog) Errorf(f string, a ...any)   { l.log.Warnf("state: badger: "+trim(f), a...) }
+func (l badgerLog) Warningf(f string, a ...any) { l.log.Warnf("state: badger: "+trim(f), a...) }
+func (l badgerLog) Infof(f string, a ...any)    { l.log.Debugf("state: badger: "+trim(f), a...) }
+func (l badgerLog) Debugf(string, ...any)       {}
+
+func trim(f string) string {
+	for len(f) > 0 && f[len(f)-1] == '\n' {
+		f = f[:len(f)-1]
+	}
+	return f
+}
