@@ -1,12 +1,30 @@
 // Package proxy is the volume: one source and one destination logical unit, and
 // the virtual logical unit in front of them.
+//
+// It routes each command of an initiator by the flags of the blocks it touches,
+// has the copier move what is left, and takes the volume through its phases.
+// Its guarantee: a write is acknowledged only after the destination has it, the
+// destination was flushed if its cache is volatile and the blocks were not valid
+// before, and their flags are on stable storage, in that order; and a
+// block is read from the destination only once its flag is durable. So neither a
+// kill nor a power loss loses an acknowledged write, or shows an older block than one
+// already read.
+//
+// route.go is the data path, lifecycle.go the phases, check.go the refusals.
 package proxy
 
 import (
 	"context"
+	"crypto/sha256"
+	"encoding/binary"
+	"fmt"
+	"sync"
+	"sync/atomic"
+	"time"
 
 	"github.com/sirupsen/logrus"
 
+	copier "lunshift/copy"
 	"lunshift/lun"
 	"lunshift/state"
 	"lunshift/target"
@@ -18,11 +36,13 @@ type Config struct {
 	// IQN and LUN are where initiators find the volume.
 	IQN string
 	LUN uint64
-	// Source and Destination are open; the Volume does not close them.
+	// Source and Destination are open; the Volume does not close them. They may be
+	// nil where the state says that the volume is cut over (see NeedsUnits).
 	Source, Destination lun.Device
 	// SourceAddress and DestinationAddress are shown to people; no secrets.
 	SourceAddress, DestinationAddress string
-	// RegionSize is the unit of copying in bytes, a power of two from 64 KiB to 64 MiB.
+	// RegionSize is the unit of copying in bytes, a power of two from 64 KiB to 64
+	// MiB. Once a migration has started, the size it started with stays.
 	RegionSize uint64
 	// CopyDepth is how many regions are copied at once, 1 to 256.
 	CopyDepth int
@@ -39,48 +59,322 @@ type Config struct {
 	Log    logrus.FieldLogger
 }
 
-// Volume is one migration. All methods may be called concurrently.
-type Volume struct{}
+// Volume is one migration, and the logical unit in front of it: it implements
+// lun.Updater and lun.Prober. All methods may be called concurrently.
+type Volume struct {
+	cfg                 Config
+	log                 logrus.FieldLogger
+	source, destination *unit // nil in phase cutover after a restart
+	destinationFlush    *flusher
+	info                lun.Info
+	flags               *state.Flags
+	copier              *copier.Copier
+	before              copier.Progress // what earlier runs of the service did
+	throttle            *copier.Throttle
 
-// Check gives every reason for which a migration from source to destination would be
-// refused, each one line; none means that Start would go ahead. It reads both
-// devices and writes nothing.
-func Check(ctx context.Context, source, destination lun.Device, overwrite bool) []error
+	// Lock order: step, gate, a range of writes, commits, mu.
+	step    sync.Mutex    // one step of the lifecycle at a time
+	gate    gate          // every command of an initiator passes it
+	writes  lun.RangeLock // held over each change of blocks, whoever makes it
+	commits sync.Mutex    // held while flags of copied blocks are committed
+
+	phase atomic.Value // Phase; assigned in lifecycle.go only
+
+	mu       sync.Mutex // protects the fields below
+	record   state.Record
+	changed  chan struct{} // closed and replaced when the phase changes
+	suspects []lun.Extent  // blocks that were not valid when a write to them failed
+	faults   map[string]string
+	samples  []sample
+
+	faulty atomic.Bool // faults is not empty
+
+	copying *copying // guarded by step
+	closed  bool     // guarded by step
+}
+
+// copying is a run of the copier.
+type copying struct {
+	cancel context.CancelFunc
+	done   chan struct{}
+}
+
+// sample is how much had been copied at a time.
+type sample struct {
+	at     time.Time
+	copied uint64
+}
+
+// NeedsUnits tells whether the volume of that name still uses its source and
+// destination. It does not once it is cut over: the old LUN may be gone by then,
+// and the new one belongs to the initiators.
+func NeedsUnits(store *state.Store, name string) (bool, error) {
+	r, ok, err := store.Record(name)
+	return !ok || Phase(r.Phase) != Cutover, err
+}
 
 // Open takes up a volume from its state, or begins a new one in phase ready. It
 // puts the volume on the target and, where the state says migrating, goes on
-// copying.
-func Open(ctx context.Context, cfg Config) (*Volume, error)
+// copying. It fails with a Refusal when the state belongs to other logical units.
+func Open(ctx context.Context, cfg Config) (*Volume, error) {
+	v := &Volume{
+		cfg:      cfg,
+		log:      cfg.Log.WithField("volume", cfg.Name),
+		throttle: copier.NewThrottle(cfg.CopyRate),
+		changed:  make(chan struct{}),
+		faults:   make(map[string]string),
+	}
+	record, found, err := cfg.Store.Record(cfg.Name)
+	if err != nil {
+		return nil, v.errorf("read its state: %w", err)
+	}
+	if found && Phase(record.Phase) == Cutover {
+		v.record = record
+		v.phase.Store(Cutover)
+		v.info = lun.Info{BlockSize: record.BlockSize, Blocks: record.Blocks}
+		return v, nil
+	}
+	v.source = &unit{Device: cfg.Source, role: "source", address: cfg.SourceAddress}
+	v.destination = &unit{Device: cfg.Destination, role: "destination", address: cfg.DestinationAddress}
+	v.destinationFlush = &flusher{unit: v.destination}
+	v.info = frontInfo(cfg.Name, cfg.Source.Info(), cfg.Destination.Info())
+	if err := v.takeUp(ctx, record, found); err != nil {
+		return nil, err
+	}
+	v.copier = copier.New(copier.Options{
+		Source: v.source, Destination: v.destination, Ledger: (*ledger)(v),
+		Volume: v.info.All(), RegionBlocks: v.record.RegionBlocks, Depth: cfg.CopyDepth,
+		Throttle: v.throttle, Log: v.log,
+		Fault: func(err error) { v.fault("copy", err) },
+	})
+	if err := cfg.Target.AddUnit(v.front()); err != nil {
+		return nil, v.errorf("%w", err)
+	}
+	v.before = copier.Progress{
+		Copied: v.record.CopiedBytes, Skipped: v.record.SkippedBytes,
+		Allocated: v.record.AllocatedBytes, Surveyed: v.record.AllocatedBytes > 0,
+	}
+	v.resumePhase(ctx)
+	return v, nil
+}
+
+// takeUp makes the record and the flags those of this pair of units, or refuses.
+func (v *Volume) takeUp(ctx context.Context, r state.Record, found bool) error {
+	s, d := v.cfg.Source.Info(), v.cfg.Destination.Info()
+	if found && Phase(r.Phase) != Ready && (r.SourceID != s.ID || r.DestinationID != d.ID || r.Blocks != s.Blocks || r.BlockSize != s.BlockSize) {
+		return &Refusal{fmt.Sprintf("volume %s: its state (phase %s) belongs to source %s (%d blocks) and destination %s, but the configuration names source %s (%d blocks) and destination %s: correct the configuration, or give the new pair another name",
+			v.cfg.Name, r.Phase, r.SourceID, r.Blocks, r.DestinationID, s.ID, s.Blocks, d.ID)}
+	}
+	if !found || Phase(r.Phase) == Ready {
+		// Nothing is on disk yet that hangs on the units, so the configuration
+		// counts.
+		if found {
+			if err := v.cfg.Store.Forget(v.cfg.Name); err != nil {
+				return v.errorf("renew its state: %w", err)
+			}
+		}
+		rate := r.RateLimit
+		r = state.Record{
+			Volume: v.cfg.Name, SourceID: s.ID, DestinationID: d.ID,
+			BlockSize: s.BlockSize, Blocks: s.Blocks,
+			RegionBlocks: max(1, v.cfg.RegionSize/uint64(s.BlockSize)),
+			Phase:        string(Ready), Paused: r.Paused, RateLimit: rate, CreatedAt: time.Now(),
+		}
+	}
+	flags, err := v.cfg.Store.Flags(v.cfg.Name, state.Geometry{Blocks: r.Blocks, RegionBlocks: r.RegionBlocks})
+	if err != nil {
+		return v.errorf("load its flags: %w", err)
+	}
+	v.flags = flags
+	if Phase(r.Phase) == Ready {
+		if err := v.cfg.Store.PutRecords(ctx, r); err != nil {
+			return v.errorf("write its state: %w", err)
+		}
+	}
+	if r.RateLimit != nil {
+		v.throttle.Set(*r.RateLimit)
+	}
+	v.record = r
+	return nil
+}
+
+// frontInfo is what the virtual unit says of itself: the same in every phase, so it
+// promises only what both sides can keep.
+func frontInfo(name string, s, d lun.Info) lun.Info {
+	thin := s.Thin || d.Thin
+	return lun.Info{
+		BlockSize: s.BlockSize, Blocks: s.Blocks, PhysicalExponent: s.PhysicalExponent,
+		ID: "lunshift:" + name, Thin: thin, UnmapZeroes: thin,
+		ReportsAllocation: s.ReportsAllocation || d.ReportsAllocation,
+		VolatileCache:     s.VolatileCache || d.VolatileCache,
+		UnmapGranularity:  max(s.UnmapGranularity, d.UnmapGranularity),
+	}
+}
+
+// front is the volume as the target serves it, with an identity of its own that
+// follows from where initiators find it.
+func (v *Volume) front() target.Unit {
+	sum := sha256.Sum256(fmt.Appendf(nil, "%s/%d", v.cfg.IQN, v.cfg.LUN))
+	const locallyAssigned = 0x3 // NAA, SPC-4 7.8.6.6.3
+	return target.Unit{
+		IQN: v.cfg.IQN, LUN: v.cfg.LUN, Device: v,
+		Vendor: "LUNSHIFT", Product: "VOLUME", Revision: "1",
+		Serial: fmt.Sprintf("%x", sum[:8]),
+		NAA:    locallyAssigned<<60 | binary.BigEndian.Uint64(sum[:8])>>4,
+		Alias:  v.cfg.Name,
+	}
+}
 
 // Name is the volume's name.
-func (v *Volume) Name() string
+func (v *Volume) Name() string { return v.cfg.Name }
 
 // Status is a snapshot.
-func (v *Volume) Status() Status
+func (v *Volume) Status() Status {
+	s := Status{
+		Name: v.cfg.Name, IQN: v.cfg.IQN, LUN: v.cfg.LUN, Phase: v.Phase(),
+		Size: v.info.Size(), BlockSize: v.info.BlockSize, RateLimit: v.throttle.Rate(),
+		Sessions: v.cfg.Target.Sessions(v.cfg.IQN),
+	}
+	if s.Sessions == nil {
+		s.Sessions = []target.SessionInfo{}
+	}
+	v.mu.Lock()
+	r := v.record
+	s.Degraded, s.DegradedReason = v.degraded()
+	s.Rate = v.rate()
+	v.mu.Unlock()
+	s.StartedAt, s.SyncedAt, s.CutoverAt = r.StartedAt, r.SyncedAt, r.CutoverAt
+	if r.Hold != nil {
+		ms := float64(r.Hold.Microseconds()) / 1000
+		s.Hold = &ms
+	}
+	if v.source == nil {
+		s.Copied, s.Skipped, s.Allocated, s.AllocatedKnown = r.CopiedBytes, r.SkippedBytes, r.AllocatedBytes, true
+		s.InitiatorWritten = r.InitiatorWrittenBytes
+		s.Source = UnitStatus{Address: v.cfg.SourceAddress, State: "released", ID: r.SourceID}
+		s.Destination = UnitStatus{Address: v.cfg.DestinationAddress, State: "released", ID: r.DestinationID}
+		return s
+	}
+	s.Source, s.Destination = v.source.status(), v.destination.status()
+	p, bs := v.progress(), uint64(v.info.BlockSize)
+	s.Copied, s.Skipped, s.Allocated, s.AllocatedKnown = p.Copied, p.Skipped, p.Allocated, p.Surveyed
+	s.InitiatorWritten = v.flags.Count(state.Dirty) * bs
+	s.Remaining = s.Size - v.flags.Count(state.Valid)*bs
+	if s.Phase != Migrating {
+		s.Rate = 0
+		return s
+	}
+	s.Paused = r.Paused
+	if s.AllocatedKnown && s.Rate > 0 && !s.Paused {
+		left := min(s.Remaining, s.Allocated-min(s.Allocated, s.Copied))
+		eta := int64((left + s.Rate - 1) / s.Rate)
+		s.ETA = &eta
+	}
+	return s
+}
 
-// Start begins the migration: ready → migrating. In a later phase but cutover it
-// does nothing.
-func (v *Volume) Start(ctx context.Context) error
+// degraded gives the reasons, in a stable order; v.mu is held.
+func (v *Volume) degraded() (bool, string) {
+	var reason string
+	add := func(text string) {
+		if reason != "" {
+			reason += "; "
+		}
+		reason += text
+	}
+	for _, kind := range []string{"start", "state", "copy"} {
+		if text := v.faults[kind]; text != "" {
+			add(text)
+		}
+	}
+	for _, u := range []*unit{v.source, v.destination} {
+		if u != nil && u.down.Load() && reason == "" {
+			add(u.role + " unavailable")
+		}
+	}
+	return reason != "", reason
+}
 
-// Pause stops the copier, never the initiators. Kept over restarts.
-func (v *Volume) Pause(ctx context.Context) error
+// fault keeps the last failure of a kind for Status, and logs it when it is a new
+// one; nil says that it is over.
+func (v *Volume) fault(kind string, err error) {
+	if err == nil && !v.faulty.Load() {
+		return
+	}
+	text := ""
+	if err != nil {
+		text = kind + ": " + err.Error()
+	}
+	v.mu.Lock()
+	old := v.faults[kind]
+	if text == "" {
+		delete(v.faults, kind)
+	} else {
+		v.faults[kind] = text
+	}
+	v.faulty.Store(len(v.faults) > 0)
+	v.mu.Unlock()
+	switch {
+	case text != "" && text != old:
+		v.log.Warn(text)
+	case text == "" && old != "":
+		v.log.Infof("%s: goes on again", kind)
+	}
+}
 
-// Resume undoes Pause.
-func (v *Volume) Resume(ctx context.Context) error
+// rate is the copy's speed over the last samples in bytes per second; v.mu is held.
+func (v *Volume) rate() uint64 {
+	if len(v.samples) < 2 {
+		return 0
+	}
+	first, last := v.samples[0], v.samples[len(v.samples)-1]
+	if took := last.at.Sub(first.at).Seconds(); took > 0 {
+		return uint64(float64(last.copied-first.copied) / took)
+	}
+	return 0
+}
 
-// Throttle limits the copy to rate bytes per second, 0 for no limit. Kept over restarts.
-func (v *Volume) Throttle(ctx context.Context, rate uint64) error
+// save writes the record as change leaves it, and keeps it once it is on stable
+// storage.
+func (v *Volume) save(ctx context.Context, change func(*state.Record)) error {
+	v.commits.Lock() // one save at a time, so that the last one on disk is the last one made
+	defer v.commits.Unlock()
+	v.mu.Lock()
+	r := v.record
+	v.mu.Unlock()
+	p := v.progress()
+	r.CopiedBytes, r.SkippedBytes, r.AllocatedBytes = p.Copied, p.Skipped, p.Allocated
+	r.InitiatorWrittenBytes = v.flags.Count(state.Dirty) * uint64(v.info.BlockSize)
+	change(&r)
+	if err := v.cfg.Store.PutRecords(ctx, r); err != nil {
+		err = v.errorf("write its state: %w", err)
+		v.fault("state", err)
+		return err
+	}
+	v.fault("state", nil)
+	v.mu.Lock()
+	v.record = r
+	v.mu.Unlock()
+	return nil
+}
 
-// Cutover ends the migration: synced → cutover. From its return on no initiator I/O
-// goes through the volume. Done already, it does nothing.
-func (v *Volume) Cutover(ctx context.Context) error
+// progress is what was copied since the migration started.
+func (v *Volume) progress() copier.Progress {
+	p := v.copier.Progress()
+	p.Copied += v.before.Copied
+	p.Skipped += v.before.Skipped
+	if !p.Surveyed && v.before.Surveyed {
+		p.Allocated, p.Surveyed = v.before.Allocated, true
+	}
+	return p
+}
 
-// Wait returns when the volume is in phase p or past it.
-func (v *Volume) Wait(ctx context.Context, p Phase) error
+func (v *Volume) errorf(format string, args ...any) error {
+	return fmt.Errorf("volume %s: "+format, append([]any{v.cfg.Name}, args...)...)
+}
 
-// Remove forgets the state of a volume in phase cutover and takes it off the target.
-func (v *Volume) Remove(ctx context.Context) error
-
-// Close takes the volume off the target, stops the copier and lets commands in
-// flight finish. The state stays.
-func (v *Volume) Close(ctx context.Context) error
+var (
+	_ lun.Updater   = (*Volume)(nil)
+	_ lun.Prober    = (*Volume)(nil)
+	_ copier.Ledger = (*ledger)(nil)
+)

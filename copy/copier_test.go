@@ -1,0 +1,141 @@
+package copier
+
+import (
+	"bytes"
+	"context"
+	"math/rand/v2"
+	"testing"
+	"time"
+
+	"pgregory.net/rapid"
+
+	"lunshift/lun"
+	"lunshift/lun/luntest"
+)
+
+func TestAllocationMapNeverMissesAnAllocatedBlock(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		const blocks = 2000
+		dev := luntest.NewThinMemory(512, blocks)
+		allocated := make([]bool, blocks)
+		for range rapid.IntRange(0, 60).Draw(t, "extents") {
+			start := rapid.IntRange(0, blocks-1).Draw(t, "start")
+			n := rapid.IntRange(1, min(40, blocks-start)).Draw(t, "blocks")
+			if err := dev.WriteAt(context.Background(), make([]byte, n*512), lun.LBA(start)); err != nil {
+				t.Fatal(err)
+			}
+			for i := start; i < start+n; i++ {
+				allocated[i] = true
+			}
+		}
+		limit := rapid.SampledFrom([]int{1, 2, 5, 1000}).Draw(t, "limit")
+		m, err := survey(context.Background(), dev, lun.Extent{Blocks: blocks}, nil, limit)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if len(m.runs) > limit {
+			t.Fatalf("%d runs, limit %d", len(m.runs), limit)
+		}
+		in := make([]bool, blocks)
+		count := uint64(0)
+		for _, e := range m.Within(lun.Extent{Blocks: blocks}) {
+			for at := e.Start; at < e.End(); at++ {
+				in[at] = true
+				count++
+			}
+		}
+		if count != m.Allocated() {
+			t.Fatalf("Allocated is %d, the runs hold %d", m.Allocated(), count)
+		}
+		for at := range allocated {
+			if allocated[at] && !in[at] {
+				t.Fatalf("LBA %d is allocated, the map says not", at)
+			}
+			if limit == 1000 && in[at] != allocated[at] {
+				t.Fatalf("LBA %d: the map should be exact", at)
+			}
+		}
+		from := rapid.IntRange(0, blocks-1).Draw(t, "from")
+		want, found := 0, false
+		for at := from; at < blocks && !found; at++ {
+			want, found = at, in[at]
+		}
+		if got, ok := m.NextAllocated(lun.LBA(from)); ok != found || ok && got != lun.LBA(want) {
+			t.Fatalf("NextAllocated(%d) = %d %v, want %d %v", from, got, ok, want, found)
+		}
+	})
+}
+
+func TestSplitZeroesKeepsEveryByteAndCutsOnlyZeroes(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		bs := rapid.SampledFrom([]uint32{512, 4096}).Draw(t, "block size")
+		var p []byte
+		for range rapid.IntRange(1, 6).Draw(t, "runs") {
+			n := rapid.IntRange(1, 40).Draw(t, "blocks") * int(bs)
+			run := make([]byte, n)
+			if rapid.Bool().Draw(t, "data") {
+				for i := 0; i < n; i += int(bs) {
+					run[i+rand.IntN(int(bs))] = 1
+				}
+			}
+			p = append(p, run...)
+		}
+		whole := lun.Extent{Start: 77, Blocks: uint64(len(p)) / uint64(bs)}
+		at := whole.Start
+		var back []byte
+		err := splitZeroes(p, whole, bs, func(q []byte, e lun.Extent, zero bool) error {
+			if e.Start != at || e.Blocks*uint64(bs) != uint64(len(q)) {
+				t.Fatalf("run %v with %d bytes, want it to begin at %d", e, len(q), at)
+			}
+			if zero && !isZero(q) {
+				t.Fatal("data taken for zeroes")
+			}
+			at = e.End()
+			back = append(back, q...)
+			return nil
+		})
+		if err != nil || at != whole.End() || !bytes.Equal(back, p) {
+			t.Fatalf("the runs do not make up the whole: end %d of %d, %v", at, whole.End(), err)
+		}
+	})
+}
+
+func TestLongZeroesAreCutOut(t *testing.T) {
+	p := make([]byte, 1<<20)
+	p[0], p[512<<10], p[1<<20-1] = 1, 1, 1
+	var zero int
+	if err := splitZeroes(p, lun.Extent{Blocks: 2048}, 512, func(q []byte, _ lun.Extent, z bool) error {
+		if z {
+			zero += len(q)
+		}
+		return nil
+	}); err != nil {
+		t.Fatal(err)
+	}
+	if want := 1<<20 - 3*zeroGrain; zero != want {
+		t.Errorf("%d bytes of zeroes cut out, want %d", zero, want)
+	}
+}
+
+func TestThrottleKeepsToItsRate(t *testing.T) {
+	th := NewThrottle(4 << 20)
+	if th.Rate() != 4<<20 {
+		t.Errorf("rate %d", th.Rate())
+	}
+	ctx := context.Background()
+	began := time.Now()
+	for range 5 {
+		if err := th.Wait(ctx, 256<<10); err != nil {
+			t.Fatal(err)
+		}
+	}
+	// The first 256 KiB are the burst; the other MiB takes a quarter of a second.
+	if took := time.Since(began); took < 200*time.Millisecond {
+		t.Errorf("1.25 MiB at 4 MiB/s took %v", took)
+	}
+	th.Set(0)
+	began = time.Now()
+	if err := th.Wait(ctx, 1<<30); err != nil || time.Since(began) > time.Second || th.Rate() != 0 {
+		t.Errorf("no limit: %v after %v, rate %d", err, time.Since(began), th.Rate())
+	}
+}

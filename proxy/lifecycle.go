@@ -1,0 +1,386 @@
+package proxy
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"time"
+
+	"lunshift/state"
+)
+
+// The lifecycle of a volume. All of it is in this file; nothing else assigns the
+// phase.
+//
+//	ready ──start──▶ migrating ──all valid──▶ synced ──cutover──▶ cutover
+//	                  ▲      │
+//	                  └ pause, resume
+//
+// ready: the source takes writes and serves reads; the destination is
+// untouched. On disk: the record. A crash means nothing.
+//
+// migrating: the destination takes writes; reads come from the destination
+// where a block is valid, else from the source, which no one writes any more. On
+// disk: the record, and the flags of every acknowledged write and every committed
+// copy. After a crash the copy goes on from the flags. Pause stops the
+// copier, never the initiators.
+//
+// synced: as migrating with every block valid, so the destination serves
+// everything. After a crash it still does.
+//
+// cutover: nobody's I/O passes; the destination stands alone, and initiators meet it
+// without lunshift. On disk: the record, until Remove. After a crash the volume is
+// not served and its units are not opened.
+
+// next holds the transitions that are allowed.
+var next = map[Phase]Phase{Ready: Migrating, Migrating: Synced, Synced: Cutover}
+
+// Times that bound the steps.
+const (
+	// holdLimit is how long initiators' commands may be held at a change of phase; past
+	// it the step is undone.
+	holdLimit = 10 * time.Second
+	// logoutLimit is how long sessions may take to leave after a cutover before they
+	// are dropped.
+	logoutLimit = 10 * time.Second
+	// sampleEvery and samplesKept make the window over which the rate is measured.
+	sampleEvery = time.Second
+	samplesKept = 11
+	// progressEvery is how often the progress counters are written down.
+	progressEvery = 5 * time.Second
+)
+
+// Phase is where the volume stands.
+func (v *Volume) Phase() Phase { return v.phase.Load().(Phase) }
+
+// advance takes the volume to the next phase: it writes the record as change leaves
+// it, then takes the phase and wakes those who wait for it.
+func (v *Volume) advance(ctx context.Context, to Phase, change func(*state.Record)) error {
+	if from := v.Phase(); next[from] != to {
+		return v.notAllowed("the step to "+string(to), "")
+	}
+	err := v.save(ctx, func(r *state.Record) {
+		r.Phase = string(to)
+		change(r)
+	})
+	if err != nil {
+		return err
+	}
+	v.phase.Store(to)
+	v.mu.Lock()
+	close(v.changed)
+	v.changed = make(chan struct{})
+	v.mu.Unlock()
+	v.log.Infof("phase %s", to)
+	return nil
+}
+
+// resumePhase takes up the phase of the record.
+func (v *Volume) resumePhase(ctx context.Context) {
+	v.step.Lock()
+	defer v.step.Unlock()
+	v.phase.Store(Phase(v.record.Phase))
+	switch v.Phase() {
+	case Ready:
+		if v.cfg.Autostart {
+			if err := v.becomeMigrating(ctx); err != nil {
+				v.fault("start", err)
+			}
+		}
+	case Migrating:
+		v.log.Infof("takes up the migration: %d of %d blocks are valid", v.flags.Count(state.Valid), v.info.Blocks)
+		if !v.record.Paused {
+			v.runCopier()
+		}
+	}
+}
+
+// Start begins the migration: ready → migrating. In a later phase but cutover it
+// does nothing. It fails with a Refusal where Check refuses.
+func (v *Volume) Start(ctx context.Context) error {
+	v.step.Lock()
+	defer v.step.Unlock()
+	switch v.Phase() {
+	case Ready:
+		return v.becomeMigrating(ctx)
+	case Cutover:
+		return v.notAllowed("start", "it is done; remove the volume to use its name again")
+	}
+	return nil
+}
+
+// becomeMigrating changes which side takes writes at an instant at which none is
+// under way: a write still on its way to the source would otherwise be missed by the
+// copy.
+func (v *Volume) becomeMigrating(ctx context.Context) error {
+	refused, err := Check(ctx, v.cfg.Source, v.cfg.Destination, v.cfg.Overwrite)
+	if err != nil {
+		return v.errorf("%w", err)
+	}
+	if len(refused) > 0 {
+		return v.errorf("start refused: %w", errors.Join(refused...))
+	}
+	_, err = v.held(ctx, func(ctx context.Context) error {
+		if err := v.source.Flush(ctx); err != nil {
+			return err
+		}
+		now := time.Now()
+		return v.advance(ctx, Migrating, func(r *state.Record) { r.StartedAt = &now })
+	})
+	if err != nil {
+		return v.errorf("start: %w", err)
+	}
+	v.fault("start", nil)
+	if !v.record.Paused {
+		v.runCopier()
+	}
+	return nil
+}
+
+// held runs do while no command of an initiator is under way and new ones wait, and
+// tells how long they waited.
+func (v *Volume) held(ctx context.Context, do func(context.Context) error) (time.Duration, error) {
+	ctx, cancel := context.WithTimeout(ctx, holdLimit)
+	defer cancel()
+	began := time.Now()
+	if err := v.gate.hold(ctx); err != nil {
+		return 0, fmt.Errorf("commands in flight did not end within %v: %w", holdLimit, err)
+	}
+	defer v.gate.release()
+	err := do(ctx)
+	return time.Since(began), err
+}
+
+// runCopier starts the copier; the caller holds step.
+func (v *Volume) runCopier() {
+	ctx, cancel := context.WithCancel(context.Background())
+	c := &copying{cancel, make(chan struct{})}
+	v.copying = c
+	go func() {
+		defer close(c.done)
+		defer cancel()
+		v.copy(ctx)
+	}()
+}
+
+// stopCopier ends the copier and waits for it; the caller holds step.
+func (v *Volume) stopCopier() {
+	if v.copying == nil {
+		return
+	}
+	v.copying.cancel()
+	<-v.copying.done
+	v.copying = nil
+}
+
+// copy runs the copier to its end and then makes the volume synced.
+func (v *Volume) copy(ctx context.Context) {
+	watching := make(chan struct{})
+	wctx, stop := context.WithCancel(ctx)
+	go func() {
+		defer close(watching)
+		v.watch(wctx)
+	}()
+	err := v.copier.Run(ctx)
+	stop()
+	<-watching
+	for err == nil {
+		if err = v.becomeSynced(ctx); err == nil {
+			return
+		}
+		// The state could not be written; the fault is shown, and all is valid
+		// and stays so.
+		select {
+		case <-ctx.Done():
+		case <-time.After(sampleEvery):
+			err = nil
+		}
+	}
+}
+
+// becomeSynced follows from every block being valid; nothing changes for
+// initiators.
+func (v *Volume) becomeSynced(ctx context.Context) error {
+	now := time.Now()
+	return v.advance(ctx, Synced, func(r *state.Record) { r.SyncedAt, r.Paused = &now, false })
+}
+
+// watch measures the rate and writes down the progress until ctx ends.
+func (v *Volume) watch(ctx context.Context) {
+	t := time.NewTicker(sampleEvery)
+	defer t.Stop()
+	take := func(now time.Time) {
+		v.mu.Lock()
+		v.samples = append(v.samples, sample{now, v.copier.Progress().Copied})
+		if len(v.samples) > samplesKept {
+			v.samples = slices.Delete(v.samples, 0, 1)
+		}
+		v.mu.Unlock()
+	}
+	take(time.Now())
+	saved := time.Now()
+	for {
+		select {
+		case <-ctx.Done():
+			v.mu.Lock()
+			v.samples = nil
+			v.mu.Unlock()
+			return
+		case now := <-t.C:
+			take(now)
+			if now.Sub(saved) >= progressEvery {
+				saved = now
+				if err := v.save(ctx, func(*state.Record) {}); err != nil && ctx.Err() == nil {
+					continue // shown as a fault, and tried again
+				}
+			}
+		}
+	}
+}
+
+// Pause stops the copier, never the initiators. It is kept over restarts. In phase
+// synced it does nothing.
+func (v *Volume) Pause(ctx context.Context) error {
+	return v.setPaused(ctx, true)
+}
+
+// Resume undoes Pause.
+func (v *Volume) Resume(ctx context.Context) error {
+	return v.setPaused(ctx, false)
+}
+
+func (v *Volume) setPaused(ctx context.Context, paused bool) error {
+	v.step.Lock()
+	defer v.step.Unlock()
+	switch v.Phase() {
+	case Ready, Cutover:
+		return v.notAllowed(map[bool]string{true: "pause", false: "resume"}[paused], "nothing is being copied")
+	case Synced:
+		return nil
+	}
+	if err := v.save(ctx, func(r *state.Record) { r.Paused = paused }); err != nil {
+		return err
+	}
+	if paused {
+		v.stopCopier()
+		v.fault("copy", nil)
+	} else if v.copying == nil {
+		v.runCopier()
+	}
+	return nil
+}
+
+// Throttle limits the copy to rate bytes per second, 0 for no limit. It is kept over
+// restarts.
+func (v *Volume) Throttle(ctx context.Context, rate uint64) error {
+	v.step.Lock()
+	defer v.step.Unlock()
+	if v.Phase() == Cutover {
+		return v.notAllowed("throttle", "nothing is being copied")
+	}
+	if err := v.save(ctx, func(r *state.Record) { r.RateLimit = &rate }); err != nil {
+		return err
+	}
+	v.throttle.Set(rate)
+	return nil
+}
+
+// Cutover ends the migration: synced → cutover. Commands of initiators are held,
+// those in flight end, the destination is flushed and the record written; then the
+// target asks the sessions to leave and takes no more. From its return on
+// no command passes. Done already, it does nothing.
+func (v *Volume) Cutover(ctx context.Context) error {
+	v.step.Lock()
+	defer v.step.Unlock()
+	switch v.Phase() {
+	case Cutover:
+		return nil
+	case Synced:
+	default:
+		return v.notAllowed("cutover", fmt.Sprintf("wait for phase %s (lunshift wait %s --for %s)", Synced, v.cfg.Name, Synced))
+	}
+	v.stopCopier()
+	began := time.Now()
+	_, err := v.held(ctx, func(ctx context.Context) error {
+		if err := v.destination.Flush(ctx); err != nil {
+			return err
+		}
+		now := time.Now()
+		return v.advance(ctx, Cutover, func(r *state.Record) {
+			r.CutoverAt = &now
+			hold := now.Sub(began)
+			r.Hold = &hold
+		})
+	})
+	if err != nil {
+		return v.errorf("cutover undone, still %s: %w", v.Phase(), err)
+	}
+	ctx, cancel := context.WithTimeout(ctx, logoutLimit)
+	defer cancel()
+	if err := v.cfg.Target.Retire(ctx, v.cfg.IQN, v.cfg.LUN); err != nil && ctx.Err() == nil {
+		return v.errorf("cut over, but the target did not let go: %w", err)
+	}
+	return nil
+}
+
+// Wait returns when the volume is in phase p or past it.
+func (v *Volume) Wait(ctx context.Context, p Phase) error {
+	for {
+		v.mu.Lock()
+		changed := v.changed
+		v.mu.Unlock()
+		if slices.Index(Phases, v.Phase()) >= slices.Index(Phases, p) {
+			return nil
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+}
+
+// Remove forgets the state of a volume in phase cutover. The volume is of no use
+// afterwards.
+func (v *Volume) Remove(ctx context.Context) error {
+	v.step.Lock()
+	defer v.step.Unlock()
+	if v.Phase() != Cutover {
+		return v.notAllowed("remove", "only a volume that is cut over can be forgotten")
+	}
+	if err := v.cfg.Store.Forget(v.cfg.Name); err != nil {
+		return v.errorf("forget its state: %w", err)
+	}
+	return nil
+}
+
+// Close implements lun.Device: it is Shutdown without a limit of time.
+func (v *Volume) Close() error { return v.Shutdown(context.Background()) }
+
+// Shutdown takes the volume off the target, lets commands in flight end, stops the
+// copier and writes the progress down. The state stays.
+func (v *Volume) Shutdown(ctx context.Context) error {
+	v.step.Lock()
+	defer v.step.Unlock()
+	if v.Phase() == Cutover {
+		return nil
+	}
+	if v.closed {
+		return nil
+	}
+	v.closed = true
+	err := v.cfg.Target.RemoveUnit(v.cfg.IQN, v.cfg.LUN)
+	v.stopCopier()
+	v.gate.close()
+	if held := v.gate.hold(ctx); held != nil {
+		err = errors.Join(err, v.errorf("commands in flight did not end: %w", held))
+	} else {
+		v.gate.release()
+	}
+	return errors.Join(err, v.save(ctx, func(*state.Record) {}))
+}
+
+func (v *Volume) notAllowed(step, hint string) error {
+	return &PhaseError{Volume: v.cfg.Name, Step: step, Phase: v.Phase(), Hint: hint}
+}
