@@ -211,7 +211,7 @@ func (c *committer) commit(ops []op, atomic bool) (err error) {
 	if c.failed != nil {
 		return c.failed
 	}
-	if err := checkFree(c.dir, c.freeMin); err != nil {
+	if err := checkFree(c.dir, c.freeMin.Load()); err != nil {
 		return fmt.Errorf("state directory %s: %w", c.dir, err)
 	}
 	for rest := ops; len(rest) > 0; {

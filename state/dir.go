@@ -25,7 +25,7 @@ const (
 
 // damaged marks err as ErrCorrupt and tells what to do about it.
 func damaged(dir string, err error) error {
-	if errors.Is(err, ErrCorrupt) || errors.Is(err, ErrVersion) {
+	if errors.Is(err, ErrCorrupt) || errors.Is(err, ErrVersion) || errors.Is(err, ErrLocked) {
 		return err
 	}
 	text := strings.Join(strings.Fields(err.Error()), " ")

@@ -23,11 +23,13 @@ import (
 	"fmt"
 	"path/filepath"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/dgraph-io/badger/v4"
 	badgeroptions "github.com/dgraph-io/badger/v4/options"
 	"github.com/sirupsen/logrus"
+	"golang.org/x/sys/unix"
 )
 
 // Errors of this package, wrapped with the directory and what was being done.
@@ -90,7 +92,7 @@ type Store struct {
 	closed  error // Close's outcome
 
 	stats   statsKeeper
-	freeMin uint64 // minFree, smaller in tests of a full disk
+	freeMin atomic.Uint64 // minFree, another in tests of a full disk
 
 	// Lock order: loading, then mu.
 	loading sync.Mutex        // held while a volume's flags are loaded or forgotten
@@ -150,9 +152,9 @@ func Open(dir string, opts Options) (_ *Store, err error) {
 		queue:   make(chan *request, maxBatch),
 		closing: make(chan struct{}),
 		stopped: make(chan struct{}),
-		freeMin: minFree,
 		flags:   map[string]*Flags{},
 	}
+	s.freeMin.Store(minFree)
 	c, err := newCommitter(s)
 	if err != nil {
 		db.Close()
@@ -183,14 +185,18 @@ func openBadger(dir string, log logrus.FieldLogger) (db *badger.DB, err error) {
 		WithNumCompactors(2).
 		WithBaseTableSize(4 << 20).
 		WithBaseLevelSize(32 << 20).
-		WithValueLogFileSize(64 << 20).
-		WithValueThreshold(1 << 20). // every value stays in the tables
+		WithValueLogFileSize(1 << 20). // stays empty.
+		WithValueThreshold(1 << 20).   // every value stays in the tables
 		WithCompression(badgeroptions.None).
 		WithBlockCacheSize(0). // uncompressed blocks are read in place
 		WithIndexCacheSize(0).
-		WithChecksumVerificationMode(badgeroptions.OnTableAndBlockRead).
+		WithChecksumVerificationMode(badgeroptions.OnBlockRead).
 		WithMetricsEnabled(false)
-	return badger.Open(o)
+	db, err = badger.Open(o)
+	if errors.Is(err, unix.EWOULDBLOCK) {
+		return nil, fmt.Errorf("the database in %s: %w: stop that one first", dir, ErrLocked)
+	}
+	return db, err
 }
 
 // Close lets the commits under way finish, refuses the rest with ErrClosed and

@@ -1,0 +1,297 @@
+package state
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+)
+
+// childEnv makes the test binary the process that is killed: its value is the
+// state directory.
+const childEnv = "LUNSHIFT_STATE_TEST_DIR"
+
+func TestMain(m *testing.M) {
+	if dir := os.Getenv(childEnv); dir != "" {
+		if err := setUntilKilled(dir); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+	}
+	os.Exit(m.Run())
+}
+
+var crashGeometry = Geometry{Blocks: 1 << 22, RegionBlocks: 2048}
+
+// setUntilKilled sets flags from several goroutines and prints each run once it
+// is acknowledged.
+func setUntilKilled(dir string) error {
+	s, err := Open(dir, Options{})
+	if err != nil {
+		return err
+	}
+	f, err := s.Flags("v", crashGeometry)
+	if err != nil {
+		return err
+	}
+	var wg sync.WaitGroup
+	var out sync.Mutex
+	for range 8 {
+		wg.Go(func() {
+			for {
+				k := Kinds(1 + rand.IntN(3))
+				r := Run{rand.Uint64N(crashGeometry.Blocks - 4096), 1 + rand.Uint64N(8)}
+				if rand.IntN(4) == 0 {
+					r.Blocks = 1 + rand.Uint64N(4096)
+				}
+				if err := f.Set(context.Background(), k, r); err != nil {
+					fmt.Fprintln(os.Stderr, err)
+					os.Exit(1)
+				}
+				out.Lock()
+				fmt.Printf("%d %d %d\n", k, r.Start, r.Blocks)
+				out.Unlock()
+			}
+		})
+	}
+	wg.Wait()
+	return nil
+}
+
+func TestEveryAcknowledgedFlagSurvivesKills(t *testing.T) {
+	dir := t.TempDir()
+	type ack struct {
+		k Kinds
+		r Run
+	}
+	var acks []ack
+	for round := range 4 {
+		cmd := exec.Command(os.Args[0])
+		cmd.Env = append(os.Environ(), childEnv+"="+dir)
+		cmd.Stderr = os.Stderr
+		out, err := cmd.StdoutPipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		lines := bufio.NewScanner(out)
+		limit := 300 + rand.IntN(2000)
+		for n := 0; lines.Scan(); n++ {
+			var a ack
+			if _, err := fmt.Sscan(lines.Text(), &a.k, &a.r.Start, &a.r.Blocks); err != nil {
+				break // the line that the kill cut
+			}
+			acks = append(acks, a)
+			if n == limit {
+				if err := cmd.Process.Kill(); err != nil {
+					t.Fatal(err)
+				}
+			}
+		}
+		var exit *exec.ExitError
+		if err := cmd.Wait(); !errors.As(err, &exit) || exit.ExitCode() != -1 {
+			t.Fatalf("round %d: the child ended by itself: %v", round, err)
+		}
+		// Half of the rounds go on with the directory as the kill left it.
+		at := dir
+		if round%2 == 0 {
+			at = copyState(t, dir)
+		}
+		s := open(t, at)
+		f, err := s.Flags("v", crashGeometry)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, a := range acks {
+			if !f.All(a.k, a.r) {
+				t.Fatalf("round %d: %v of kinds %d was acknowledged and is gone", round, a.r, a.k)
+			}
+		}
+		if err := s.Close(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	t.Logf("%d acknowledged calls", len(acks))
+}
+
+// copyState copies a directory as a crash would leave it.
+func copyState(t *testing.T, from string) string {
+	t.Helper()
+	to := filepath.Join(t.TempDir(), "copy")
+	if out, err := exec.Command("cp", "-r", "--sparse=always", from, to).CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	os.Remove(filepath.Join(to, badgerDir, "LOCK"))
+	return to
+}
+
+// written makes a state with flags and a record, as left by Close or by a kill.
+func written(t *testing.T, closed bool) (dir string, runs []Run) {
+	t.Helper()
+	dir = filepath.Join(t.TempDir(), "state")
+	s := open(t, dir)
+	f, err := s.Flags("v", crashGeometry)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := s.PutRecords(context.Background(), Record{Volume: "v", Phase: "migrating"}); err != nil {
+		t.Fatal(err)
+	}
+	for i := range uint64(40) {
+		r := Run{i * 5000, 3000}
+		if err := f.Set(context.Background(), Valid|Dirty, r); err != nil {
+			t.Fatal(err)
+		}
+		runs = append(runs, r)
+	}
+	if closed {
+		if err := s.Close(); err != nil {
+			t.Fatal(err)
+		}
+		return dir, runs
+	}
+	return copyState(t, dir), runs
+}
+
+// holdsOrRefuses opens dir and wants either every run or an error that says what
+// is wrong. It tells which.
+func holdsOrRefuses(t *testing.T, dir string, runs []Run, what string) (refused bool) {
+	t.Helper()
+	s, err := Open(dir, Options{})
+	if err == nil {
+		defer s.Close()
+		var f *Flags
+		if f, err = s.Flags("v", crashGeometry); err == nil {
+			for _, r := range runs {
+				if !f.All(Valid|Dirty, r) {
+					t.Fatalf("%s: %v is gone without an error", what, r)
+				}
+			}
+			return false
+		}
+	}
+	if !errors.Is(err, ErrCorrupt) && !errors.Is(err, ErrForeign) && !errors.Is(err, ErrVersion) {
+		t.Fatalf("%s: unclear error: %v", what, err)
+	}
+	if !strings.Contains(err.Error(), dir) || strings.Contains(err.Error(), "\n") {
+		t.Fatalf("%s: error does not name the directory in one line: %v", what, err)
+	}
+	return true
+}
+
+func TestDamagedFilesAreRefusedOrHarmless(t *testing.T) {
+	seed := uint64(time.Now().UnixNano())
+	t.Logf("seed %d", seed)
+	rnd := rand.New(rand.NewPCG(seed, 0))
+	for _, closed := range []bool{true, false} {
+		dir, runs := written(t, closed)
+		var files []string
+		for _, pattern := range []string{"HEAD", "badger/*"} {
+			names, _ := filepath.Glob(filepath.Join(dir, pattern))
+			for _, name := range names {
+				if st, err := os.Stat(name); err == nil && st.Size() > 0 && filepath.Base(name) != "LOCK" {
+					rel, _ := filepath.Rel(dir, name)
+					files = append(files, rel)
+				}
+			}
+		}
+		refusals := 0
+		damage := func(what, file string, change func(path string, b []byte) error) {
+			c := copyState(t, dir)
+			path := filepath.Join(c, file)
+			b, err := os.ReadFile(path)
+			if err == nil {
+				err = change(path, b)
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			if holdsOrRefuses(t, c, runs, fmt.Sprintf("%s, closed=%v, seed %d", what, closed, seed)) {
+				refusals++
+			}
+			os.RemoveAll(c)
+		}
+		for _, file := range files {
+			for range 3 {
+				damage("flip in "+file, file, func(path string, b []byte) error {
+					n := len(b)
+					for n > 1 && b[n-1] == 0 {
+						n--
+					}
+					b[rnd.IntN(n)] ^= 1 << rnd.IntN(8)
+					return os.WriteFile(path, b, 0o600)
+				})
+				damage("cut "+file, file, func(path string, b []byte) error {
+					n := len(b)
+					for n > 1 && b[n-1] == 0 {
+						n--
+					}
+					return os.Truncate(path, rnd.Int64N(int64(n)))
+				})
+			}
+			damage("lost "+file, file, func(path string, _ []byte) error { return os.Remove(path) })
+			damage("garbage in "+file, file, func(path string, b []byte) error {
+				for i := range min(len(b), 1<<20) {
+					b[i] = byte(rnd.Uint32())
+				}
+				return os.WriteFile(path, b, 0o600)
+			})
+		}
+		t.Logf("closed=%v: %d refusals over %v", closed, refusals, files)
+		if refusals == 0 {
+			t.Fatal("no damage was noticed")
+		}
+	}
+}
+
+func TestDamageInsideTheLogIsToldFromATornEnd(t *testing.T) {
+	dir, runs := written(t, false)
+	log := filepath.Join(dir, badgerDir, "00001.mem")
+	b, err := os.ReadFile(log)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := verifyLog(b); err != nil {
+		t.Fatalf("intact: %v", err)
+	}
+	at := logHeader
+	var ends []int
+	for {
+		key, n := logEntry(b[at:])
+		if n == 0 {
+			break
+		}
+		at += n
+		if strings.HasPrefix(string(key), logFinish) {
+			ends = append(ends, at)
+		}
+	}
+	if len(ends) < len(runs) {
+		t.Fatalf("%d transactions in the log, want at least %d", len(ends), len(runs))
+	}
+	for i, end := range ends {
+		begin := logHeader
+		if i > 0 {
+			begin = ends[i-1]
+		}
+		torn := append([]byte(nil), b...)
+		torn[begin+(end-begin)/2] ^= 0x10
+		err := verifyLog(torn)
+		if i < len(ends)-1 && err == nil {
+			t.Fatalf("transaction %d of %d damaged, and not noticed", i, len(ends))
+		}
+		if i == len(ends)-1 && err != nil {
+			t.Fatalf("torn end taken for damage: %v", err)
+		}
+	}
+}
