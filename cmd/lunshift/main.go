@@ -1,0 +1,162 @@
+// Command lunshift moves iSCSI logical units to another array while initiators
+// keep reading and writing. Each command has a file of its own; what they do is in
+// package control.
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"os/signal"
+	"strings"
+	"syscall"
+
+	"github.com/spf13/cobra"
+
+	"lunshift/conf"
+	"lunshift/control"
+)
+
+// version is set by the build.
+var version = "unknown"
+
+func main() {
+	ctx, cancel := context.WithCancel(context.Background())
+	signals := make(chan os.Signal, 2)
+	signal.Notify(signals, syscall.SIGINT, syscall.SIGTERM)
+	go func() {
+		<-signals
+		cancel()
+		<-signals
+		os.Exit(control.ExitInterrupted)
+	}()
+	os.Exit(run(ctx, os.Args[1:], os.Stdout, os.Stderr))
+}
+
+// app is what the commands share.
+type app struct {
+	stdout, stderr io.Writer
+
+	config, control string
+	json            bool
+	// understood is set once the command line is: errors before are the caller's.
+	understood bool
+}
+
+// run does one command line and gives the exit code.
+func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
+	a := &app{stdout: stdout, stderr: stderr}
+	root := a.root()
+	root.SetArgs(args)
+	command, err := root.ExecuteContextC(ctx)
+	if err == nil {
+		return control.ExitDone
+	}
+	if !a.understood {
+		text := strings.Join(strings.Fields(err.Error()), " ")
+		err = control.Usagef("%s (see %s --help)", text, command.CommandPath())
+	}
+	if errors.Is(err, context.Canceled) && ctx.Err() != nil {
+		return control.ExitInterrupted
+	}
+	if a.json {
+		a.print(map[string]control.Error{"error": {Kind: control.KindOf(err), Message: err.Error()}})
+	}
+	for line := range strings.Lines(err.Error()) {
+		fmt.Fprintf(stderr, "lunshift: %s\n", strings.TrimSuffix(line, "\n"))
+	}
+	return control.ExitCode(err)
+}
+
+func (a *app) root() *cobra.Command {
+	root := &cobra.Command{
+		Use:   "lunshift",
+		Short: "Move iSCSI logical units to another array while they are in use",
+		Long: `lunshift is an iSCSI target that stands in front of two logical units, the source
+and the destination, and moves the first onto the second while initiators keep
+reading and writing.
+
+Exit codes: 0 done, 1 failed, 2 wrong usage, 3 not allowed in this phase.`,
+		SilenceUsage:      true,
+		SilenceErrors:     true,
+		Args:              cobra.NoArgs,
+		CompletionOptions: cobra.CompletionOptions{HiddenDefaultCmd: true},
+		PersistentPreRun:  func(*cobra.Command, []string) { a.understood = true },
+	}
+	root.SetOut(a.stdout)
+	root.SetErr(a.stderr)
+	flags := root.PersistentFlags()
+	flags.StringVar(&a.config, "config", "", "configuration `FILE` (default "+conf.DefaultPath+")")
+	flags.StringVar(&a.control, "control", "", "control `SOCKET` of the service (default: the one in the configuration)")
+	flags.BoolVar(&a.json, "json", false, "write JSON to standard output")
+	root.MarkFlagsMutuallyExclusive("config", "control")
+	root.AddCommand(
+		a.serveCommand(), a.checkCommand(), a.startCommand(), a.statusCommand(),
+		a.pauseCommand(), a.resumeCommand(), a.throttleCommand(), a.waitCommand(),
+		a.cutoverCommand(), a.removeCommand(), a.versionCommand(),
+	)
+	return root
+}
+
+// load reads the configuration that --config names.
+func (a *app) load() (*conf.Config, error) {
+	path := a.config
+	if path == "" {
+		path = conf.DefaultPath
+	}
+	return control.LoadConfig(path)
+}
+
+// client is a client of the service that --config or --control names.
+func (a *app) client() (*control.Client, error) {
+	switch {
+	case a.control != "":
+		return control.NewClient(a.control), nil
+	case a.config != "":
+		socket, err := conf.Control(a.config)
+		return control.NewClient(socket), err
+	}
+	if _, err := os.Stat(conf.DefaultPath); errors.Is(err, fs.ErrNotExist) {
+		return control.NewClient(conf.DefaultControl), nil
+	}
+	socket, err := conf.Control(conf.DefaultPath)
+	return control.NewClient(socket), err
+}
+
+// step is a command that does something with one volume and shows how it then is.
+func (a *app) step(name, short, long string, do func(context.Context, *control.Client, string) (control.Status, error)) *cobra.Command {
+	return &cobra.Command{
+		Use:   name + " VOLUME",
+		Short: short,
+		Long:  long,
+		Args:  cobra.ExactArgs(1),
+		RunE: func(c *cobra.Command, args []string) error {
+			client, err := a.client()
+			if err != nil {
+				return err
+			}
+			status, err := do(c.Context(), client, args[0])
+			if err != nil {
+				return err
+			}
+			if a.json {
+				return a.print(status)
+			}
+			return control.WriteLine(a.stdout, status)
+		},
+	}
+}
+
+// print writes v to standard output as one line of JSON.
+func (a *app) print(v any) error { return json.NewEncoder(a.stdout).Encode(v) }
+
+// must is for what only a mistake in this program makes fail.
+func must(err error) {
+	if err != nil {
+		panic(err)
+	}
+}

@@ -1,0 +1,18 @@
+package main
+
+import (
+	"context"
+
+	"github.com/spf13/cobra"
+
+	"lunshift/control"
+)
+
+func (a *app) pauseCommand() *cobra.Command {
+	return a.step("pause", "Stop the background copy of a volume, not its initiators",
+		`Stop the background copy. Initiators go on, and what they write still goes to
+the destination. A pause outlives a restart of the service.`,
+		func(ctx context.Context, c *control.Client, volume string) (control.Status, error) {
+			return c.Pause(ctx, volume)
+		})
+}

@@ -1,0 +1,32 @@
+package main
+
+import (
+	"fmt"
+
+	"github.com/spf13/cobra"
+)
+
+func (a *app) removeCommand() *cobra.Command {
+	return &cobra.Command{
+		Use:   "remove VOLUME",
+		Short: "Forget the state of a volume that is cut over",
+		Long: `Forget the state of a volume that is cut over. Delete its [[volume]] from the
+configuration as well: with it, the next start of the service would offer the
+source to initiators again.`,
+		Args: cobra.ExactArgs(1),
+		RunE: func(c *cobra.Command, args []string) error {
+			client, err := a.client()
+			if err != nil {
+				return err
+			}
+			if err := client.Remove(c.Context(), args[0]); err != nil {
+				return err
+			}
+			if a.json {
+				return a.print(map[string]any{"name": args[0], "removed": true})
+			}
+			_, err = fmt.Fprintf(a.stdout, "%s: removed; delete its [[volume]] from the configuration before the service starts again\n", args[0])
+			return err
+		},
+	}
+}

@@ -1,0 +1,17 @@
+package main
+
+import (
+	"context"
+
+	"github.com/spf13/cobra"
+
+	"lunshift/control"
+)
+
+func (a *app) resumeCommand() *cobra.Command {
+	return a.step("resume", "Go on with the background copy of a volume",
+		`Go on with the background copy after a pause.`,
+		func(ctx context.Context, c *control.Client, volume string) (control.Status, error) {
+			return c.Resume(ctx, volume)
+		})
+}

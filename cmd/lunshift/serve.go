@@ -1,0 +1,31 @@
+package main
+
+import (
+	"github.com/spf13/cobra"
+
+	"lunshift/control"
+)
+
+func (a *app) serveCommand() *cobra.Command {
+	return &cobra.Command{
+		Use:   "serve",
+		Short: "Run the service: serve the volumes of the configuration to initiators",
+		Long: `Run the service in the foreground until SIGTERM or SIGINT: it opens the logical units,
+goes on with what was begun, and serves initiators. The first signal lets commands
+in flight end, the second ends the process at once; neither loses an acknowledged
+write. The log goes to standard error.`,
+		Args: cobra.NoArgs,
+		RunE: func(c *cobra.Command, _ []string) error {
+			cfg, err := a.load()
+			if err != nil {
+				return err
+			}
+			log := control.NewLogger(cfg.Service, a.stderr)
+			service, err := control.New(c.Context(), cfg, control.Options{Version: buildVersion(), Log: log})
+			if err != nil {
+				return err
+			}
+			return service.Run(c.Context())
+		},
+	}
+}

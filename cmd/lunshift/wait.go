@@ -1,0 +1,32 @@
+package main
+
+import (
+	"context"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"lunshift/control"
+)
+
+func (a *app) waitCommand() *cobra.Command {
+	var text string
+	var timeout time.Duration
+	command := a.step("wait", "Wait until a volume is in a phase",
+		`Wait until a volume is in a phase or past it: ready, migrating, synced or cutover.
+The exit code is 1 when the time is over first.`,
+		func(ctx context.Context, c *control.Client, volume string) (control.Status, error) {
+			phase, err := control.ParsePhase(text)
+			if err != nil {
+				return control.Status{}, err
+			}
+			if timeout < 0 {
+				return control.Status{}, control.Usagef("--timeout: %s is no time to wait", timeout)
+			}
+			return c.Wait(ctx, volume, phase, timeout)
+		})
+	command.Flags().StringVar(&text, "for", "", "`PHASE` to wait for")
+	command.Flags().DurationVar(&timeout, "timeout", 0, "how long at most, such as 1h; 0 is without end")
+	must(command.MarkFlagRequired("for"))
+	return command
+}

@@ -1,0 +1,387 @@
+package control
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/sirupsen/logrus"
+
+	"lunshift/conf"
+	"lunshift/lun"
+	"lunshift/proxy"
+	"lunshift/state"
+	"lunshift/target"
+)
+
+const (
+	// allocationLimit is how long check asks a source for its allocation.
+	allocationLimit = 20 * time.Second
+	// The source is read for sampleTime or sampleBytes, sampleDepth reads of
+	// sampleRead bytes at a time, to tell how fast it is.
+	sampleTime  = time.Second
+	sampleBytes = 256 << 20
+	sampleRead  = 1 << 20
+	sampleDepth = 4
+	// sampleRuns is how many allocated runs are kept to choose from; even.
+	sampleRuns = 4096
+)
+
+// CheckReport is what check found. It changes nothing on either side.
+type CheckReport struct {
+	Config string `json:"config"`
+	// Running tells whether a service answers on the control socket.
+	Running bool `json:"service_running"`
+	// Refusals are what would keep the service as a whole from starting.
+	Refusals []string       `json:"refusals"`
+	Volumes  []VolumeReport `json:"volumes"`
+}
+
+// VolumeReport is what check found about one volume.
+type VolumeReport struct {
+	Name string `json:"name"`
+	IQN  string `json:"iqn"`
+	LUN  uint64 `json:"lun"`
+	// Phase is what the state says; ready where it says nothing.
+	Phase       proxy.Phase `json:"phase"`
+	Source      UnitReport  `json:"source"`
+	Destination UnitReport  `json:"destination"`
+	// Allocated is what the source has storage for, in bytes; where AllocatedKnown
+	// is false, what was seen of it within the time given to check.
+	Allocated      uint64 `json:"allocated_bytes"`
+	AllocatedKnown bool   `json:"allocated_known"`
+	// Estimate is the time of the background copy; null where nothing is to be copied
+	// or it cannot be told. It assumes Rate.
+	Estimate *int64 `json:"estimate_seconds"`
+	// Rate is the speed the source was just read with, or the configured limit where
+	// that is lower (RateLimited), in bytes per second.
+	Rate        uint64 `json:"estimate_rate_bytes_per_second"`
+	RateLimited bool   `json:"estimate_rate_limited"`
+	// Refusals say, a line each, why the volume would be refused; none is good.
+	Refusals []string `json:"refusals"`
+}
+
+// UnitReport is one side of a volume.
+type UnitReport struct {
+	Address string `json:"address"`
+	// Open tells whether the rest is known.
+	Open              bool   `json:"open"`
+	Size              uint64 `json:"size_bytes"`
+	BlockSize         uint32 `json:"block_size"`
+	ID                string `json:"id"`
+	Vendor            string `json:"vendor,omitempty"`
+	Product           string `json:"product,omitempty"`
+	Serial            string `json:"serial,omitempty"`
+	Thin              bool   `json:"thin"`
+	ReportsAllocation bool   `json:"reports_allocation"`
+	VolatileCache     bool   `json:"volatile_cache"`
+}
+
+// Refused has one line for everything that would be refused; nil when all is well.
+func (r CheckReport) Refused() error {
+	var errs []error
+	for _, line := range r.Refusals {
+		errs = append(errs, errors.New(line))
+	}
+	for _, v := range r.Volumes {
+		for _, line := range v.Refusals {
+			errs = append(errs, errors.New(line))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// Check opens both units of every volume of cfg, asks them what they are, and
+// says what would be refused. Where a service runs, its volumes are inspected by
+// the service, which holds their units.
+func Check(ctx context.Context, cfg *conf.Config, log logrus.FieldLogger) (CheckReport, error) {
+	report := CheckReport{Config: cfg.Path, Refusals: []string{}, Volumes: []VolumeReport{}}
+	client := NewClient(cfg.Service.Control)
+	served, err := client.Statuses(ctx)
+	if ctx.Err() != nil {
+		return report, ctx.Err()
+	}
+	report.Running = err == nil
+	var records map[string]state.Record
+	if !report.Running {
+		if err := checkPortals(cfg.Service, log); err != nil {
+			report.Refusals = append(report.Refusals, err.Error())
+		}
+		if records, err = readRecords(cfg.Service.State, log); err != nil {
+			report.Refusals = append(report.Refusals, err.Error())
+		}
+	}
+	reports := make([]VolumeReport, len(cfg.Volumes))
+	var group sync.WaitGroup
+	slots := make(chan struct{}, openLimit)
+	for i, v := range cfg.Volumes {
+		group.Go(func() {
+			slots <- struct{}{}
+			defer func() { <-slots }()
+			reports[i] = checkVolume(ctx, cfg.Service, client, served, records, v, log)
+		})
+	}
+	group.Wait()
+	report.Volumes = reports
+	return report, ctx.Err()
+}
+
+func checkVolume(ctx context.Context, service conf.Service, client *Client, served []proxy.Status, records map[string]state.Record, v conf.Volume, log logrus.FieldLogger) VolumeReport {
+	report := newReport(v)
+	for _, status := range served {
+		if status.Name != v.Name {
+			continue
+		}
+		if status.Source.Address != v.Source.Address || status.Destination.Address != v.Destination.Address {
+			return report.refuse("volume %s: the running service moves %s to %s, not what the file says: restart the service, or correct the file",
+				v.Name, status.Source.Address, status.Destination.Address)
+		}
+		answer, err := client.Check(ctx, v.Name)
+		if err != nil {
+			return report.refuse("volume %s: the running service could not check it: %v", v.Name, err)
+		}
+		return answer
+	}
+	record, known := records[v.Name]
+	if known {
+		report.Phase = proxy.Phase(record.Phase)
+		if report.Phase == proxy.Cutover {
+			return report
+		}
+	}
+	source, destination, err := openUnits(ctx, service, v, log, true)
+	if err != nil {
+		for _, e := range lines(err) {
+			report = report.refuse("%s", e)
+		}
+		return report
+	}
+	report.inspect(ctx, v, source, destination)
+	if s, d := report.Source.ID, report.Destination.ID; known && report.Phase != proxy.Ready && (s != record.SourceID || d != record.DestinationID) {
+		report = report.refuse("volume %s: its state belongs to source %s and destination %s, but the configuration names source %s and destination %s: correct the configuration, or give the new pair another name",
+			v.Name, record.SourceID, record.DestinationID, s, d)
+	}
+	if err := errors.Join(source.Close(), destination.Close()); err != nil {
+		report = report.refuse("volume %s: close the units: %s", v.Name, oneLine(err))
+	}
+	return report
+}
+
+// checkServed inspects a volume of the running service.
+func (s *Service) checkServed(ctx context.Context, e *entry) VolumeReport {
+	report := newReport(e.conf)
+	e.mu.Lock()
+	units, failure := e.units, e.failure
+	e.mu.Unlock()
+	report.Phase = e.status().Phase
+	if failure != nil {
+		return report.refuse("%s", oneLine(failure))
+	}
+	if len(units) == 2 {
+		report.inspect(ctx, e.conf, units[0], units[1])
+	}
+	return report
+}
+
+func newReport(v conf.Volume) VolumeReport {
+	return VolumeReport{
+		Name: v.Name, IQN: v.IQN, LUN: v.LUN, Phase: proxy.Ready, Refusals: []string{},
+		Source: UnitReport{Address: v.Source.Address}, Destination: UnitReport{Address: v.Destination.Address},
+	}
+}
+
+func (r VolumeReport) refuse(format string, args ...any) VolumeReport {
+	r.Refusals = append(r.Refusals, fmt.Sprintf(format, args...))
+	return r
+}
+
+// inspect fills the report in from the two open units.
+func (r *VolumeReport) inspect(ctx context.Context, v conf.Volume, source, destination lun.Device) {
+	r.Source, r.Destination = unitReport(v.Source.Address, source.Info()), unitReport(v.Destination.Address, destination.Info())
+	// Once the migration has started, the destination holds what it put there.
+	overwrite := v.Overwrite || r.Phase != proxy.Ready
+	refused, err := proxy.Check(ctx, source, destination, overwrite)
+	if err != nil {
+		refused = append(refused, err)
+	}
+	for _, e := range refused {
+		*r = r.refuse("volume %s: %s", v.Name, oneLine(e))
+	}
+	var runs []lun.Extent
+	r.Allocated, r.AllocatedKnown, runs, err = allocated(ctx, source)
+	if err != nil {
+		*r = r.refuse("volume %s: source: ask for its allocation: %s", v.Name, oneLine(err))
+		return
+	}
+	if r.Phase != proxy.Ready || r.Allocated == 0 {
+		return
+	}
+	rate, err := readRate(ctx, source, runs)
+	if err != nil {
+		*r = r.refuse("volume %s: source: read a sample: %s", v.Name, oneLine(err))
+		return
+	}
+	if limit := uint64(v.Copy.Rate); limit > 0 && limit < rate {
+		rate, r.RateLimited = limit, true
+	}
+	if r.Rate = rate; rate > 0 {
+		toCopy := r.Allocated
+		if !r.AllocatedKnown {
+			toCopy = r.Source.Size
+		}
+		seconds := int64(toCopy / rate)
+		r.Estimate = &seconds
+	}
+}
+
+func unitReport(address string, i lun.Info) UnitReport {
+	return UnitReport{
+		Address: address, Open: true, Size: i.Size(), BlockSize: i.BlockSize, ID: i.ID,
+		Vendor: i.Vendor, Product: i.Product, Serial: i.Serial,
+		Thin: i.Thin, ReportsAllocation: i.ReportsAllocation, VolatileCache: i.VolatileCache,
+	}
+}
+
+// allocated counts the bytes that dev has storage for, within allocationLimit, and
+// gives some of the runs they are in, from all over the device.
+func allocated(ctx context.Context, dev lun.Device) (bytes uint64, known bool, some []lun.Extent, err error) {
+	info := dev.Info()
+	if !info.ReportsAllocation {
+		return info.Size(), true, []lun.Extent{info.All()}, nil
+	}
+	limit, cancel := context.WithTimeout(ctx, allocationLimit)
+	defer cancel()
+	every, seen := 1, 0 // of the runs seen, every so many-th is kept
+	for rest := info.All(); !rest.Empty(); {
+		runs, err := dev.Extents(limit, rest)
+		if err != nil {
+			if limit.Err() != nil && ctx.Err() == nil {
+				return bytes, false, some, nil
+			}
+			return bytes, false, some, err
+		}
+		if len(runs) == 0 {
+			return bytes, false, some, fmt.Errorf("no answer for %v", rest)
+		}
+		for _, run := range runs {
+			if !run.Allocated {
+				continue
+			}
+			bytes += info.Bytes(run.Extent)
+			if seen++; seen%every == 0 {
+				some = append(some, run.Extent)
+			}
+			if len(some) == sampleRuns {
+				for i := range sampleRuns / 2 {
+					some[i] = some[2*i+1]
+				}
+				some, every = some[:sampleRuns/2], every*2
+			}
+		}
+		end := runs[len(runs)-1].End()
+		rest = lun.Extent{Start: end, Blocks: uint64(info.All().End() - end)}
+	}
+	return bytes, true, some, nil
+}
+
+// readRate reads parts of the runs for a moment and gives the speed in bytes per
+// second; 0 where there is nothing to read.
+func readRate(ctx context.Context, dev lun.Device, runs []lun.Extent) (uint64, error) {
+	blockSize := uint64(dev.Info().BlockSize)
+	var total uint64
+	for _, run := range runs {
+		total += run.Blocks
+	}
+	blocks := sampleRead / blockSize
+	reads := min(sampleBytes/sampleRead, (total+blocks-1)/blocks)
+	if reads == 0 {
+		return 0, nil
+	}
+	begin := time.Now()
+	var next, done atomic.Uint64
+	errs := make([]error, sampleDepth)
+	var group sync.WaitGroup
+	for worker := range errs {
+		group.Go(func() {
+			buffer := make([]byte, sampleRead)
+			for time.Since(begin) < sampleTime {
+				i := next.Add(1) - 1
+				if i >= reads {
+					return
+				}
+				e := at(runs, total/reads*i, blocks)
+				length := e.Blocks * blockSize
+				if errs[worker] = dev.ReadAt(ctx, buffer[:length], e.Start); errs[worker] != nil {
+					return
+				}
+				done.Add(length)
+			}
+		})
+	}
+	group.Wait()
+	if err := errors.Join(errs...); err != nil {
+		return 0, err
+	}
+	return uint64(float64(done.Load()) / time.Since(begin).Seconds()), nil
+}
+
+// at is up to so many blocks from the n-th block of the runs on.
+func at(runs []lun.Extent, n, blocks uint64) lun.Extent {
+	for _, run := range runs {
+		if n < run.Blocks {
+			return lun.Extent{Start: run.Start + lun.LBA(n), Blocks: min(blocks, run.Blocks-n)}
+		}
+		n -= run.Blocks
+	}
+	return lun.Extent{}
+}
+
+// checkPortals says whether the service could listen on its portals.
+func checkPortals(service conf.Service, log logrus.FieldLogger) error {
+	server, err := target.New(target.Config{Portals: service.Portals, Log: log})
+	if err != nil {
+		return err
+	}
+	return errors.Join(server.Listen(), server.Close())
+}
+
+// readRecords gives what the state knows; nothing where there is no state yet.
+func readRecords(dir string, log logrus.FieldLogger) (map[string]state.Record, error) {
+	content, err := os.ReadDir(dir)
+	if errors.Is(err, fs.ErrNotExist) || err == nil && len(content) == 0 {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("state directory %s: %w (service.state)", dir, pathless(err))
+	}
+	store, err := state.Open(dir, state.Options{Log: log})
+	if err != nil {
+		return nil, err
+	}
+	list, err := store.Records()
+	if err := errors.Join(err, store.Close()); err != nil {
+		return nil, err
+	}
+	records := make(map[string]state.Record, len(list))
+	for _, r := range list {
+		records[r.Volume] = r
+	}
+	return records, nil
+}
+
+// lines are the single errors that errors.Join put together.
+func lines(err error) []string {
+	if joined, ok := err.(interface{ Unwrap() []error }); ok {
+		var all []string
+		for _, e := range joined.Unwrap() {
+			all = append(all, lines(e)...)
+		}
+		return all
+	}
+	return []string{oneLine(err)}
+}

@@ -1,0 +1,164 @@
+package control
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/http"
+	"time"
+
+	"lunshift/proxy"
+)
+
+// maxBody bounds what a request may carry, in bytes.
+const maxBody = 64 << 10
+
+// handler is the interface on the control socket. A step of the lifecycle, once
+// asked for, is done even when the one who asked is gone: it runs under the service's
+// context, waits alone run under the request's.
+func (s *Service) handler() http.Handler {
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /v1/service", s.answer(func(r *http.Request) (any, error) {
+		return s.Info(), nil
+	}))
+	mux.HandleFunc("GET /v1/volumes", s.answer(func(r *http.Request) (any, error) {
+		return s.Statuses(), nil
+	}))
+	mux.HandleFunc("GET /v1/volumes/{name}", s.answerVolume(func(r *http.Request, e *entry) error { return nil }))
+	steps := map[string]func(context.Context, Volume) error{
+		"start":   func(ctx context.Context, v Volume) error { return v.Start(ctx) },
+		"pause":   func(ctx context.Context, v Volume) error { return v.Pause(ctx) },
+		"resume":  func(ctx context.Context, v Volume) error { return v.Resume(ctx) },
+		"cutover": func(ctx context.Context, v Volume) error { return v.Cutover(ctx) },
+	}
+	for name, step := range steps {
+		mux.HandleFunc("POST /v1/volumes/{name}/"+name, s.answerVolume(func(r *http.Request, e *entry) error {
+			v, err := e.open()
+			if err != nil {
+				return err
+			}
+			return step(s.running, v)
+		}))
+	}
+	mux.HandleFunc("POST /v1/volumes/{name}/throttle", s.answerVolume(s.throttle))
+	mux.HandleFunc("GET /v1/volumes/{name}/wait", s.answerVolume(s.wait))
+	mux.HandleFunc("GET /v1/volumes/{name}/check", s.answer(s.check))
+	mux.HandleFunc("DELETE /v1/volumes/{name}", s.answer(func(r *http.Request) (any, error) {
+		return struct{}{}, s.Remove(s.running, r.PathValue("name"))
+	}))
+	return mux
+}
+
+func (s *Service) throttle(r *http.Request, e *entry) error {
+	var body throttleRequest
+	d := json.NewDecoder(r.Body)
+	d.DisallowUnknownFields()
+	if err := d.Decode(&body); err != nil {
+		return Usagef("throttle: the request is not understood: %v", err)
+	}
+	v, err := e.open()
+	if err != nil {
+		return err
+	}
+	return v.Throttle(s.running, body.Rate)
+}
+
+// wait answers once the volume is in a phase or past it, or the time is over.
+func (s *Service) wait(r *http.Request, e *entry) error {
+	phase, err := ParsePhase(r.URL.Query().Get("phase"))
+	if err != nil {
+		return err
+	}
+	ctx := r.Context()
+	if text := r.URL.Query().Get("timeout"); text != "" {
+		timeout, err := time.ParseDuration(text)
+		if err != nil || timeout < 0 {
+			return Usagef("%q is no time to wait", text)
+		}
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeout(ctx, timeout)
+		defer cancel()
+	}
+	v, err := e.open()
+	if err != nil {
+		return err
+	}
+	err = v.Wait(ctx, phase)
+	switch {
+	case err == nil:
+		return nil
+	case s.running.Err() != nil:
+		return &Error{Failed, fmt.Sprintf("volume %s: the service stops; the wait for phase %s is over", e.conf.Name, phase)}
+	case errors.Is(err, context.DeadlineExceeded):
+		return &Error{Timeout, fmt.Sprintf("volume %s: still %s after %s, not %s", e.conf.Name, v.Status().Phase, r.URL.Query().Get("timeout"), phase)}
+	}
+	return err
+}
+
+func (s *Service) check(r *http.Request) (any, error) {
+	e, err := s.entry(r.PathValue("name"))
+	if err != nil {
+		return nil, err
+	}
+	return s.checkServed(r.Context(), e), nil
+}
+
+// answerVolume does a step with a volume and answers with its status.
+func (s *Service) answerVolume(do func(*http.Request, *entry) error) http.HandlerFunc {
+	return s.answer(func(r *http.Request) (any, error) {
+		e, err := s.entry(r.PathValue("name"))
+		if err != nil {
+			return nil, err
+		}
+		if err := do(r, e); err != nil {
+			return nil, err
+		}
+		return e.status(), nil
+	})
+}
+
+// answer writes what do gives as JSON, or its error.
+func (s *Service) answer(do func(*http.Request) (any, error)) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) {
+		r.Body = http.MaxBytesReader(w, r.Body, maxBody)
+		reply, err := do(r)
+		code := http.StatusOK
+		if err != nil {
+			kind := KindOf(err)
+			code = statusOf(kind)
+			reply = errorReply{Error{kind, err.Error()}}
+			if r.Method != http.MethodGet {
+				s.log.WithError(err).Warnf("control: %s %s was refused", r.Method, r.URL.Path)
+			}
+		} else if r.Method != http.MethodGet {
+			s.log.Infof("control: %s %s", r.Method, r.URL.Path)
+		}
+		body, err := json.Marshal(reply)
+		if err != nil {
+			s.log.WithError(err).Error("control: encode an answer")
+			http.Error(w, err.Error(), http.StatusInternalServerError)
+			return
+		}
+		w.Header().Set("Content-Type", "application/json")
+		w.WriteHeader(code)
+		// A client that is gone needs no answer.
+		_, _ = w.Write(append(body, '\n'))
+	}
+}
+
+func statusOf(kind Kind) int {
+	switch kind {
+	case Usage:
+		return http.StatusBadRequest
+	case Unknown:
+		return http.StatusNotFound
+	case WrongPhase:
+		return http.StatusConflict
+	case Timeout:
+		return http.StatusRequestTimeout
+	}
+	return http.StatusInternalServerError
+}
+
+var _ Volume = (*proxy.Volume)(nil)

@@ -1,0 +1,508 @@
+package control
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"net/http"
+	"os"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/sirupsen/logrus"
+	"golang.org/x/sync/errgroup"
+
+	"lunshift/conf"
+	"lunshift/lun"
+	"lunshift/proxy"
+	"lunshift/state"
+	"lunshift/target"
+)
+
+const (
+	// openLimit is how many volumes are opened at a time.
+	openLimit = 8
+	// reopenInterval is the time between attempts at a volume whose array cannot
+	// be reached.
+	reopenInterval = 5 * time.Second
+)
+
+// Options are what a Service needs beside its configuration.
+type Options struct {
+	// Version is shown by status and metrics.
+	Version string
+	Log     logrus.FieldLogger
+}
+
+// Service is a running lunshift: the target, the state and the volumes of one
+// configuration.
+type Service struct {
+	cfg     *conf.Config
+	version string
+	log     logrus.FieldLogger
+	since   time.Time
+
+	socket  *socket
+	store   *state.Store
+	target  *target.Server
+	metrics net.Listener
+
+	entries []*entry
+
+	// running ends when the service is asked to stop; steps of volumes run under it.
+	running context.Context
+	stop    context.CancelFunc
+}
+
+// entry is a volume of the configuration.
+type entry struct {
+	conf conf.Volume
+
+	mu     sync.Mutex // protects what follows
+	volume Volume     // nil while it is not open
+	units  []lun.Device
+	// failure says why volume is nil, known what is told of it meanwhile.
+	failure error
+	known   proxy.Status
+	removed bool
+}
+
+// LoadConfig reads the configuration of a service and holds the addresses in it
+// against what lun can open.
+func LoadConfig(path string) (*conf.Config, error) {
+	return conf.Load(path, func(address string) error {
+		_, err := lun.ParseAddress(address)
+		return err
+	})
+}
+
+// New puts the service of cfg together and opens every volume. Nothing is served
+// before Run. Any fault makes it fail, with one line for each, except that the
+// array of a volume which was served before cannot be reached now: the others do
+// not wait for it, and Run tries it again and again.
+func New(ctx context.Context, cfg *conf.Config, o Options) (_ *Service, err error) {
+	s := &Service{cfg: cfg, version: o.Version, log: o.Log, since: time.Now()}
+	s.running, s.stop = context.WithCancel(context.Background())
+	defer func() {
+		if err != nil {
+			s.stop()
+			err = errors.Join(err, s.release())
+		}
+	}()
+	if s.socket, err = listenSocket(cfg.Service.Control); err != nil {
+		return nil, err
+	}
+	if cfg.Service.HTTP != "" {
+		if s.metrics, err = net.Listen("tcp", cfg.Service.HTTP); err != nil {
+			return nil, fmt.Errorf("metrics address %s: %w (service.http)", cfg.Service.HTTP, pathless(err))
+		}
+	}
+	if s.store, err = state.Open(cfg.Service.State, state.Options{Log: o.Log}); err != nil {
+		return nil, err
+	}
+	if s.target, err = target.New(target.Config{Portals: cfg.Service.Portals, Log: o.Log}); err != nil {
+		return nil, err
+	}
+	if err = s.target.Listen(); err != nil {
+		return nil, err
+	}
+	for _, v := range cfg.Volumes {
+		s.entries = append(s.entries, &entry{conf: v})
+	}
+	if err = s.openAll(ctx); err != nil {
+		return nil, err
+	}
+	return s, nil
+}
+
+// Run serves until ctx ends or something fails that the service cannot do without,
+// and then shuts down: no new commands, commands in flight end, copiers stop,
+// state is closed. It is called once.
+func (s *Service) Run(ctx context.Context) error {
+	control := &http.Server{Handler: s.handler(), BaseContext: func(net.Listener) context.Context { return s.running }, ReadHeaderTimeout: 10 * time.Second}
+	servers := []*http.Server{control}
+	failed := make(chan error, 3)
+	var running sync.WaitGroup
+	serve := func(what string, run func() error) {
+		running.Go(func() {
+			if err := run(); err != nil && !errors.Is(err, http.ErrServerClosed) && s.running.Err() == nil {
+				failed <- fmt.Errorf("%s: %w", what, err)
+			}
+		})
+	}
+	serve("target", func() error { return s.target.Serve(context.WithoutCancel(ctx)) })
+	serve("control socket", func() error { return control.Serve(s.socket) })
+	if s.metrics != nil {
+		metrics := &http.Server{Handler: s.metricsHandler(), ReadHeaderTimeout: 10 * time.Second}
+		servers = append(servers, metrics)
+		serve("metrics", func() error { return metrics.Serve(s.metrics) })
+	}
+	running.Go(s.reopen)
+	s.announce()
+
+	var err error
+	select {
+	case <-ctx.Done():
+		s.log.Info("stopping: commands in flight end first")
+	case err = <-failed:
+		s.log.WithError(err).Error("stopping")
+	}
+	if e := notify("STOPPING=1"); e != nil {
+		s.log.WithError(e).Warn("systemd was not told")
+	}
+	s.stop()
+	limit, cancel := context.WithTimeout(context.WithoutCancel(ctx), s.cfg.Service.ShutdownTimeout)
+	defer cancel()
+	if e := s.target.Shutdown(limit); e != nil {
+		err = errors.Join(err, fmt.Errorf("stop the target: %w", e))
+	}
+	for _, server := range servers {
+		if e := server.Shutdown(limit); e != nil {
+			err = errors.Join(err, e, server.Close())
+		}
+	}
+	running.Wait()
+	err = errors.Join(err, s.release())
+	if err == nil {
+		s.log.Info("stopped")
+	}
+	return err
+}
+
+// Info is what the service says of itself.
+func (s *Service) Info() ServiceInfo {
+	info := ServiceInfo{Version: s.version, PID: os.Getpid(), Since: s.since, Config: s.cfg.Path}
+	for _, a := range s.target.Addrs() {
+		info.Portals = append(info.Portals, a.String())
+	}
+	if s.metrics != nil {
+		info.HTTP = s.metrics.Addr().String()
+	}
+	return info
+}
+
+// Statuses are all volumes but removed ones, in the order of the configuration.
+func (s *Service) Statuses() []proxy.Status {
+	all := []proxy.Status{}
+	for _, e := range s.entries {
+		if !e.isRemoved() {
+			all = append(all, e.status())
+		}
+	}
+	return all
+}
+
+// Remove forgets the state of a volume that is cut over. A volume that is not in
+// the configuration any more but still in the state can be removed too. Done
+// already, it does nothing.
+func (s *Service) Remove(ctx context.Context, name string) error {
+	i := slices.IndexFunc(s.entries, func(e *entry) bool { return e.conf.Name == name })
+	if i >= 0 {
+		return s.entries[i].remove(ctx)
+	}
+	record, found, err := s.store.Record(name)
+	if err != nil {
+		return err
+	}
+	if !found {
+		return s.unknown(name)
+	}
+	if proxy.Phase(record.Phase) != proxy.Cutover {
+		return &proxy.PhaseError{Volume: name, Step: "remove", Phase: proxy.Phase(record.Phase), Hint: "only a volume that is cut over can be forgotten"}
+	}
+	return s.store.Forget(name)
+}
+
+func (s *Service) entry(name string) (*entry, error) {
+	for _, e := range s.entries {
+		if e.conf.Name == name && !e.isRemoved() {
+			return e, nil
+		}
+	}
+	return nil, s.unknown(name)
+}
+
+func (s *Service) unknown(name string) error {
+	names := []string{}
+	for _, e := range s.entries {
+		if !e.isRemoved() {
+			names = append(names, e.conf.Name)
+		}
+	}
+	if len(names) == 0 {
+		return &Error{Unknown, fmt.Sprintf("there is no volume %q; all were removed", name)}
+	}
+	return &Error{Unknown, fmt.Sprintf("there is no volume %q; the service has %s", name, strings.Join(names, ", "))}
+}
+
+// openAll opens every volume.
+func (s *Service) openAll(ctx context.Context) error {
+	records, err := s.store.Records()
+	if err != nil {
+		return err
+	}
+	for _, r := range records {
+		configured := slices.ContainsFunc(s.cfg.Volumes, func(v conf.Volume) bool { return v.Name == r.Volume })
+		if !configured && proxy.Phase(r.Phase) != proxy.Ready {
+			s.log.Warnf("the state has volume %s in phase %s, which is not in %s: it is not served", r.Volume, r.Phase, s.cfg.Path)
+		}
+	}
+	failures := make([]error, len(s.entries))
+	var group errgroup.Group
+	group.SetLimit(openLimit)
+	for i, e := range s.entries {
+		group.Go(func() error {
+			err := s.openEntry(ctx, e)
+			known := slices.ContainsFunc(records, func(r state.Record) bool { return r.Volume == e.conf.Name })
+			if err != nil && known && errors.Is(err, lun.ErrUnavailable) {
+				s.log.WithError(err).Warnf("not served yet, tried again every %s", reopenInterval)
+				return nil
+			}
+			failures[i] = err
+			return nil
+		})
+	}
+	if err := group.Wait(); err != nil {
+		return err
+	}
+	return errors.Join(failures...)
+}
+
+// openEntry opens both units of a volume and takes it up from the state.
+func (s *Service) openEntry(ctx context.Context, e *entry) error {
+	volume, units, err := s.openVolume(ctx, e.conf)
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.failure = err
+	if err != nil {
+		e.known = s.knownOf(e.conf, err)
+		return err
+	}
+	e.volume, e.units = volume, units
+	return nil
+}
+
+func (s *Service) openVolume(ctx context.Context, v conf.Volume) (_ Volume, units []lun.Device, err error) {
+	needed, err := proxy.NeedsUnits(s.store, v.Name)
+	if err != nil {
+		return nil, nil, fmt.Errorf("volume %s: %w", v.Name, err)
+	}
+	var source, destination lun.Device
+	if needed {
+		source, destination, err = openUnits(ctx, s.cfg.Service, v, s.log, false)
+		if err != nil {
+			return nil, nil, err
+		}
+		units = []lun.Device{source, destination}
+	}
+	volume, err := proxy.Open(ctx, proxy.Config{
+		Name: v.Name, IQN: v.IQN, LUN: v.LUN,
+		Source: source, Destination: destination,
+		SourceAddress: v.Source.Address, DestinationAddress: v.Destination.Address,
+		RegionSize: uint64(v.RegionSize), CopyDepth: v.Copy.Depth, CopyRate: uint64(v.Copy.Rate),
+		Overwrite: v.Overwrite, Autostart: v.Autostart,
+		Store: s.store, Target: s.target, Log: s.log,
+	})
+	if err != nil {
+		return nil, nil, errors.Join(err, closeUnits(units))
+	}
+	return volume, units, nil
+}
+
+// openUnits opens source and destination of a volume at the same time. Its
+// errors have one line for each side that failed.
+func openUnits(ctx context.Context, service conf.Service, v conf.Volume, log logrus.FieldLogger, readOnly bool) (source, destination lun.Device, err error) {
+	open := func(side string, u conf.Unit) (lun.Device, error) {
+		device, err := lun.Open(ctx, u.Address, lun.Options{
+			ReadOnly: readOnly, BlockSize: v.FileBlockSize,
+			InitiatorName: service.InitiatorName, Secret: u.Secret.Reveal(),
+			LoginTimeout: service.LoginTimeout, IOTimeout: service.IOTimeout,
+			Log: log.WithField("volume", v.Name).WithField("unit", side),
+		})
+		if err != nil {
+			return nil, fmt.Errorf("volume %s: %s: %w", v.Name, side, err)
+		}
+		return device, nil
+	}
+	var group sync.WaitGroup
+	var sourceErr, destinationErr error
+	group.Go(func() { source, sourceErr = open("source", v.Source) })
+	group.Go(func() { destination, destinationErr = open("destination", v.Destination) })
+	group.Wait()
+	if sourceErr == nil && destinationErr == nil {
+		return source, destination, nil
+	}
+	err = errors.Join(sourceErr, destinationErr)
+	for _, d := range []lun.Device{source, destination} {
+		if d != nil {
+			err = errors.Join(err, d.Close())
+		}
+	}
+	return nil, nil, err
+}
+
+func closeUnits(units []lun.Device) error {
+	var err error
+	for _, u := range units {
+		err = errors.Join(err, u.Close())
+	}
+	return err
+}
+
+// reopen tries the volumes that are not open until the service stops.
+func (s *Service) reopen() {
+	timer := time.NewTicker(reopenInterval)
+	defer timer.Stop()
+	for {
+		select {
+		case <-s.running.Done():
+			return
+		case <-timer.C:
+		}
+		for _, e := range s.entries {
+			if _, err := e.open(); err == nil || e.isRemoved() {
+				continue
+			}
+			if err := s.openEntry(s.running, e); err != nil {
+				s.log.WithError(err).Debug("not served yet")
+				continue
+			}
+			s.log.Infof("volume %s: its logical units are back, it is served", e.conf.Name)
+		}
+	}
+}
+
+// announce tells log and systemd that the service serves.
+func (s *Service) announce() {
+	info := s.Info()
+	fields := logrus.Fields{"portals": strings.Join(info.Portals, ","), "control": s.cfg.Service.Control}
+	if info.HTTP != "" {
+		fields["metrics"] = "http://" + info.HTTP + "/metrics"
+	}
+	s.log.WithFields(fields).Infof("lunshift %s serves %d volume(s)", s.version, len(s.entries))
+	if err := notify("READY=1"); err != nil {
+		s.log.WithError(err).Warn("systemd was not told")
+	}
+}
+
+// release gives everything up that New took, in the reverse order.
+func (s *Service) release() error {
+	var errs []error
+	for _, e := range s.entries {
+		errs = append(errs, e.close())
+	}
+	if s.target != nil {
+		errs = append(errs, ignoreClosed(s.target.Close()))
+	}
+	if s.store != nil {
+		errs = append(errs, s.store.Close())
+	}
+	if s.metrics != nil {
+		errs = append(errs, ignoreClosed(s.metrics.Close()))
+	}
+	if s.socket != nil {
+		errs = append(errs, ignoreClosed(s.socket.Close()))
+	}
+	return errors.Join(errs...)
+}
+
+// ignoreClosed makes closing a second time no failure.
+func ignoreClosed(err error) error {
+	if errors.Is(err, net.ErrClosed) || errors.Is(err, fs.ErrClosed) {
+		return nil
+	}
+	return err
+}
+
+// open is the volume, or an error that says why it is not served.
+func (e *entry) open() (Volume, error) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.volume == nil {
+		return nil, &Error{Failed, fmt.Sprintf("not served yet: %v", oneLine(e.failure))}
+	}
+	return e.volume, nil
+}
+
+func (e *entry) isRemoved() bool {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return e.removed
+}
+
+func (e *entry) status() proxy.Status {
+	e.mu.Lock()
+	volume, known := e.volume, e.known
+	e.mu.Unlock()
+	if volume == nil {
+		return known
+	}
+	return volume.Status()
+}
+
+// remove forgets the volume and gives its units up.
+func (e *entry) remove(ctx context.Context) error {
+	if e.isRemoved() {
+		return nil
+	}
+	volume, err := e.open()
+	if err != nil {
+		return err
+	}
+	if err := volume.Remove(ctx); err != nil {
+		return err
+	}
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.removed = true
+	units := e.units
+	e.units = nil
+	return closeUnits(units)
+}
+
+func (e *entry) close() error {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.volume == nil || e.removed {
+		return nil
+	}
+	err := e.volume.Close()
+	if err != nil {
+		err = fmt.Errorf("close volume %s: %w", e.conf.Name, err)
+	}
+	units := e.units
+	e.units, e.volume, e.failure = nil, nil, errors.New("the service stops")
+	return errors.Join(err, closeUnits(units))
+}
+
+// knownOf is what can be told of a volume whose units cannot be opened.
+func (s *Service) knownOf(v conf.Volume, failure error) proxy.Status {
+	status := proxy.Status{
+		Name: v.Name, IQN: v.IQN, LUN: v.LUN, Phase: proxy.Ready,
+		Degraded: true, DegradedReason: "not served: " + oneLine(failure),
+		Sessions:    []target.SessionInfo{},
+		Source:      proxy.UnitStatus{Address: v.Source.Address, State: "unavailable"},
+		Destination: proxy.UnitStatus{Address: v.Destination.Address, State: "unavailable"},
+	}
+	record, found, err := s.store.Record(v.Name)
+	if err != nil || !found {
+		return status
+	}
+	status.Phase, status.Paused = proxy.Phase(record.Phase), record.Paused
+	status.Size, status.BlockSize = record.Blocks*uint64(record.BlockSize), record.BlockSize
+	status.Copied, status.Skipped = record.CopiedBytes, record.SkippedBytes
+	status.StartedAt, status.SyncedAt, status.CutoverAt = record.StartedAt, record.SyncedAt, record.CutoverAt
+	return status
+}
+
+// oneLine joins the lines of an error.
+func oneLine(err error) string {
+	if err == nil {
+		return ""
+	}
+	return strings.ReplaceAll(err.Error(), "\n", "; ")
+}

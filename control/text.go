@@ -1,0 +1,256 @@
+package control
+
+import (
+	"cmp"
+	"fmt"
+	"io"
+	"strings"
+	"text/tabwriter"
+	"time"
+
+	"github.com/dustin/go-humanize"
+
+	"lunshift/proxy"
+)
+
+// barWidth is the progress bar's, in characters.
+const barWidth = 40
+
+// WriteTable writes volumes as a table, a line each.
+func WriteTable(w io.Writer, volumes []proxy.Status) error {
+	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	fmt.Fprintln(t, "VOLUME\tPHASE\tDONE\tREMAINING\tRATE\tTIME LEFT\tSESSIONS\tSIZE\tNOTE")
+	for _, v := range volumes {
+		done, remaining, rate := "-", "-", "-"
+		if v.Phase != proxy.Ready && v.Size > 0 {
+			done = fmt.Sprintf("%.1f%%", percent(v))
+			remaining = humanize.IBytes(v.Remaining)
+		}
+		if v.Phase == proxy.Migrating {
+			rate = humanize.IBytes(v.Rate) + "/s"
+		}
+		fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\t%s\t%d\t%s\t%s\n", v.Name, phase(v), done, remaining, rate,
+			timeLeft(v), len(v.Sessions), humanize.IBytes(v.Size), note(v))
+	}
+	if len(volumes) == 0 {
+		fmt.Fprintln(t, "(none)")
+	}
+	return t.Flush()
+}
+
+// WriteDetail writes all there is to tell about one volume.
+func WriteDetail(w io.Writer, v proxy.Status) error {
+	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	row := func(name, format string, args ...any) { fmt.Fprintf(t, name+"\t"+format+"\n", args...) }
+	row("volume", "%s", v.Name)
+	row("target", "%s LUN %d", v.IQN, v.LUN)
+	row("phase", "%s%s", phase(v), since(v))
+	if v.Degraded {
+		row("degraded", "%s", v.DegradedReason)
+	}
+	row("size", "%s, blocks of %d bytes", humanize.IBytes(v.Size), v.BlockSize)
+	if v.Phase != proxy.Ready {
+		row("progress", "%s", bar(v))
+		seen := ""
+		if !v.AllocatedKnown {
+			seen = " seen so far"
+		}
+		row("allocated", "%s%s", humanize.IBytes(v.Allocated), seen)
+		row("copied", "%s, skipped %s", humanize.IBytes(v.Copied), humanize.IBytes(v.Skipped))
+		row("written", "%s by initiators since the start", humanize.IBytes(v.InitiatorWritten))
+	}
+	if v.Phase == proxy.Migrating {
+		limit := "no limit"
+		if v.RateLimit > 0 {
+			limit = "limit " + humanize.IBytes(v.RateLimit) + "/s"
+		}
+		row("remaining", "%s at %s/s (%s), time left %s", humanize.IBytes(v.Remaining), humanize.IBytes(v.Rate), limit, timeLeft(v))
+	}
+	if v.Hold != nil {
+		row("cutover", "initiators were held for %.1f ms", *v.Hold)
+	}
+	row("source", "%s", unitLine(v.Source))
+	row("destination", "%s", unitLine(v.Destination))
+	row("sessions", "%d", len(v.Sessions))
+	for _, s := range v.Sessions {
+		row("", "%s from %s since %s", s.Initiator, s.Address, s.Since.Local().Format(time.DateTime))
+	}
+	return t.Flush()
+}
+
+// WriteLine writes one volume as one short line.
+func WriteLine(w io.Writer, v proxy.Status) error {
+	line := fmt.Sprintf("%s: %s", v.Name, phase(v))
+	if v.Phase == proxy.Migrating {
+		line += fmt.Sprintf(", %.1f%% done, %s left at %s/s, time left %s", percent(v), humanize.IBytes(v.Remaining), humanize.IBytes(v.Rate), timeLeft(v))
+	}
+	if v.Phase == proxy.Cutover && v.Hold != nil {
+		line += fmt.Sprintf(", initiators were held for %.1f ms", *v.Hold)
+	}
+	if n := note(v); n != "" {
+		line += " (" + n + ")"
+	}
+	_, err := fmt.Fprintln(w, line)
+	return err
+}
+
+// WriteCheck writes what check found.
+func WriteCheck(w io.Writer, r CheckReport) error {
+	running := "no service is running"
+	if r.Running {
+		running = "the service is running"
+	}
+	fmt.Fprintf(w, "%s: %d volume(s), %s\n", r.Config, len(r.Volumes), running)
+	for _, v := range r.Volumes {
+		fmt.Fprintln(w)
+		t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+		row := func(name string, cell func(UnitReport) string) {
+			fmt.Fprintf(t, "%s\t%s\t%s\n", name, known(v.Source, cell), known(v.Destination, cell))
+		}
+		fmt.Fprintf(t, "%s\tSOURCE\tDESTINATION\n", v.Name)
+		fmt.Fprintf(t, "address\t%s\t%s\n", v.Source.Address, v.Destination.Address)
+		row("size", func(u UnitReport) string { return fmt.Sprintf("%s (%d bytes)", humanize.IBytes(u.Size), u.Size) })
+		row("block size", func(u UnitReport) string { return fmt.Sprintf("%d bytes", u.BlockSize) })
+		row("identity", func(u UnitReport) string { return u.ID })
+		row("product", func(u UnitReport) string {
+			return cmp.Or(strings.Join(strings.Fields(u.Vendor+" "+u.Product+" "+u.Serial), " "), "-")
+		})
+		row("thin", func(u UnitReport) string { return yesNo(u.Thin) })
+		row("tells allocation", func(u UnitReport) string { return yesNo(u.ReportsAllocation) })
+		row("volatile cache", func(u UnitReport) string { return yesNo(u.VolatileCache) })
+		if err := t.Flush(); err != nil {
+			return err
+		}
+		t = tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+		fmt.Fprintf(t, "target\t%s LUN %d\n", v.IQN, v.LUN)
+		fmt.Fprintf(t, "phase\t%s\n", v.Phase)
+		if v.Source.Open {
+			atLeast := ""
+			if !v.AllocatedKnown {
+				atLeast = "at least "
+			}
+			fmt.Fprintf(t, "allocated\t%s%s of %s\n", atLeast, humanize.IBytes(v.Allocated), humanize.IBytes(v.Source.Size))
+		}
+		if v.Estimate != nil {
+			fmt.Fprintf(t, "estimate\t%s\n", estimate(v))
+		}
+		for _, line := range v.Refusals {
+			fmt.Fprintf(t, "refused\t%s\n", line)
+		}
+		if len(v.Refusals) == 0 {
+			fmt.Fprintf(t, "result\tnothing would be refused\n")
+		}
+		if err := t.Flush(); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func known(u UnitReport, cell func(UnitReport) string) string {
+	if !u.Open {
+		return "?"
+	}
+	return cell(u)
+}
+
+func estimate(v VolumeReport) string {
+	assumed := "the speed at which the source was just read; load and a slower destination make it longer"
+	if v.RateLimited {
+		assumed = "the limit in copy.rate"
+	}
+	return fmt.Sprintf("%s at %s/s, %s", duration(time.Duration(*v.Estimate)*time.Second), humanize.IBytes(v.Rate), assumed)
+}
+
+func phase(v proxy.Status) string {
+	if v.Paused && v.Phase == proxy.Migrating {
+		return string(v.Phase) + ", paused"
+	}
+	return string(v.Phase)
+}
+
+func since(v proxy.Status) string {
+	at := v.StartedAt
+	switch v.Phase {
+	case proxy.Synced:
+		at = v.SyncedAt
+	case proxy.Cutover:
+		at = v.CutoverAt
+	}
+	if at == nil || v.Phase == proxy.Ready {
+		return ""
+	}
+	return " since " + at.Local().Format(time.DateTime)
+}
+
+func note(v proxy.Status) string {
+	if v.Degraded {
+		return v.DegradedReason
+	}
+	return ""
+}
+
+// percent is how much of the volume is valid on the destination.
+func percent(v proxy.Status) float64 {
+	if v.Size == 0 {
+		return 0
+	}
+	return 100 * float64(v.Size-min(v.Remaining, v.Size)) / float64(v.Size)
+}
+
+func bar(v proxy.Status) string {
+	full := int(percent(v) * barWidth / 100)
+	return fmt.Sprintf("[%s%s] %.1f%%", strings.Repeat("#", full), strings.Repeat(".", barWidth-full), percent(v))
+}
+
+func timeLeft(v proxy.Status) string {
+	if v.ETA == nil {
+		return "-"
+	}
+	return duration(time.Duration(*v.ETA) * time.Second)
+}
+
+// duration is a time in its two largest units.
+func duration(d time.Duration) string {
+	switch {
+	case d < time.Second:
+		return "under 1s"
+	case d < time.Minute:
+		return fmt.Sprintf("%ds", d/time.Second)
+	case d < time.Hour:
+		return fmt.Sprintf("%dm %02ds", d/time.Minute, d%time.Minute/time.Second)
+	case d < 48*time.Hour:
+		return fmt.Sprintf("%dh %02dm", d/time.Hour, d%time.Hour/time.Minute)
+	}
+	return fmt.Sprintf("%dd %02dh", d/(24*time.Hour), d%(24*time.Hour)/time.Hour)
+}
+
+func unitLine(u proxy.UnitStatus) string {
+	parts := []string{u.Address, u.State}
+	if u.Reason != "" {
+		parts[1] += " (" + u.Reason + ")"
+	}
+	if p := strings.Join(strings.Fields(u.Vendor+" "+u.Product+" "+u.Serial), " "); p != "" {
+		parts = append(parts, p)
+	}
+	if u.ID != "" {
+		parts = append(parts, u.ID)
+	}
+	if u.Size > 0 {
+		parts = append(parts, humanize.IBytes(u.Size))
+	}
+	if u.Thin {
+		parts = append(parts, "thin")
+	}
+	if u.Errors > 0 {
+		parts = append(parts, fmt.Sprintf("%d errors", u.Errors))
+	}
+	return strings.Join(parts, ", ")
+}
+
+func yesNo(b bool) string {
+	if b {
+		return "yes"
+	}
+	return "no"
+}
