@@ -1,0 +1,185 @@
+package e2e
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"os"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"lunshift/tests/peer"
+)
+
+// oracle knows what each block of one client's range may hold. The client has
+// one command at a time.
+type oracle struct {
+	from, blocks uint64
+	block        uint64
+	acked        []byte // the pattern last acknowledged; 0 is the content before
+	maybe        []byte // a pattern issued later and not answered; 0 is none
+}
+
+func newOracle(from, length, block uint64) *oracle {
+	n := length / block
+	return &oracle{from, n, block, make([]byte, n), make([]byte, n)}
+}
+
+// client writes and reads one range until load ends; what it issued before is still
+// waited for, as long as ctx. Each answered write counts in acks.
+func (o *oracle) client(ctx, load context.Context, sh *peer.QemuShell, rng *rand.Rand, acks *atomic.Int64) error {
+	for load.Err() == nil {
+		n := uint64(1 + rng.IntN(16))
+		at := rng.Uint64N(o.blocks - n)
+		if rng.IntN(3) == 0 {
+			if o.acked[at] == 0 || o.maybe[at] != 0 {
+				continue
+			}
+			// A block once acknowledged is never seen older.
+			if _, err := sh.Do(ctx, peer.Read(o.acked[at], (o.from+at)*o.block, o.block)); err != nil {
+				return fmt.Errorf("block %d: %w", o.from+at, err)
+			}
+			continue
+		}
+		pattern := byte(1 + rng.IntN(255))
+		for i := at; i < at+n; i++ {
+			o.maybe[i] = pattern
+		}
+		if _, err := sh.Do(ctx, peer.Write(pattern, (o.from+at)*o.block, n*o.block)); err != nil {
+			return fmt.Errorf("write of %d blocks at %d: %w", n, o.from+at, err)
+		}
+		for i := at; i < at+n; i++ {
+			o.acked[i], o.maybe[i] = pattern, 0
+		}
+		acks.Add(1)
+	}
+	return nil
+}
+
+// check reads every block of the range from an image and from the image before.
+func (o *oracle) check(t *testing.T, image, before *os.File) {
+	t.Helper()
+	p, old := make([]byte, o.block), make([]byte, o.block)
+	wrong := 0
+	for i := range o.blocks {
+		at := int64((o.from + i) * o.block)
+		if _, err := image.ReadAt(p, at); err != nil && err != io.EOF {
+			t.Fatal(err)
+		}
+		if _, err := before.ReadAt(old, at); err != nil && err != io.EOF {
+			t.Fatal(err)
+		}
+		ok := o.acked[i] == 0 && string(p) == string(old) || o.acked[i] != 0 && filled(p, o.acked[i])
+		if ok = ok || o.maybe[i] != 0 && filled(p, o.maybe[i]); !ok {
+			if wrong++; wrong <= 10 {
+				t.Errorf("block %d: holds %x…, acknowledged %#x, perhaps %#x", o.from+i, p[:8], o.acked[i], o.maybe[i])
+			}
+		}
+	}
+	if wrong > 0 {
+		t.Errorf("%d of %d blocks are wrong", wrong, o.blocks)
+	}
+}
+
+func filled(p []byte, pattern byte) bool {
+	for _, b := range p {
+		if b != pattern {
+			return false
+		}
+	}
+	return true
+}
+
+func TestKilledServiceGoesOnAndLosesNoAcknowledgedWrite(t *testing.T) {
+	needTools(t)
+	ctx := t.Context()
+	const clients, kills = 4, 3
+	p := sides{block: 512, sourceThin: true, destinationThin: true, size: 96 * mib}.make(t)
+	before := p.sourcePath + ".before"
+	clone(t, p.sourcePath, before)
+	s := newService(t, p.volume("db01"))
+	s.start()
+	s.run("throttle", "db01", "--rate", "6MiB")
+	s.run("start", "db01")
+
+	seed := uint64(time.Now().UnixNano())
+	t.Logf("seed %d", seed)
+	var acks atomic.Int64
+	load, stop := context.WithCancel(ctx)
+	defer stop()
+	var running sync.WaitGroup
+	faults := make(chan error, clients)
+	var oracles []*oracle
+	for i := range clients {
+		share := p.size / clients
+		o := newOracle(uint64(i)*share/512, share, 512)
+		oracles = append(oracles, o)
+		sh := shell(t, s.front("db01"))
+		running.Go(func() {
+			if err := o.client(ctx, load, sh, rand.New(rand.NewPCG(seed, uint64(i))), &acks); err != nil {
+				faults <- err
+			}
+		})
+	}
+	progress := func() {
+		t.Helper()
+		for from, deadline := acks.Load(), time.Now().Add(time.Minute); acks.Load() < from+100; {
+			select {
+			case err := <-faults:
+				t.Fatal(err)
+			case <-time.After(10 * time.Millisecond):
+			}
+			if time.Now().After(deadline) {
+				t.Fatalf("the load stands still after %d writes", acks.Load())
+			}
+		}
+	}
+	for range kills {
+		from := s.status("db01").Copied
+		progress()
+		last := s.until("db01", "copying", func(st status) bool { return st.Copied >= from+4*mib })
+		if last.Phase != "migrating" {
+			t.Fatalf("the copy was over before the kill: %+v", last)
+		}
+		s.kill()
+		s.start()
+		now := s.status("db01")
+		if now.Phase != "migrating" || now.Copied == 0 || now.Remaining == 0 {
+			t.Errorf("after the kill: %+v", now)
+		}
+		// What was copied is not copied again, but for the regions in flight.
+		if now.Remaining > last.Remaining+16*mib {
+			t.Errorf("the copy began again: %d bytes remained before the kill, %d after", last.Remaining, now.Remaining)
+		}
+		progress()
+	}
+	s.run("throttle", "db01", "--rate", "0")
+	s.run("wait", "db01", "--for", "synced", "--timeout", "60s")
+	progress()
+	stop()
+	running.Wait()
+	select {
+	case err := <-faults:
+		t.Fatal(err)
+	default:
+	}
+	s.run("cutover", "db01")
+	s.stop()
+	t.Logf("%d writes acknowledged", acks.Load())
+
+	image, err := os.Open(p.destinationPath)
+	must(t, err)
+	defer image.Close()
+	old, err := os.Open(before)
+	must(t, err)
+	defer old.Close()
+	for _, o := range oracles {
+		o.check(t, image, old)
+	}
+	if at, same := sameImages(t, before, p.sourcePath, p.size); !same {
+		t.Errorf("the source was written, at byte %d", at)
+	}
+}
