@@ -33,6 +33,13 @@ type Options struct {
 	// CHAP); empty asks for no proof. TargetUser may be left empty with
 	// TargetSecret set: any name will do then.
 	TargetUser, TargetSecret string
+	// SessionKey makes the sessions recognisable: a later process that opens the same
+	// logical unit with the same key and initiator name takes their place, and the
+	// target ends the tasks that the earlier one left behind before it lets the
+	// later one in (session reinstatement, RFC 7143 6.3.5). Two that are open at
+	// the same time must not share a key: each would end the other's sessions.
+	// Empty makes sessions that nothing else replaces.
+	SessionKey string
 	// Sessions is how many sessions share the load, 1 (default) to 16.
 	Sessions int
 	// QueueDepth is how many commands a session keeps in flight at most, 1 to 1024,

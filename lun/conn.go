@@ -1,0 +1,625 @@
+package lun
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"net"
+	"runtime"
+	"sync/atomic"
+
+	"lunshift/iscsi"
+)
+
+const (
+	// copyLimit is the data, in bytes, that is copied behind its header rather than
+	// referred to: one buffer is cheaper to write than three.
+	copyLimit = 16 << 10
+	// pingITT is the task tag of our own NOP-Out, logoutITT that of Logout, and abort
+	// requests count up from abortITT; slots stay far below.
+	pingITT   = 0xfffe0000
+	logoutITT = 0xfffe0001
+	abortITT  = 0xfffd0000
+	maxEchoes = 16
+	maxEcho   = 4096
+	// maxR2T bounds the R2Ts a target may leave with us unanswered.
+	maxR2T = 4096
+)
+
+// conn is one connection in full feature phase. Its fields are protected by the
+// session's lock except those of the reader.
+type conn struct {
+	s  *session
+	nc net.Conn
+	w  *iscsi.Writer
+	r  *iscsi.Reader // the reader's alone
+	p  iscsi.Params
+
+	err  error         // why it is lost
+	lost chan struct{} // closed with err
+
+	cmdSN     uint32
+	expStatSN uint32
+	maxCmdSN  uint32
+
+	slots []*Command
+	gens  []uint16
+	free  []uint16
+
+	r2ts      []transfer // data the target asked for, in the order it asked, from r2tHead on
+	r2tHead   int
+	aborts    []uint32 // tags of tasks to abort
+	echoes    []echo   // NOP-Ins to answer
+	ping      bool     // a NOP-Out of ours is to be sent
+	pinging   bool     // ... or unanswered
+	logout    bool     // Logout is to be sent
+	loggedOut chan struct{}
+	wanted    bool          // the reader found something for the sender
+	heard     atomic.Uint64 // counts PDUs received
+}
+
+// transfer is a part of a command's Out that the target asked for.
+type transfer struct {
+	itt, ttt uint32
+	off, n   uint32
+	dataSN   uint32
+}
+
+type echo struct {
+	lun  uint64
+	ttt  uint32
+	data []byte
+}
+
+func newConn(s *session, l *link) *conn {
+	c := &conn{
+		s: s, nc: l.nc, r: l.r, p: l.params, lost: make(chan struct{}), loggedOut: make(chan struct{}),
+		cmdSN: l.cmdSN, expStatSN: l.expStatSN, maxCmdSN: l.maxCmdSN,
+	}
+	c.w = iscsi.NewWriter(l.nc, &s.mu)
+	c.w.HeaderDigest, c.w.DataDigest = l.params.HeaderDigest, l.params.DataDigest
+	// Some slots more than callers may use are kept for the session's own commands.
+	n := s.opts.QueueDepth + 8
+	c.slots, c.gens = make([]*Command, n), make([]uint16, n)
+	for i := n - 1; i >= 0; i-- {
+		c.free = append(c.free, uint16(i))
+	}
+	s.mu.Lock()
+	s.c = c
+	s.mu.Unlock()
+	return c
+}
+
+// fail marks the connection as lost with its first error. The lock is held.
+func (c *conn) fail(err error) {
+	if c.err == nil {
+		c.err = err
+		c.nc.Close()
+		close(c.lost)
+	}
+}
+
+// find gives the command with that tag, or nil.
+func (c *conn) find(itt uint32) *Command {
+	slot := int(itt & 0xffff)
+	if slot >= len(c.slots) {
+		return nil
+	}
+	if t := c.slots[slot]; t != nil && t.itt == itt {
+		return t
+	}
+	return nil
+}
+
+// admit gives the command a tag and moves it from the queue to those in flight.
+func (c *conn) admit(t *Command) {
+	slot := c.free[len(c.free)-1]
+	c.free = c.free[:len(c.free)-1]
+	// The generation tells a late answer from one to the slot's next command. It
+	// stays below the tags that are no slots'.
+	c.gens[slot] = (c.gens[slot] + 1) & 0x7fff
+	t.itt = uint32(c.gens[slot])<<16 | uint32(slot)
+	t.cmdSN = c.cmdSN
+	c.cmdSN++
+	t.sent, t.offered = true, 0
+	c.slots[slot] = t
+	c.s.queue.remove(t)
+	c.s.flight.pushBack(t)
+}
+
+// retire takes an answered command off the connection and ends it.
+func (c *conn) retire(t *Command) {
+	slot := uint16(t.itt)
+	c.slots[slot] = nil
+	c.free = append(c.free, slot)
+	c.s.flight.remove(t)
+	t.drop()
+}
+
+// sender sends what no caller does: data the target asks for, answers, aborts,
+// and commands that had to wait.
+func (s *session) sender(c *conn) {
+	for {
+		select {
+		case <-c.lost:
+			return
+		case <-s.wake:
+		}
+		s.mu.Lock()
+		if s.c == c {
+			s.send(1 << 30)
+		}
+		s.mu.Unlock()
+	}
+}
+
+// send sends what can be sent, in at most that many rounds, unless somebody
+// else does already; what is left goes to the sender. The lock is held, and given
+// up while data is written.
+func (s *session) send(rounds int) {
+	if s.sending {
+		return
+	}
+	c := s.c
+	if c == nil || c.err != nil || !c.sendable() {
+		return
+	}
+	s.sending = true
+	if s.flight.n > 1 {
+		// Others are about to submit as well: their commands go in the same write.
+		s.mu.Unlock()
+		runtime.Gosched()
+		s.mu.Lock()
+	}
+	for ; rounds > 0 && c.err == nil && c.sendable(); rounds-- {
+		c.gather()
+		if err := c.w.Flush(); err != nil {
+			c.fail(fmt.Errorf("%w: send: %w", ErrUnavailable, err))
+		}
+	}
+	s.sending = false
+	// By now there may be another connection, with commands that were left to us.
+	if c = s.c; c != nil && c.err == nil && c.sendable() {
+		s.wakeSender()
+	}
+}
+
+// sendable tells whether there is something that may be sent now.
+func (c *conn) sendable() bool {
+	return len(c.echoes) > 0 || len(c.aborts) > 0 || len(c.r2ts) > c.r2tHead || c.ping || c.logout || c.nextCommand() != nil
+}
+
+// nextCommand is the command that may be sent next: within the command window
+// (RFC 7143 4.2.2.1), with a slot, and open to it.
+func (c *conn) nextCommand() *Command {
+	t := c.s.queue.head
+	if t == nil || len(c.free) == 0 || iscsi.SNLess(c.maxCmdSN, c.cmdSN) {
+		return nil
+	}
+	if !t.urgent && (!c.s.open || len(c.free) <= 8) {
+		return nil
+	}
+	return t
+}
+
+// gatherLimit is how much goes into one write, in bytes of data.
+const gatherLimit = 1 << 20
+
+// gather puts PDUs into the writer until there are none or the write is large
+// enough. It may give up the lock, so it looks at everything anew each time.
+func (c *conn) gather() {
+	for bytes := 0; c.err == nil && bytes < gatherLimit; {
+		switch {
+		case c.ping:
+			c.ping = false
+			c.control(iscsi.OpNopOut, 0, pingITT, iscsi.NoTag, nil)
+		case len(c.echoes) > 0:
+			e := c.echoes[0]
+			c.echoes = c.echoes[1:]
+			c.control(iscsi.OpNopOut, e.lun, iscsi.NoTag, e.ttt, e.data)
+		case len(c.aborts) > 0:
+			itt := c.aborts[0]
+			c.aborts = c.aborts[1:]
+			c.sendAbort(itt)
+		case len(c.r2ts) > c.r2tHead:
+			bytes += c.sendRequested()
+		case c.logout:
+			c.logout = false
+			h, data := c.w.Frame(0)
+			h.SetOpcode(iscsi.OpLogout)
+			h.SetImmediate()
+			h.SetFlags(iscsi.FlagFinal | iscsi.LogoutCloseSession)
+			h.SetITT(logoutITT)
+			h.SetCmdSN(c.cmdSN)
+			h.SetExpStatSN(c.expStatSN)
+			c.w.Commit(h, data)
+		default:
+			t := c.nextCommand()
+			if t == nil {
+				return
+			}
+			bytes += 256 + c.sendCommand(t)
+		}
+	}
+}
+
+// control sends an immediate NOP-Out.
+func (c *conn) control(op iscsi.Opcode, lun uint64, itt, ttt uint32, payload []byte) {
+	h, data := c.w.Frame(len(payload))
+	copy(data, payload)
+	h.SetOpcode(op)
+	h.SetImmediate()
+	h.SetFlags(iscsi.FlagFinal)
+	h.SetLUN(lun)
+	h.SetITT(itt)
+	h.SetTTT(ttt)
+	h.SetCmdSN(c.cmdSN)
+	h.SetExpStatSN(c.expStatSN)
+	c.w.Commit(h, data)
+}
+
+func (c *conn) sendAbort(itt uint32) {
+	c.w.Reserve(0)
+	t := c.find(itt)
+	if c.err != nil || t == nil {
+		return
+	}
+	h, data := c.w.Frame(0)
+	h.SetOpcode(iscsi.OpTaskMgmt)
+	h.SetImmediate()
+	h.SetFlags(iscsi.FlagFinal | iscsi.TMFAbortTask)
+	h.SetLUN(c.s.lunField)
+	// The low half names the slot, which stays taken until the answer.
+	h.SetITT(abortITT | itt&0xffff)
+	h.SetTTT(itt)
+	h.SetCmdSN(c.cmdSN)
+	h.SetExpStatSN(c.expStatSN)
+	h.SetRefCmdSN(t.cmdSN)
+	c.w.Commit(h, data)
+}
+
+// sendCommand sends t, the head of the queue, with its immediate and unsolicited
+// data, and returns the bytes of data.
+func (c *conn) sendCommand(t *Command) int {
+	imm := 0
+	if c.p.ImmediateData {
+		imm = min(len(t.Out), int(c.p.PeerMaxRecv), int(c.p.FirstBurstLength))
+	}
+	c.w.Reserve(imm)
+	if c.err != nil || c.nextCommand() != t {
+		return 0
+	}
+	c.admit(t)
+	first := imm
+	if !c.p.InitialR2T {
+		first = min(len(t.Out), int(c.p.FirstBurstLength))
+	}
+	flags := iscsi.AttrSimple
+	if first == imm {
+		flags |= iscsi.FlagFinal
+	}
+	length := 0
+	if len(t.Out) > 0 {
+		flags |= iscsi.FlagWrite
+		length = len(t.Out)
+	} else if len(t.In) > 0 {
+		flags |= iscsi.FlagRead
+		length = len(t.In)
+	}
+	var own iscsi.BHS
+	h, data := &own, []byte(nil)
+	if imm <= copyLimit {
+		h, data = c.w.Frame(imm)
+		copy(data, t.Out)
+	}
+	h.SetOpcode(iscsi.OpSCSICommand)
+	h.SetFlags(flags)
+	h.SetLUN(c.s.lunField)
+	h.SetITT(t.itt)
+	h.SetExpectedLength(uint32(length))
+	h.SetCmdSN(t.cmdSN)
+	h.SetExpStatSN(c.expStatSN)
+	copy(h.CDB(), t.CDB[:])
+	if imm <= copyLimit {
+		c.w.Commit(h, data)
+	} else {
+		t.pending.Add(1)
+		c.w.Append(h, nil, t.Out[:imm], t)
+	}
+	t.offered = imm
+	// Unsolicited data follows its command before any other command's (RFC 7143
+	// 4.2.4.2); sending keeps the others out even while the lock is given up.
+	x := transfer{itt: t.itt, ttt: iscsi.NoTag, off: uint32(imm), n: uint32(first - imm)}
+	for x.n > 0 && c.sendData(&x) > 0 {
+	}
+	return first
+}
+
+// sendRequested sends one PDU of the data that the target asked for first.
+func (c *conn) sendRequested() int {
+	x := c.r2ts[c.r2tHead]
+	n := c.sendData(&x)
+	// The reader only appends, and only one goroutine sends.
+	if n > 0 && x.n > 0 {
+		c.r2ts[c.r2tHead] = x
+		return n
+	}
+	if c.r2tHead++; c.r2tHead == len(c.r2ts) {
+		c.r2ts, c.r2tHead = c.r2ts[:0], 0
+	}
+	return n
+}
+
+// sendData sends the next Data-Out of x. It gives 0 when the command is no longer
+// there, or has been answered.
+func (c *conn) sendData(x *transfer) int {
+	n := min(x.n, c.p.PeerMaxRecv)
+	c.w.Reserve(int(n))
+	t := c.find(x.itt)
+	if c.err != nil || t == nil || t.aborting {
+		return 0
+	}
+	var h iscsi.BHS
+	h.SetOpcode(iscsi.OpDataOut)
+	if n == x.n {
+		h.SetFlags(iscsi.FlagFinal)
+	}
+	h.SetLUN(c.s.lunField)
+	h.SetITT(x.itt)
+	h.SetTTT(x.ttt)
+	h.SetExpStatSN(c.expStatSN)
+	h.SetDataSN(x.dataSN)
+	h.SetBufferOffset(x.off)
+	t.pending.Add(1)
+	c.w.Append(&h, nil, t.Out[x.off:x.off+n], t)
+	t.offered += int(n)
+	x.off, x.n, x.dataSN = x.off+n, x.n-n, x.dataSN+1
+	return int(n)
+}
+
+// receive takes PDUs until the connection is lost. It never sends, so that two
+// ends that both have full buffers do not wait for each other.
+func (c *conn) receive() {
+	for {
+		h, err := c.r.Next()
+		if err == nil {
+			c.heard.Add(1)
+			err = c.take(h)
+		}
+		if err == nil && !c.r.Ready() {
+			// What one read brought is answered with one write.
+			c.s.mu.Lock()
+			if c.wanted {
+				c.wanted = false
+				c.s.wakeSender()
+			}
+			c.s.mu.Unlock()
+		}
+		if err != nil {
+			c.s.mu.Lock()
+			if !errors.Is(err, ErrUnavailable) {
+				err = fmt.Errorf("%w: receive: %w", ErrUnavailable, err)
+			}
+			c.fail(err)
+			c.s.mu.Unlock()
+			return
+		}
+	}
+}
+
+func (c *conn) take(h *iscsi.BHS) error {
+	switch h.Opcode() {
+	case iscsi.OpDataIn:
+		return c.takeDataIn(h)
+	case iscsi.OpSCSIResponse:
+		return c.takeResponse(h)
+	}
+	head := *h
+	var data []byte
+	if c.r.Left() > 0 {
+		if c.r.Left() > 64<<10 {
+			return fmt.Errorf("%v with %d bytes", head.Opcode(), c.r.Left())
+		}
+		d, err := c.r.Data()
+		if err != nil {
+			return err
+		}
+		data = d
+	}
+	c.s.mu.Lock()
+	defer c.s.mu.Unlock()
+	switch head.Opcode() {
+	case iscsi.OpR2T:
+		c.window(&head)
+		return c.takeR2T(&head)
+	case iscsi.OpNopIn:
+		// A NOP-In that is no answer carries the next StatSN and uses none up.
+		c.window(&head)
+		if head.ITT() != iscsi.NoTag {
+			c.status(&head)
+			c.pinging = false
+		} else if head.TTT() != iscsi.NoTag {
+			if len(c.echoes) >= maxEchoes {
+				return errors.New("too many NOP-Ins at once")
+			}
+			c.echoes = append(c.echoes, echo{head.LUN(), head.TTT(), append([]byte(nil), data[:min(len(data), maxEcho)]...)})
+			c.wanted = true
+		}
+	case iscsi.OpTaskMgmtResp:
+		c.status(&head)
+		c.window(&head)
+		return c.takeAborted(&head)
+	case iscsi.OpLogoutResp:
+		c.status(&head)
+		select {
+		case <-c.loggedOut:
+		default:
+			close(c.loggedOut)
+		}
+		return errors.New("logged out")
+	case iscsi.OpAsync:
+		c.status(&head)
+		c.window(&head)
+		return c.takeAsync(&head)
+	case iscsi.OpReject:
+		return fmt.Errorf("the target rejected a PDU, reason %02Xh", head.Response())
+	default:
+		return fmt.Errorf("unexpected %v", head.Opcode())
+	}
+	return nil
+}
+
+// status takes the StatSN of a PDU that uses one up (RFC 7143 4.2.2.2).
+func (c *conn) status(h *iscsi.BHS) {
+	if next := h.StatSN() + 1; iscsi.SNLess(c.expStatSN, next) {
+		c.expStatSN = next
+	}
+}
+
+// window takes the command window (RFC 7143 4.2.2.1); one that moves back came late.
+func (c *conn) window(h *iscsi.BHS) {
+	exp, last := h.ExpCmdSN(), h.MaxCmdSN()
+	if iscsi.SNLess(last, exp-1) || !iscsi.SNLess(c.maxCmdSN, last) {
+		return
+	}
+	c.maxCmdSN = last
+	if c.s.queue.head != nil {
+		c.wanted = true
+	}
+}
+
+// takeDataIn puts data straight into the caller's buffer.
+func (c *conn) takeDataIn(h *iscsi.BHS) error {
+	n := c.r.Left()
+	final := h.Flags()&iscsi.FlagStatus != 0
+	head := *h
+	c.s.mu.Lock()
+	t := c.find(head.ITT())
+	if t == nil {
+		c.s.mu.Unlock()
+		return fmt.Errorf("Data-In for unknown task %08Xh", head.ITT())
+	}
+	// In order, as was negotiated: so a read with all its bytes has no gap.
+	off := int64(head.BufferOffset())
+	if off != int64(t.Received) || off+int64(n) > int64(len(t.In)) {
+		c.s.mu.Unlock()
+		return fmt.Errorf("Data-In of %d bytes at %d where %d of %d are wanted", n, off, t.Received, len(t.In))
+	}
+	c.s.mu.Unlock()
+	// The caller waits for the answer, and so its buffer stays, until retire.
+	err := c.r.ReadData(t.In[off : off+int64(n)])
+	c.s.mu.Lock()
+	defer c.s.mu.Unlock()
+	if err != nil {
+		return err
+	}
+	t.Received += n
+	if final {
+		c.status(&head)
+		t.Status = head.Status()
+		t.residual(&head)
+		c.finish(t)
+	}
+	c.window(&head)
+	return nil
+}
+
+// takeResponse ends a command with its status and sense.
+func (c *conn) takeResponse(h *iscsi.BHS) error {
+	head := *h
+	data := []byte(nil)
+	if left := c.r.Left(); left > 0 {
+		if left > 64<<10 {
+			return fmt.Errorf("SCSI Response with %d bytes", left)
+		}
+		d, err := c.r.Data()
+		if err != nil {
+			return err
+		}
+		data = d
+	}
+	c.s.mu.Lock()
+	defer c.s.mu.Unlock()
+	t := c.find(head.ITT())
+	if t == nil {
+		return fmt.Errorf("SCSI Response for unknown task %08Xh", head.ITT())
+	}
+	c.status(&head)
+	t.Status = head.Status()
+	t.residual(&head)
+	if head.Response() != iscsi.ResponseCompleted {
+		t.err = fmt.Errorf("%w: the target failed the command, response %02Xh", ErrUnavailable, head.Response())
+	}
+	if len(data) >= 2 {
+		n := min(int(binary.BigEndian.Uint16(data)), len(data)-2, len(t.senseBuf))
+		t.Sense = t.senseBuf[:copy(t.senseBuf[:n], data[2:])]
+	}
+	c.finish(t)
+	c.window(&head)
+	return nil
+}
+
+func (t *Command) residual(h *iscsi.BHS) {
+	if h.Flags()&iscsi.FlagUnderflow != 0 {
+		t.Residual = h.Residual()
+	}
+}
+
+// finish ends a command that was answered.
+func (c *conn) finish(t *Command) {
+	c.retire(t)
+	if c.s.queue.head != nil {
+		c.wanted = true
+	}
+}
+
+func (c *conn) takeR2T(h *iscsi.BHS) error {
+	t := c.find(h.ITT())
+	if t == nil {
+		return fmt.Errorf("R2T for unknown task %08Xh", h.ITT())
+	}
+	off, n := uint64(h.BufferOffset()), uint64(h.DesiredLength())
+	if n == 0 || off+n > uint64(len(t.Out)) {
+		return fmt.Errorf("R2T for %d bytes at %d of %d", n, off, len(t.Out))
+	}
+	if len(c.r2ts)-c.r2tHead >= maxR2T {
+		return errors.New("too many R2Ts at once")
+	}
+	if len(c.r2ts) == cap(c.r2ts) && c.r2tHead > 0 {
+		c.r2ts, c.r2tHead = c.r2ts[:copy(c.r2ts, c.r2ts[c.r2tHead:])], 0
+	}
+	c.r2ts = append(c.r2ts, transfer{itt: h.ITT(), ttt: h.TTT(), off: uint32(off), n: uint32(n)})
+	c.wanted = true
+	return nil
+}
+
+// takeAborted takes the answer to ABORT TASK.
+func (c *conn) takeAborted(h *iscsi.BHS) error {
+	if h.ITT()&0xffff0000 != abortITT {
+		return fmt.Errorf("task management response for unknown task %08Xh", h.ITT())
+	}
+	slot := int(h.ITT() & 0xffff)
+	if slot >= len(c.slots) || c.slots[slot] == nil || !c.slots[slot].aborting {
+		return nil // the task's own answer came first
+	}
+	t := c.slots[slot]
+	switch h.Response() {
+	case iscsi.TMFComplete, iscsi.TMFNoTask:
+		// "No such task" without an answer before it means the task never came
+		// to be, or its answer was given up; either way nothing follows.
+		t.err = t.abortErr
+		c.finish(t)
+		return nil
+	}
+	return fmt.Errorf("the target does not abort a task, response %d", h.Response())
+}
+
+func (c *conn) takeAsync(h *iscsi.BHS) error {
+	switch e := h.AsyncEvent(); e {
+	case iscsi.AsyncLogoutRequest, iscsi.AsyncConnectionDrop, iscsi.AsyncSessionDrop, iscsi.AsyncNegotiate:
+		return fmt.Errorf("the target ends the connection, event %d", e)
+	default:
+		c.s.log.WithField("event", e).Debug("asynchronous message")
+	}
+	return nil
+}
