@@ -26,7 +26,7 @@ type Volume interface {
 	Cutover(ctx context.Context) error
 	Wait(ctx context.Context, p proxy.Phase) error
 	Remove(ctx context.Context) error
-	Close() error
+	Shutdown(ctx context.Context) error
 }
 
 // Status is a volume at one instant.

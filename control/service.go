@@ -90,7 +90,9 @@ func New(ctx context.Context, cfg *conf.Config, o Options) (_ *Service, err erro
 	defer func() {
 		if err != nil {
 			s.stop()
-			err = errors.Join(err, s.release())
+			limit, cancel := context.WithTimeout(context.WithoutCancel(ctx), cfg.Service.ShutdownTimeout)
+			defer cancel()
+			err = errors.Join(err, s.release(limit))
 		}
 	}()
 	if s.socket, err = listenSocket(cfg.Service.Control); err != nil {
@@ -166,7 +168,7 @@ func (s *Service) Run(ctx context.Context) error {
 		}
 	}
 	running.Wait()
-	err = errors.Join(err, s.release())
+	err = errors.Join(err, s.release(limit))
 	if err == nil {
 		s.log.Info("stopped")
 	}
@@ -390,10 +392,10 @@ func (s *Service) announce() {
 }
 
 // release gives everything up that New took, in the reverse order.
-func (s *Service) release() error {
+func (s *Service) release(ctx context.Context) error {
 	var errs []error
 	for _, e := range s.entries {
-		errs = append(errs, e.close())
+		errs = append(errs, e.close(ctx))
 	}
 	if s.target != nil {
 		errs = append(errs, ignoreClosed(s.target.Close()))
@@ -464,13 +466,13 @@ func (e *entry) remove(ctx context.Context) error {
 	return closeUnits(units)
 }
 
-func (e *entry) close() error {
+func (e *entry) close(ctx context.Context) error {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	if e.volume == nil || e.removed {
 		return nil
 	}
-	err := e.volume.Close()
+	err := e.volume.Shutdown(ctx)
 	if err != nil {
 		err = fmt.Errorf("close volume %s: %w", e.conf.Name, err)
 	}

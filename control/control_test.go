@@ -1,0 +1,256 @@
+package control
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"lunshift/proxy"
+)
+
+func TestStepsTravelOverTheSocket(t *testing.T) {
+	ctx := t.Context()
+	v := newFake("db01")
+	client, _ := serveFakes(t, v, newFake("db02"))
+	check := func(what string, s proxy.Status, err error, right bool) {
+		t.Helper()
+		if err != nil || s.Name != "db01" || !right {
+			t.Errorf("%s: %+v, %v", what, s, err)
+		}
+	}
+	s, err := client.Start(ctx, "db01")
+	check("start", s, err, s.Phase == proxy.Migrating)
+	s, err = client.Pause(ctx, "db01")
+	check("pause", s, err, s.Paused)
+	s, err = client.Resume(ctx, "db01")
+	check("resume", s, err, !s.Paused)
+	s, err = client.Throttle(ctx, "db01", 200<<20)
+	check("throttle", s, err, s.RateLimit == 200<<20)
+	go v.set(func(s *proxy.Status) { s.Phase = proxy.Synced })
+	s, err = client.CutoverWhenSynced(ctx, "db01")
+	check("cutover", s, err, s.Phase == proxy.Cutover)
+
+	all, err := client.Statuses(ctx)
+	if err != nil || len(all) != 2 || all[0].Name != "db01" || all[1].Name != "db02" {
+		t.Errorf("statuses: %+v, %v", all, err)
+	}
+	for range 2 {
+		if err := client.Remove(ctx, "db01"); err != nil {
+			t.Errorf("remove: %v", err)
+		}
+	}
+	if all, err := client.Statuses(ctx); err != nil || len(all) != 1 {
+		t.Errorf("after remove: %+v, %v", all, err)
+	}
+	if _, err := client.Status(ctx, "db01"); KindOf(err) != Unknown {
+		t.Errorf("status of a removed volume: %v", err)
+	}
+}
+
+func TestKindsOfFailureKeepTheirExitCodesOverTheSocket(t *testing.T) {
+	ctx := t.Context()
+	v := newFake("db01")
+	client, s := serveFakes(t, v)
+	s.store = nil
+	for _, tc := range []struct {
+		name string
+		do   func() error
+		kind Kind
+		exit int
+		text string
+	}{
+		{"phase", func() error { _, err := client.Cutover(ctx, "db01"); return err }, WrongPhase, 3, "cutover is not allowed in phase ready"},
+		{"cutover --wait before start", func() error { _, err := client.CutoverWhenSynced(ctx, "db01"); return err }, WrongPhase, 3, "start it first"},
+		{"unknown", func() error { _, err := client.Start(ctx, "db/9?x"); return err }, Unknown, 1, `there is no volume "db/9?x"; the service has db01`},
+		{"empty name", func() error { _, err := client.Start(ctx, ""); return err }, Usage, 2, "no volume name"},
+		{"failure", func() error { v.fail = errors.New("disk full"); _, err := client.Start(ctx, "db01"); return err }, Failed, 1, "disk full"},
+		{"phase name", func() error { _, err := client.Wait(ctx, "db01", "sinked", 0); return err }, Usage, 2, "the phases are ready, migrating, synced, cutover"},
+		{"timeout", func() error { _, err := client.Wait(ctx, "db01", proxy.Synced, time.Millisecond); return err }, Timeout, 1, "still ready after 1ms, not synced"},
+		{"bad body", func() error {
+			return client.call(ctx, http.MethodPost, "/v1/volumes/db01/throttle", map[string]string{"rate": "fast"}, nil)
+		}, Usage, 2, "throttle"},
+		{"unknown request", func() error { return client.call(ctx, http.MethodPost, "/v1/volumes/db01/explode", nil, nil) }, Failed, 1, "another version"},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			err := tc.do()
+			if KindOf(err) != tc.kind || ExitCode(err) != tc.exit || err == nil || !strings.Contains(err.Error(), tc.text) || strings.Contains(err.Error(), "\n") {
+				t.Errorf("kind %s, exit %d, %v; want kind %s, exit %d, %q", KindOf(err), ExitCode(err), err, tc.kind, tc.exit, tc.text)
+			}
+		})
+	}
+}
+
+func TestWaitEndsWhenTheCallerGoesOrTheServiceStops(t *testing.T) {
+	client, s := serveFakes(t, newFake("db01"))
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
+	defer cancel()
+	if _, err := client.Wait(ctx, "db01", proxy.Synced, 0); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("cancelled wait: %v", err)
+	}
+	done := make(chan error, 1)
+	go func() { _, err := client.Wait(t.Context(), "db01", proxy.Synced, 0); done <- err }()
+	time.AfterFunc(20*time.Millisecond, s.stop)
+	if err := <-done; err == nil || !strings.Contains(err.Error(), "the service stops") {
+		t.Errorf("wait of a service that stops: %v", err)
+	}
+}
+
+func TestVolumeThatIsNotOpenSaysWhy(t *testing.T) {
+	client, s := serveFakes(t)
+	e := &entry{failure: errors.New("volume db01: source: no route\nvolume db01: destination: no route"), known: proxy.Status{Name: "db01", Phase: proxy.Migrating, Degraded: true}}
+	e.conf.Name = "db01"
+	s.entries = append(s.entries, e)
+	if got, err := client.Status(t.Context(), "db01"); err != nil || got.Phase != proxy.Migrating || !got.Degraded {
+		t.Errorf("status: %+v, %v", got, err)
+	}
+	_, err := client.Start(t.Context(), "db01")
+	if want := "not served yet: volume db01: source: no route; volume db01: destination: no route"; err == nil || err.Error() != want {
+		t.Errorf("start: %v, want %s", err, want)
+	}
+}
+
+func TestSocketIsPrivateAndOnlyAStaleOneIsReplaced(t *testing.T) {
+	dir := t.TempDir()
+	path := filepath.Join(dir, "run", "c.sock")
+	first, err := listenSocket(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	info, err := os.Stat(path)
+	if err != nil || info.Mode().Perm() != 0o600 {
+		t.Errorf("mode %v, %v", info.Mode(), err)
+	}
+	if _, err := listenSocket(path); err == nil || !strings.Contains(err.Error(), "already running") {
+		t.Errorf("second service: %v", err)
+	}
+	// A service that was killed leaves socket and lock file behind, unlocked.
+	first.Listener.(*net.UnixListener).SetUnlinkOnClose(false)
+	if err := first.Close(); err != nil {
+		t.Fatal(err)
+	}
+	second, err := listenSocket(path)
+	if err != nil {
+		t.Fatalf("stale socket: %v", err)
+	}
+	if err := second.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := os.Stat(path); !os.IsNotExist(err) {
+		t.Errorf("the socket is still there: %v", err)
+	}
+
+	foreign, err := net.Listen("unix", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer foreign.Close()
+	if _, err := listenSocket(path); err == nil || !strings.Contains(err.Error(), "another process listens there") {
+		t.Errorf("foreign socket: %v", err)
+	}
+	file := filepath.Join(dir, "file")
+	if err := os.WriteFile(file, []byte("precious"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := listenSocket(file); err == nil || !strings.Contains(err.Error(), "not a socket") {
+		t.Errorf("file in the place: %v", err)
+	}
+	if text, err := os.ReadFile(file); string(text) != "precious" {
+		t.Errorf("the file was changed: %q, %v", text, err)
+	}
+}
+
+func TestClientSaysWhatToDoWithoutAService(t *testing.T) {
+	dir := t.TempDir()
+	stale := filepath.Join(dir, "stale.sock")
+	l, err := net.Listen("unix", stale)
+	if err != nil {
+		t.Fatal(err)
+	}
+	l.(*net.UnixListener).SetUnlinkOnClose(false)
+	l.Close()
+	for path, want := range map[string]string{
+		filepath.Join(dir, "none.sock"): "is lunshift serve running? There is no socket " + dir,
+		stale:                           "is lunshift serve running? Nobody listens on the socket " + stale,
+	} {
+		_, err := NewClient(path).Statuses(t.Context())
+		if err == nil || !strings.HasPrefix(err.Error(), want) || ExitCode(err) != ExitFailed {
+			t.Errorf("%s: %v", path, err)
+		}
+	}
+	denied := &net.OpError{Op: "dial", Err: os.NewSyscallError("connect", unix.EACCES)}
+	if err := NewClient("/s").unreachable(t.Context(), denied); !strings.Contains(err.Error(), "no permission for the control socket /s") {
+		t.Errorf("permission: %v", err)
+	}
+}
+
+func TestClientRefusesAnswersThatAreNotTheServices(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "c.sock")
+	l, err := net.Listen("unix", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	reply := "<html>"
+	server := &httptest.Server{Listener: l, Config: &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if reply == "" {
+			panic(http.ErrAbortHandler)
+		}
+		io.WriteString(w, reply)
+	})}}
+	server.Start()
+	defer server.Close()
+	if _, err := NewClient(path).Statuses(t.Context()); err == nil || !strings.Contains(err.Error(), "not understood") {
+		t.Errorf("no JSON: %v", err)
+	}
+	reply = ""
+	if _, err := NewClient(path).Statuses(t.Context()); err == nil || !strings.Contains(err.Error(), "ended before it answered") {
+		t.Errorf("no answer: %v", err)
+	}
+}
+
+func TestSystemdIsTold(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "notify")
+	conn, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: path, Net: "unixgram"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	t.Setenv("NOTIFY_SOCKET", path)
+	if err := notify("READY=1"); err != nil {
+		t.Fatal(err)
+	}
+	buffer := make([]byte, 100)
+	n, err := conn.Read(buffer)
+	if err != nil || string(buffer[:n]) != "READY=1" {
+		t.Errorf("got %q, %v", buffer[:n], err)
+	}
+	t.Setenv("NOTIFY_SOCKET", path+"-gone")
+	if err := notify("READY=1"); err == nil {
+		t.Error("no error where nobody listens")
+	}
+}
+
+func TestExitCodes(t *testing.T) {
+	for _, tc := range []struct {
+		err  error
+		exit int
+	}{
+		{nil, 0}, {errors.New("x"), 1}, {Usagef("x"), 2}, {fmt.Errorf("x: %w", Usagef("y")), 2},
+		{&proxy.PhaseError{}, 3}, {fmt.Errorf("x: %w", proxy.ErrPhase), 3}, {&Error{Kind: WrongPhase}, 3},
+		{context.Canceled, 130}, {context.DeadlineExceeded, 1}, {&Error{Kind: Unknown}, 1},
+	} {
+		if got := ExitCode(tc.err); got != tc.exit {
+			t.Errorf("%v: %d, want %d", tc.err, got, tc.exit)
+		}
+	}
+}

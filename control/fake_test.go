@@ -1,0 +1,127 @@
+package control
+
+import (
+	"context"
+	"errors"
+	"io"
+	"net"
+	"net/http"
+	"path/filepath"
+	"sync"
+	"testing"
+
+	"github.com/sirupsen/logrus"
+
+	"lunshift/conf"
+	"lunshift/proxy"
+	"lunshift/target"
+)
+
+// fakeVolume goes through the phases at a word, so that the tests of this package
+// need no copy to end.
+type fakeVolume struct {
+	mu      sync.Mutex
+	status  proxy.Status
+	changed chan struct{}
+	// fail is what the next steps return.
+	fail error
+}
+
+func newFake(name string) *fakeVolume {
+	return &fakeVolume{changed: make(chan struct{}), status: proxy.Status{
+		Name: name, IQN: "iqn.2026-11.net.example:" + name, Phase: proxy.Ready, Size: 1 << 30, BlockSize: 512,
+		Sessions: []target.SessionInfo{},
+		Source:   proxy.UnitStatus{Address: "/srv/old", State: "online"}, Destination: proxy.UnitStatus{Address: "/srv/new", State: "online"},
+	}}
+}
+
+func (f *fakeVolume) set(change func(*proxy.Status)) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	change(&f.status)
+	close(f.changed)
+	f.changed = make(chan struct{})
+}
+
+func (f *fakeVolume) step(allowed proxy.Phase, name string, change func(*proxy.Status)) error {
+	f.mu.Lock()
+	fail, phase := f.fail, f.status.Phase
+	f.mu.Unlock()
+	if fail != nil {
+		return fail
+	}
+	if allowed != "" && phase != allowed {
+		return &proxy.PhaseError{Volume: f.status.Name, Step: name, Phase: phase, Hint: "do something else"}
+	}
+	f.set(change)
+	return nil
+}
+
+func (f *fakeVolume) Name() string { return f.status.Name }
+func (f *fakeVolume) Status() proxy.Status {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.status
+}
+func (f *fakeVolume) Start(context.Context) error {
+	return f.step("", "start", func(s *proxy.Status) { s.Phase = proxy.Migrating; s.Remaining = s.Size / 2 })
+}
+func (f *fakeVolume) Pause(context.Context) error {
+	return f.step("", "pause", func(s *proxy.Status) { s.Paused = true })
+}
+func (f *fakeVolume) Resume(context.Context) error {
+	return f.step("", "resume", func(s *proxy.Status) { s.Paused = false })
+}
+func (f *fakeVolume) Throttle(_ context.Context, rate uint64) error {
+	return f.step("", "throttle", func(s *proxy.Status) { s.RateLimit = rate })
+}
+func (f *fakeVolume) Cutover(context.Context) error {
+	return f.step(proxy.Synced, "cutover", func(s *proxy.Status) { s.Phase = proxy.Cutover })
+}
+func (f *fakeVolume) Remove(context.Context) error {
+	return f.step(proxy.Cutover, "remove", func(*proxy.Status) {})
+}
+func (f *fakeVolume) Shutdown(context.Context) error { return nil }
+func (f *fakeVolume) Wait(ctx context.Context, p proxy.Phase) error {
+	for {
+		f.mu.Lock()
+		changed, phase := f.changed, f.status.Phase
+		f.mu.Unlock()
+		if phase == p {
+			return nil
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+}
+
+// serveFakes serves the control interface for the volumes and gives its client.
+func serveFakes(t *testing.T, volumes ...*fakeVolume) (*Client, *Service) {
+	t.Helper()
+	log := logrus.New()
+	log.SetOutput(io.Discard)
+	s := &Service{cfg: &conf.Config{}, log: log}
+	s.running, s.stop = context.WithCancel(context.Background())
+	for _, v := range volumes {
+		s.entries = append(s.entries, &entry{conf: conf.Volume{Name: v.status.Name}, volume: v})
+	}
+	path := filepath.Join(t.TempDir(), "c.sock")
+	socket, err := listenSocket(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	server := &http.Server{Handler: s.handler(), BaseContext: func(net.Listener) context.Context { return s.running }}
+	done := make(chan error, 1)
+	go func() { done <- server.Serve(socket) }()
+	t.Cleanup(func() {
+		s.stop()
+		if err := errors.Join(server.Shutdown(context.Background()), ignoreClosed(socket.Close())); err != nil {
+			t.Error(err)
+		}
+		<-done
+	})
+	return NewClient(path), s
+}
