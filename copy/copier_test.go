@@ -139,3 +139,20 @@ func TestThrottleKeepsToItsRate(t *testing.T) {
 		t.Errorf("no limit: %v after %v, rate %d", err, time.Since(began), th.Rate())
 	}
 }
+
+func TestARaisedLimitFreesThoseWhoWait(t *testing.T) {
+	th := NewThrottle(1)
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	defer cancel()
+	done := make(chan error, 1)
+	go func() { done <- th.Wait(ctx, 1<<20) }()
+	select {
+	case err := <-done:
+		t.Fatalf("a MiB went at a byte a second: %v", err)
+	case <-time.After(20 * time.Millisecond):
+	}
+	th.Set(0)
+	if err := <-done; err != nil {
+		t.Fatal(err)
+	}
+}

@@ -41,7 +41,7 @@ func (v *Volume) ReadAt(ctx context.Context, p []byte, start lun.LBA) error {
 func (v *Volume) TryReadAt(p []byte, start lun.LBA) (bool, error) {
 	e := lun.Extent{Start: start, Blocks: uint64(len(p)) / uint64(v.info.BlockSize)}
 	if err := v.info.Check(e); err != nil {
-		return true, err
+		return false, err
 	}
 	if !v.gate.tryEnter() {
 		return false, nil

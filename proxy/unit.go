@@ -125,6 +125,9 @@ type flush struct {
 // Flush returns once all writes to the unit that returned before the call are on
 // stable storage. The flush itself is not cut short by ctx, as others wait for it.
 func (f *flusher) Flush(ctx context.Context) error {
+	if err := ctx.Err(); err != nil {
+		return err
+	}
 	f.mu.Lock()
 	if f.running {
 		if f.next == nil {

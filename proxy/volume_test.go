@@ -180,8 +180,8 @@ func TestVolumeKeepsTheDeviceContractInEveryPhase(t *testing.T) {
 
 func TestMigrationMovesEveryBlockAndStaysThin(t *testing.T) {
 	r := newRig(t, 8192)
-	data := lun.Extent{Start: 100, Blocks: 1500}
-	island := lun.Extent{Start: 7000, Blocks: 3}
+	data := lun.Extent{Start: 104, Blocks: 1496} // whole grains of 4 KiB
+	island := lun.Extent{Start: 6912, Blocks: 8}
 	fill(t, r.source, data, 1)
 	fill(t, r.source, island, 2)
 	v := r.open(t)
@@ -192,7 +192,7 @@ func TestMigrationMovesEveryBlockAndStaysThin(t *testing.T) {
 	expect(t, v, data, 1)
 	expect(t, r.destination, data, 1)
 	expect(t, r.destination, island, 2)
-	expect(t, r.destination, lun.Extent{Start: 1600, Blocks: 5400}, 0)
+	expect(t, r.destination, lun.Extent{Start: 1600, Blocks: 5312}, 0)
 	if n := r.source.Count(luntest.Read); n != reads {
 		t.Errorf("%d reads went to the source after the volume was synced", n-reads)
 	}
@@ -226,8 +226,16 @@ func TestFirstWriteSurvivesPowerLossOfTheDestination(t *testing.T) {
 	all := lun.Extent{Blocks: 1024}
 	fill(t, r.source, all, 1)
 	must(t, r.source.Flush(context.Background()))
+	broken := errors.New("flush broken")
+	var failing atomic.Bool
+	r.destination.Before = func(_ context.Context, op luntest.Op, _ lun.Extent) error {
+		if op == luntest.Flush && failing.Load() {
+			return broken
+		}
+		return nil
+	}
 	v := r.open(t)
-	defer func() { r.close(t) }()
+	defer r.close(t)
 	must(t, v.Throttle(context.Background(), 1)) // the copier hardly moves
 	must(t, v.Start(context.Background()))
 	written := lun.Extent{Start: 900, Blocks: 7}
@@ -237,18 +245,12 @@ func TestFirstWriteSurvivesPowerLossOfTheDestination(t *testing.T) {
 	expect(t, v, lun.Extent{Start: 0, Blocks: 900}, 1)
 
 	// And with the flush failing: no acknowledgement, the old content stays.
-	broken := errors.New("flush broken")
-	r.destination.Before = func(_ context.Context, op luntest.Op, _ lun.Extent) error {
-		if op == luntest.Flush {
-			return broken
-		}
-		return nil
-	}
+	failing.Store(true)
 	if err := v.WriteAt(context.Background(), stamp(950, 3), 950); !errors.Is(err, broken) {
 		t.Fatalf("write with a failing flush: %v", err)
 	}
 	expect(t, v, lun.Extent{Start: 950, Blocks: 1}, 1)
-	r.destination.Before = nil
+	failing.Store(false)
 }
 
 func TestAWriteInFlightAtStartIsNotMissedByTheCopy(t *testing.T) {
