@@ -148,10 +148,6 @@ func (w *Writer) Append(header *BHS, ahs, data []byte, owner Releaser) {
 	}
 	if len(data) > 0 && len(data) <= 512 {
 		b.arena = append(b.arena, data...)
-		if owner != nil {
-			owner.Release()
-			owner = nil
-		}
 	} else if len(data) > 0 {
 		b.close()
 		b.segs = append(b.segs, data)

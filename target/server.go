@@ -1,13 +1,31 @@
+// Package target is an iSCSI target: it accepts initiators on its portals and
+// hands each CDB to a logical unit.
+//
+// A command is answered GOOD only after the logical unit did what its CDB says; a
+// command that the target does not know is refused, an aborted one is not
+// answered. Sessions have one connection and error recovery level 0 (RFC 7143
+// 7.1.5). The types: a Server listens and holds the targets; a Unit is one logical
+// unit with its place; a conn is one session; a task is one command.
+//
+// The SCSI core is gotgt's (command, logical unit and op types); which ops are
+// gotgt's own and which replace them is in the table of ops.go.
 package target
 
 import (
 	"context"
 	"errors"
+	"fmt"
+	"maps"
 	"net"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/sirupsen/logrus"
 
+	"lunshift/iscsi"
 	"lunshift/lun"
 )
 
@@ -17,35 +35,38 @@ type Config struct {
 	Portals []string
 	Log     logrus.FieldLogger
 	// MaxRecvDataSegmentLength is the longest data segment the target accepts, in
-	// bytes, 512 to 16 MiB; 0 is 256 KiB (RFC 7143 13.12).
+	// bytes, 512 to 16 MiB less one; 0 is 256 KiB (RFC 7143 13.12).
 	MaxRecvDataSegmentLength uint32
-	// MaxBurstLength and FirstBurstLength are in bytes (RFC 7143 13.13, 13.14);
-	// 0 is 1 MiB and 256 KiB.
+	// MaxBurstLength and FirstBurstLength are in bytes, 512 to 16 MiB less one
+	// (RFC 7143 13.13, 13.14); 0 is 1 MiB and 256 KiB.
 	MaxBurstLength, FirstBurstLength uint32
 	// MaxConnections is how many connections the server holds at a time, each one
 	// a session; 0 is 1024.
 	MaxConnections int
 	// LoginTimeout is how long a connection may take to log in; 0 is 15 s.
 	LoginTimeout time.Duration
-	// CommandsPerSession is the command window of a session; 0 is 128.
+	// CommandsPerSession is the command window of a session, 1 to 4096; 0 is 128.
 	CommandsPerSession int
 	// NopInterval is how long a session may be silent before it is pinged, and
 	// then how long it may take to answer; 0 is 15 s, negative never pings.
 	NopInterval time.Duration
 	// BytesInFlight bounds the data of all commands larger than 64 KiB together,
-	// in bytes; 0 is 256 MiB.
+	// in bytes, at least 32 MiB; 0 is 256 MiB.
 	BytesInFlight int64
 }
 
 // Unit is one logical unit and its place.
 type Unit struct {
+	// IQN is the target's name, LUN the unit's number in it, 0 to 16383.
 	IQN    string
 	LUN    uint64
 	Device lun.Updater
 	// Vendor, Product, Revision are the INQUIRY identification, at most 8, 16
-	// and 4 characters; Serial is VPD page 80h.
+	// and 4 characters; Serial is VPD page 80h, at most 64. Where Vendor, Product or
+	// Revision is empty the target's own is used; where Serial is empty it is
+	// made from IQN and LUN.
 	Vendor, Product, Revision, Serial string
-	// NAA is the NAA designator of VPD page 83h; 0 leaves it out.
+	// NAA is the NAA designator of VPD page 83h; 0 makes one from IQN and LUN.
 	NAA uint64
 	// Alias is the TargetAlias; may be empty.
 	Alias string
@@ -58,18 +79,455 @@ type SessionInfo struct {
 	Since     time.Time `json:"since"`
 }
 
-// Server accepts initiators.
-type Server struct{ cfg Config }
+// Errors of a Server.
+var (
+	// ErrClosed: the server was shut down or closed.
+	ErrClosed = errors.New("target: server closed")
+	// ErrNoUnit: there is no such logical unit.
+	ErrNoUnit = errors.New("no such logical unit")
+	// ErrExists: the place is taken.
+	ErrExists = errors.New("logical unit exists")
+)
 
-var errNotYet = errors.New("target: server not built")
+// Server accepts initiators. All methods may be called concurrently.
+//
+// Lock order: Server.mu, then conn.mu, then admission.mu.
+type Server struct {
+	cfg   Config
+	log   logrus.FieldLogger
+	bytes *admission
 
-func New(cfg Config) (*Server, error)                                      { return nil, errNotYet }
-func (s *Server) Listen() error                                            { return errNotYet }
-func (s *Server) Addrs() []net.Addr                                        { return nil }
-func (s *Server) Serve(ctx context.Context) error                          { return errNotYet }
-func (s *Server) Shutdown(ctx context.Context) error                       { return errNotYet }
-func (s *Server) Close() error                                             { return nil }
-func (s *Server) AddUnit(u Unit) error                                     { return errNotYet }
-func (s *Server) RemoveUnit(iqn string, lun uint64) error                  { return errNotYet }
-func (s *Server) Retire(ctx context.Context, iqn string, lun uint64) error { return errNotYet }
-func (s *Server) Sessions(iqn string) []SessionInfo                        { return nil }
+	ending  chan struct{} // closed when Shutdown or Close begins
+	ended   sync.Once
+	pending sync.WaitGroup // every goroutine of the server
+
+	mu        sync.Mutex // protects what follows
+	listeners []net.Listener
+	targets   map[string]*node
+	conns     map[*conn]struct{}
+	tsih      uint16
+	closed    bool
+	serving   bool
+}
+
+// node is one target: a name and its logical units.
+type node struct {
+	iqn   string
+	units atomic.Pointer[map[uint64]*unit] // by unit number; replaced whole
+	// gone is set when the last unit was retired (under Server.mu).
+	gone  bool
+	alias string
+}
+
+// New checks cfg and makes a Server that does not listen yet.
+func New(cfg Config) (*Server, error) {
+	if cfg.Log == nil {
+		l := logrus.New()
+		l.SetLevel(logrus.PanicLevel)
+		cfg.Log = l
+	}
+	set := func(v *uint32, def uint32, name string) error {
+		if *v == 0 {
+			*v = def
+		}
+		if *v < 512 || *v > 1<<24-1 {
+			return fmt.Errorf("target: %s %d is not 512 to 16777215 bytes", name, *v)
+		}
+		return nil
+	}
+	if err := errors.Join(
+		set(&cfg.MaxRecvDataSegmentLength, 256<<10, "MaxRecvDataSegmentLength"),
+		set(&cfg.MaxBurstLength, 1<<20, "MaxBurstLength"),
+		set(&cfg.FirstBurstLength, 256<<10, "FirstBurstLength"),
+	); err != nil {
+		return nil, err
+	}
+	cfg.FirstBurstLength = min(cfg.FirstBurstLength, cfg.MaxBurstLength)
+	if cfg.MaxConnections == 0 {
+		cfg.MaxConnections = 1024
+	}
+	if cfg.LoginTimeout == 0 {
+		cfg.LoginTimeout = 15 * time.Second
+	}
+	if cfg.CommandsPerSession == 0 {
+		cfg.CommandsPerSession = 128
+	}
+	if cfg.CommandsPerSession < 1 || cfg.CommandsPerSession > 4096 {
+		return nil, fmt.Errorf("target: CommandsPerSession %d is not 1 to 4096", cfg.CommandsPerSession)
+	}
+	if cfg.NopInterval == 0 {
+		cfg.NopInterval = 15 * time.Second
+	}
+	if cfg.BytesInFlight == 0 {
+		cfg.BytesInFlight = 256 << 20
+	}
+	cfg.BytesInFlight = max(cfg.BytesInFlight, 2*maxTransfer)
+	return &Server{
+		cfg: cfg, log: cfg.Log, bytes: newAdmission(cfg.BytesInFlight),
+		ending:  make(chan struct{}),
+		targets: map[string]*node{}, conns: map[*conn]struct{}{},
+	}, nil
+}
+
+// Listen binds every portal, or none and says which could not be bound.
+func (s *Server) Listen() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.closed {
+		return ErrClosed
+	}
+	var all []net.Listener
+	for _, p := range s.cfg.Portals {
+		l, err := net.Listen("tcp", p)
+		if err != nil {
+			for _, o := range all {
+				o.Close()
+			}
+			var op *net.OpError
+			if errors.As(err, &op) {
+				err = op.Err
+			}
+			return fmt.Errorf("portal %s: %w", p, err)
+		}
+		all = append(all, l)
+	}
+	s.listeners = append(s.listeners, all...)
+	return nil
+}
+
+// Addrs are the addresses bound, in the order of Portals.
+func (s *Server) Addrs() []net.Addr {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	var a []net.Addr
+	for _, l := range s.listeners {
+		a = append(a, l.Addr())
+	}
+	return a
+}
+
+// Serve accepts connections until the server is shut down or closed, and then
+// gives ErrClosed; when ctx ends it closes the server and gives ctx's error.
+// It listens first if that was not done.
+func (s *Server) Serve(ctx context.Context) error {
+	if len(s.Addrs()) == 0 {
+		if err := s.Listen(); err != nil {
+			return err
+		}
+	}
+	s.mu.Lock()
+	if s.closed || s.serving {
+		s.mu.Unlock()
+		return ErrClosed
+	}
+	s.serving = true
+	for _, l := range s.listeners {
+		s.pending.Go(func() { s.accept(l) })
+	}
+	s.pending.Go(s.watch)
+	s.mu.Unlock()
+	select {
+	case <-ctx.Done():
+		return errors.Join(ctx.Err(), s.Close())
+	case <-s.ending:
+		return ErrClosed
+	}
+}
+
+func (s *Server) accept(l net.Listener) {
+	for {
+		nc, err := l.Accept()
+		if err != nil {
+			select {
+			case <-s.ending:
+				return
+			default:
+			}
+			// Out of descriptors and the like pass; the portal stays.
+			s.log.WithError(err).Warn("portal cannot accept")
+			select {
+			case <-s.ending:
+				return
+			case <-time.After(100 * time.Millisecond):
+			}
+			continue
+		}
+		s.mu.Lock()
+		if s.closed || len(s.conns) >= s.cfg.MaxConnections {
+			full := !s.closed
+			s.mu.Unlock()
+			nc.Close()
+			if full {
+				s.log.WithField("address", nc.RemoteAddr().String()).
+					Warnf("connection refused: %d are open, the most allowed", s.cfg.MaxConnections)
+			}
+			continue
+		}
+		c := newConn(s, nc)
+		s.conns[c] = struct{}{}
+		s.pending.Go(c.serve)
+		s.mu.Unlock()
+	}
+}
+
+// watch pings silent sessions and drops those that do not answer.
+func (s *Server) watch() {
+	if s.cfg.NopInterval < 0 {
+		return
+	}
+	tick := time.NewTicker(max(s.cfg.NopInterval/2, time.Millisecond))
+	defer tick.Stop()
+	for {
+		select {
+		case <-s.ending:
+			return
+		case <-tick.C:
+			for _, c := range s.sessions("") {
+				c.keepAlive()
+			}
+		}
+	}
+}
+
+// Shutdown stops accepting, lets the commands that are running finish and be
+// answered, and closes every session. When ctx ends first it closes what is left
+// and gives ctx's error.
+func (s *Server) Shutdown(ctx context.Context) error {
+	s.stopListening()
+	for _, c := range s.all() {
+		c.drain()
+	}
+	done := make(chan struct{})
+	go func() { s.pending.Wait(); close(done) }()
+	select {
+	case <-done:
+		return nil
+	case <-ctx.Done():
+		s.drop()
+		<-done
+		return ctx.Err()
+	}
+}
+
+// Close stops accepting and drops every session; commands in flight are
+// cancelled. It returns when they have ended.
+func (s *Server) Close() error {
+	s.stopListening()
+	s.drop()
+	s.pending.Wait()
+	return nil
+}
+
+func (s *Server) stopListening() {
+	s.mu.Lock()
+	s.closed = true
+	ls := s.listeners
+	s.mu.Unlock()
+	s.ended.Do(func() {
+		close(s.ending)
+		for _, l := range ls {
+			l.Close()
+		}
+	})
+}
+
+func (s *Server) drop() {
+	for _, c := range s.all() {
+		c.close(ErrClosed)
+	}
+}
+
+func (s *Server) all() []*conn {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return slices.Collect(maps.Keys(s.conns))
+}
+
+// sessions are the connections in full feature phase, of one target or of all.
+func (s *Server) sessions(iqn string) []*conn {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	var out []*conn
+	for c := range s.conns {
+		if c.loggedIn && (iqn == "" || c.node != nil && c.node.iqn == iqn) {
+			out = append(out, c)
+		}
+	}
+	return out
+}
+
+// AddUnit puts a logical unit on a target, which begins to exist with its first.
+// Sessions of the target learn of it by a unit attention.
+func (s *Server) AddUnit(u Unit) error {
+	if err := checkUnit(u); err != nil {
+		return err
+	}
+	made, err := newUnit(u)
+	if err != nil {
+		return err
+	}
+	s.mu.Lock()
+	if s.closed {
+		s.mu.Unlock()
+		return ErrClosed
+	}
+	n := s.targets[u.IQN]
+	if n == nil || n.gone {
+		n = &node{iqn: u.IQN, alias: u.Alias}
+		n.units.Store(&map[uint64]*unit{})
+		s.targets[u.IQN] = n
+	}
+	old := *n.units.Load()
+	if o := old[u.LUN]; o != nil && !o.gate.closed() {
+		s.mu.Unlock()
+		return fmt.Errorf("%s LUN %d: %w", u.IQN, u.LUN, ErrExists)
+	}
+	made.node = n
+	units := maps.Clone(old)
+	units[u.LUN] = made
+	n.units.Store(&units)
+	s.mu.Unlock()
+	for _, c := range s.sessions(u.IQN) {
+		c.lunsChanged(u.LUN)
+	}
+	return nil
+}
+
+func checkUnit(u Unit) error {
+	where := fmt.Sprintf("%s LUN %d", u.IQN, u.LUN)
+	if err := checkName(u.IQN); err != nil {
+		return fmt.Errorf("target name %q: %w", u.IQN, err)
+	}
+	if _, ok := iscsi.EncodeLUN(u.LUN); !ok {
+		return fmt.Errorf("%s: a LUN is 0 to 16383", where)
+	}
+	for _, f := range []struct {
+		name, value string
+		most        int
+	}{{"vendor", u.Vendor, 8}, {"product", u.Product, 16}, {"revision", u.Revision, 4}, {"serial", u.Serial, 64}} {
+		if len(f.value) > f.most {
+			return fmt.Errorf("%s: %s %q is longer than %d characters", where, f.name, f.value, f.most)
+		}
+		if strings.ContainsFunc(f.value, func(r rune) bool { return r < ' ' || r > '~' }) {
+			return fmt.Errorf("%s: %s %q is not plain ASCII", where, f.name, f.value)
+		}
+	}
+	if u.Device == nil {
+		return fmt.Errorf("%s: no device", where)
+	}
+	return nil
+}
+
+// checkName holds a name against RFC 7143 4.2.7.
+func checkName(name string) error {
+	if len(name) == 0 || len(name) > 223 {
+		return fmt.Errorf("an iSCSI name has 1 to 223 bytes")
+	}
+	if strings.ContainsFunc(name, func(r rune) bool { return r <= ' ' || r == 0x7f || r == '=' || r == ',' }) {
+		return fmt.Errorf("an iSCSI name has no spaces, control characters, = or comma")
+	}
+	return nil
+}
+
+// RemoveUnit takes a logical unit off: no new command reaches its device, and it
+// returns when those in flight have ended. The target goes with its last unit, and
+// its sessions are dropped then.
+func (s *Server) RemoveUnit(iqn string, lun uint64) error {
+	s.mu.Lock()
+	n := s.targets[iqn]
+	var u *unit
+	if n != nil {
+		u = (*n.units.Load())[lun]
+	}
+	if u == nil {
+		s.mu.Unlock()
+		return fmt.Errorf("%s LUN %d: %w", iqn, lun, ErrNoUnit)
+	}
+	units := maps.Clone(*n.units.Load())
+	delete(units, lun)
+	n.units.Store(&units)
+	last := len(units) == 0
+	if last {
+		delete(s.targets, iqn)
+	}
+	s.mu.Unlock()
+	u.gate.close()
+	<-u.gate.drained
+	for _, c := range s.sessions(iqn) {
+		if last && c.node == n {
+			c.close(fmt.Errorf("target %s removed", iqn))
+		} else {
+			c.lunsChanged(lun)
+		}
+	}
+	return nil
+}
+
+// Retire ends a logical unit for good, for a cutover: from its call on no new
+// command reaches the device, and commands in flight finish first. Commands
+// that still come get NOT READY, LOGICAL UNIT IS IN PROCESS OF BECOMING READY
+// (04h/01h), which initiators retry, on another path if they have one, rather than
+// report as lost. When the last unit of a target is retired its sessions are asked
+// to log out, logins to it end with status 0204h (target removed), and
+// SendTargets lists it no more. Retire returns when these sessions are gone; when ctx
+// ends first it drops them and gives ctx's error. Retiring twice is no error.
+func (s *Server) Retire(ctx context.Context, iqn string, lun uint64) error {
+	s.mu.Lock()
+	n := s.targets[iqn]
+	var u *unit
+	if n != nil {
+		u = (*n.units.Load())[lun]
+	}
+	if u == nil {
+		s.mu.Unlock()
+		return fmt.Errorf("%s LUN %d: %w", iqn, lun, ErrNoUnit)
+	}
+	u.gate.close()
+	live := false
+	for _, o := range *n.units.Load() {
+		live = live || !o.gate.closed()
+	}
+	n.gone = !live
+	s.mu.Unlock()
+
+	select {
+	case <-u.gate.drained:
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+	if live {
+		return nil
+	}
+	left := s.sessions(iqn)
+	seconds := uint16(3)
+	if d, ok := ctx.Deadline(); ok {
+		seconds = uint16(min(max(time.Until(d).Seconds(), 1), 60))
+	}
+	for _, c := range left {
+		c.askLogout(seconds)
+	}
+	for _, c := range left {
+		select {
+		case <-c.done:
+		case <-ctx.Done():
+			for _, o := range left {
+				o.close(fmt.Errorf("target %s removed", iqn))
+			}
+			for _, o := range left {
+				<-o.done
+			}
+			return ctx.Err()
+		}
+	}
+	return nil
+}
+
+// Sessions lists the sessions of a target, oldest first.
+func (s *Server) Sessions(iqn string) []SessionInfo {
+	out := []SessionInfo{}
+	for _, c := range s.sessions(iqn) {
+		out = append(out, SessionInfo{Initiator: c.initiator, Address: c.nc.RemoteAddr().String(), Since: c.since})
+	}
+	slices.SortFunc(out, func(a, b SessionInfo) int { return a.Since.Compare(b.Since) })
+	return out
+}

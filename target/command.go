@@ -1,0 +1,326 @@
+package target
+
+import (
+	"encoding/binary"
+	"fmt"
+
+	"lunshift/iscsi"
+	"lunshift/lun"
+)
+
+// command takes a SCSI Command PDU (RFC 7143 11.3). What must not wait here
+// goes to a worker.
+func (c *conn) command(h *iscsi.BHS) error {
+	if h.ITT() == iscsi.NoTag {
+		return c.malformed(h, "SCSI Command with the reserved task tag")
+	}
+	c.mu.Lock()
+	ignore, err := c.inOrder(h)
+	if ignore || err != nil {
+		c.mu.Unlock()
+		return err
+	}
+	if c.tasks[h.ITT()] != nil {
+		c.reject(h, iscsi.RejectTaskInProgress)
+		c.mu.Unlock()
+		return fmt.Errorf("protocol error: task tag %08Xh is in use", h.ITT())
+	}
+	if h.Immediate() && c.immediate >= mostImmediate {
+		c.reject(h, iscsi.RejectTooManyImmed)
+		c.mu.Unlock()
+		return nil
+	}
+	if done := c.readNow(h); done {
+		c.mu.Unlock()
+		return nil
+	}
+	t := c.newTask(h)
+	if err := c.check(t); err != nil {
+		c.finish(t, err)
+		c.mu.Unlock()
+		return nil
+	}
+	if t.flags&iscsi.FlagWrite == 0 || t.want == 0 {
+		c.start(t)
+		c.mu.Unlock()
+		return nil
+	}
+	return c.beginDataOut(t, h) // unlocks
+}
+
+// newTask enters a task in the session's books. c.mu is held.
+func (c *conn) newTask(h *iscsi.BHS) *task {
+	t := taskPool.Get().(*task)
+	t.c = c
+	t.itt = h.ITT()
+	t.lunField = h.LUN()
+	t.flags = h.Flags()
+	t.expected = h.ExpectedLength()
+	copy(t.cdb[:], h.CDB())
+	t.isImmed = h.Immediate()
+	if t.isImmed {
+		c.immediate++
+	} else {
+		c.inFlight++
+	}
+	c.tasks[t.itt] = t
+	return t
+}
+
+// check finds the unit and the operation, and decodes the CDB. What it refuses moves
+// no data. c.mu is held.
+func (c *conn) check(t *task) error {
+	t.op = lookup(t.cdb[:])
+	var id uint64
+	var known bool
+	if id, known = iscsi.DecodeLUN(t.lunField); known {
+		t.u = (*c.node.units.Load())[id]
+	}
+	if t.op == nil {
+		t.op = &unknownOperation
+	}
+	if t.u == nil && !t.op.anyLUN {
+		return senseNoUnit
+	}
+	if t.u != nil && !t.op.noAttention {
+		if a := c.attention[id]; len(a) > 0 {
+			c.clearAttention(id)
+			return a[0]
+		}
+	}
+	if t.op == &unknownOperation || !t.op.anyLUN && !t.op.offered(t.u) {
+		return senseInvalidOpcode
+	}
+	if n, err := c.r.ExtendedCDB(); err != nil || n != nil || !t.op.reservedClear(t.cdb[:]) {
+		return senseInvalidField
+	}
+	if t.cdb[t.op.control()]&0x04 != 0 { // NACA: there is no ACA (SAM-5 5.2)
+		return senseInvalidField
+	}
+	if t.op.decode != nil {
+		if err := t.op.decode(t); err != nil {
+			return err
+		}
+	}
+	if t.want > 0 && (t.flags&iscsi.FlagWrite == 0 || uint64(t.expected) < uint64(t.want)) {
+		// Less data than the CDB speaks of: nothing is written rather than a part.
+		return senseInvalidIU
+	}
+	return nil
+}
+
+// clearAttention takes the first unit attention off. c.mu is held.
+func (c *conn) clearAttention(id uint64) {
+	if a := c.attention[id]; len(a) > 1 {
+		c.attention[id] = a[1:]
+	} else {
+		delete(c.attention, id)
+	}
+}
+
+// readNow answers a READ on the spot when its blocks can be had without waiting:
+// they go from the device straight into what is sent. c.mu is held.
+func (c *conn) readNow(h *iscsi.BHS) bool {
+	cdb := h.CDB()
+	var lba, blocks uint64
+	switch cdb[0] {
+	case opRead10:
+		lba, blocks = uint64(binary.BigEndian.Uint32(cdb[2:])), uint64(binary.BigEndian.Uint16(cdb[7:]))
+		if cdb[1]&^dpo != 0 || cdb[6] != 0 || cdb[9] != 0 {
+			return false
+		}
+	case opRead16:
+		lba, blocks = binary.BigEndian.Uint64(cdb[2:]), uint64(binary.BigEndian.Uint32(cdb[10:]))
+		if cdb[1]&^dpo != 0 || cdb[14] != 0 || cdb[15] != 0 {
+			return false
+		}
+	default:
+		return false
+	}
+	id, known := iscsi.DecodeLUN(h.LUN())
+	u := (*c.node.units.Load())[id]
+	if !known || u == nil || u.prober == nil || blocks == 0 || blocks > maxTransfer>>u.shift {
+		return false
+	}
+	n := int(blocks << u.shift)
+	if h.Flags()&iscsi.FlagRead == 0 || h.ExpectedLength() != uint32(n) || h.AHSLength() > 0 || h.DataLength() > 0 ||
+		lba >= u.info.Blocks || blocks > u.info.Blocks-lba ||
+		n > int(min(c.params.PeerMaxRecv, c.params.MaxBurstLength)) || len(c.attention) > 0 || !u.gate.enter() {
+		return false
+	}
+	defer u.gate.leave()
+	itt := h.ITT()
+	if n > iscsi.MaxFrame {
+		b := newBuffer(n)
+		if ok, err := u.prober.TryReadAt(b.b, lun.LBA(lba)); !ok || err != nil {
+			b.Release()
+			return false
+		}
+		var r iscsi.BHS
+		c.w.Reserve(n)
+		c.dataIn(&r, itt, 0, 0, true)
+		c.status(&r)
+		c.w.Append(&r, nil, b.b, b)
+		return true
+	}
+	r, data := c.w.Frame(n)
+	if ok, err := u.prober.TryReadAt(data, lun.LBA(lba)); !ok || err != nil {
+		c.w.Cancel(data)
+		return false // the worker meets the error again, or waits
+	}
+	c.dataIn(r, itt, 0, 0, true)
+	c.status(r)
+	c.w.Commit(r, data)
+	return true
+}
+
+// dataIn fills the header of a Data-In PDU (RFC 7143 11.7); last carries GOOD.
+func (c *conn) dataIn(r *iscsi.BHS, itt, sn, offset uint32, last bool) {
+	r.SetOpcode(iscsi.OpDataIn)
+	if last {
+		r.SetFlags(iscsi.FlagFinal | iscsi.FlagStatus)
+	}
+	r.SetITT(itt)
+	r.SetTTT(iscsi.NoTag)
+	r.SetDataSN(sn)
+	r.SetBufferOffset(offset)
+}
+
+// start sends a task without data-out on its way. c.mu is held.
+func (c *conn) start(t *task) {
+	if t.op.quick {
+		t.running = true
+		c.mu.Unlock()
+		err := t.perform()
+		c.mu.Lock()
+		c.finish(t, err)
+		return
+	}
+	if n := int64(t.alloc); t.op.bulk && n > freely && !c.admit(t, n) {
+		return
+	}
+	c.dispatch(t)
+}
+
+// admit takes n bytes of the server's for the task, now or, with false, later: then
+// granted goes on with it. c.mu is held.
+func (c *conn) admit(t *task, n int64) bool {
+	cl := &claim{}
+	cl.granted = func() { c.granted(t, n) }
+	t.claim = cl
+	c.claims.Add(1)
+	if c.srv.bytes.acquire(n, cl) {
+		c.claims.Done()
+		t.claim, t.credit, t.admitted = nil, n, true
+		return true
+	}
+	return false
+}
+
+// granted goes on with a task that waited for memory.
+func (c *conn) granted(t *task, n int64) {
+	defer c.claims.Done()
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	t.claim, t.credit, t.admitted = nil, n, true
+	switch {
+	case t.reading:
+	case t.aborted:
+		c.end(t)
+	case t.want == 0:
+		c.dispatch(t)
+	case !t.unsolicited:
+		c.proceed(t)
+		c.w.Flush()
+	}
+}
+
+// buffer gives memory for n bytes of data-in or data-out, charged to what the
+// task was granted.
+func (t *task) buffer(n int) *buffer {
+	b := newBuffer(n)
+	if t.credit > 0 {
+		b.from, b.n, t.credit = t.c.srv.bytes, t.credit, 0
+	}
+	return b
+}
+
+// answer queues the response of a task: data and status, or status and sense. c.mu
+// is held.
+func (c *conn) answer(t *task, err error) {
+	status, sn := statusOf(t, err)
+	expected := int(t.expected)
+	moved := 0 // by the CDB
+	if status == iscsi.StatusGood {
+		moved = max(t.whole, t.want)
+		if t.flags&iscsi.FlagRead == 0 && len(t.in) > 0 {
+			t.in = nil // the initiator takes no data
+			expected = 0
+		}
+	} else {
+		t.in = nil
+	}
+	var flags byte
+	var residual int
+	switch {
+	case moved > expected:
+		flags, residual = iscsi.FlagOverflow, moved-expected
+	case moved < expected:
+		flags, residual = iscsi.FlagUnderflow, expected-moved
+	}
+	data := t.in[:min(len(t.in), expected)]
+	if len(data) == 0 {
+		c.respond(t, status, sn, flags, residual)
+		return
+	}
+	chunk := int(c.params.PeerMaxRecv)
+	burst := int(c.params.MaxBurstLength)
+	for at := 0; at < len(data); {
+		n := min(chunk, len(data)-at, burst-at%burst)
+		last := at+n == len(data)
+		var r iscsi.BHS
+		c.dataIn(&r, t.itt, t.dataSN, uint32(at), last)
+		t.dataSN++
+		c.w.Reserve(n)
+		if last {
+			r.SetFlags(r.Flags() | flags)
+			r.SetResidual(uint32(residual))
+			c.status(&r)
+			var owner iscsi.Releaser
+			if t.inBuf != nil {
+				owner = t.inBuf
+				t.inBuf = nil
+			}
+			c.w.Append(&r, nil, data[at:], owner)
+			return
+		}
+		if (at+n)%burst == 0 {
+			r.SetFlags(iscsi.FlagFinal)
+		}
+		c.numbers(&r)
+		c.w.Append(&r, nil, data[at:at+n], nil)
+		at += n
+	}
+}
+
+// respond queues a SCSI Response (RFC 7143 11.4). c.mu is held.
+func (c *conn) respond(t *task, status byte, sn []byte, flags byte, residual int) {
+	n := 0
+	if len(sn) > 0 {
+		n = 2 + len(sn)
+	}
+	r, data := c.w.Frame(n)
+	if n > 0 {
+		binary.BigEndian.PutUint16(data, uint16(len(sn)))
+		copy(data[2:], sn)
+	}
+	r.SetOpcode(iscsi.OpSCSIResponse)
+	r.SetFlags(iscsi.FlagFinal | flags)
+	r.SetResponse(iscsi.ResponseCompleted)
+	r.SetStatus(status)
+	r.SetITT(t.itt)
+	r.SetDataSN(t.dataSN + t.r2tSN)
+	r.SetResidual(uint32(residual))
+	c.status(r)
+	c.w.Commit(r, data)
+}

@@ -1,0 +1,441 @@
+package target
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"runtime/debug"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/sirupsen/logrus"
+
+	"lunshift/iscsi"
+)
+
+// readBuffer is how much a connection reads at a time, in bytes.
+const readBuffer = 256 << 10
+
+// mostImmediate bounds the immediate commands of a session, which the command
+// window does not count.
+const mostImmediate = 32
+
+// portalGroup is the tag of the one portal group there is (RFC 7143 13.9).
+const portalGroup = "1"
+
+// conn is one connection and the session on it.
+//
+// One goroutine reads PDUs and answers what can be answered without waiting;
+// tasks that may wait run on the connection's workers.
+type conn struct {
+	srv   *Server
+	nc    net.Conn
+	log   logrus.FieldLogger
+	since time.Time
+	done  chan struct{} // closed when nothing of the connection is left
+
+	// Set by the login, constant afterwards; loggedIn is under Server.mu.
+	loggedIn  bool
+	initiator string
+	isid      iscsi.ISID
+	tsih      uint16
+	node      *node // nil in a discovery session
+	params    iscsi.Params
+
+	r     *iscsi.Reader
+	heard atomic.Uint64 // counts PDUs received
+
+	mu        sync.Mutex // protects what follows, and the writer
+	w         *iscsi.Writer
+	statSN    uint32
+	expCmdSN  uint32
+	window    uint32
+	inFlight  uint32 // non-immediate tasks
+	immediate uint32 // immediate tasks
+	tasks     map[uint32]*task
+	closing   bool // no task begins any more
+	draining  bool // what runs is answered before the connection closes
+	cause     error
+	attention map[uint64][]sense // unit attentions by unit number
+	ping      uint32             // TTT of the NOP-In that was not answered; 0 none
+	pingHeard uint64
+	nextTTT   uint32
+	text      []byte // rest of a text answer
+	textTTT   uint32
+
+	queue   chan *task // tasks for the workers; never full
+	idle    int        // workers that wait, less tasks on their way to them
+	backlog int        // tasks in queue that no idle worker waits for
+	workers sync.WaitGroup
+	started int            // workers
+	claims  sync.WaitGroup // claims on the server's bytes, and other helpers
+}
+
+func newConn(s *Server, nc net.Conn) *conn {
+	c := &conn{
+		srv: s, nc: nc, since: time.Now(), done: make(chan struct{}),
+		log:    s.log.WithField("address", nc.RemoteAddr().String()),
+		window: uint32(s.cfg.CommandsPerSession),
+		tasks:  map[uint32]*task{}, attention: map[uint64][]sense{},
+		queue: make(chan *task, s.cfg.CommandsPerSession+mostImmediate),
+	}
+	c.r = iscsi.NewReader(nc, readBuffer)
+	c.w = iscsi.NewWriter(nc, &c.mu)
+	return c
+}
+
+// serve is the life of the connection.
+func (c *conn) serve() {
+	defer close(c.done)
+	err := c.guarded(c.login)
+	if err == nil {
+		err = c.guarded(c.receive)
+	}
+	c.mu.Lock()
+	drained := c.draining && !c.closing
+	c.mu.Unlock()
+	if drained {
+		c.finishRunning()
+		err = ErrClosed
+	}
+	c.close(err)
+	c.claims.Wait()
+	c.mu.Lock()
+	close(c.queue)
+	c.mu.Unlock()
+	c.workers.Wait()
+	c.mu.Lock()
+	c.w.Close(net.ErrClosed)
+	cause := c.cause
+	c.mu.Unlock()
+	c.srv.mu.Lock()
+	delete(c.srv.conns, c)
+	was := c.loggedIn
+	c.loggedIn = false
+	c.srv.mu.Unlock()
+	c.report(cause, was)
+}
+
+// guarded is the last defence: a panic ends this connection only.
+func (c *conn) guarded(f func() error) (err error) {
+	defer func() {
+		if p := recover(); p != nil {
+			err = fmt.Errorf("internal fault: %v", p)
+			c.log.WithField("stack", string(debug.Stack())).Errorf("connection dropped: internal fault: %v", p)
+		}
+	}()
+	return f()
+}
+
+var errLoggedOut = errors.New("logged out")
+
+func (c *conn) report(cause error, session bool) {
+	switch {
+	case cause == nil, errors.Is(cause, io.EOF), errors.Is(cause, errLoggedOut), errors.Is(cause, ErrClosed), errors.Is(cause, errLoginRefused):
+		if session {
+			c.log.Info("session ended")
+		}
+	default:
+		c.log.WithError(cause).Warn("connection dropped")
+	}
+}
+
+// close ends the connection at once; its tasks are cancelled and not answered.
+// The first cause stays.
+func (c *conn) close(cause error) {
+	c.mu.Lock()
+	if !c.closing {
+		c.closing = true
+		c.cause = cause
+		for _, t := range c.tasks {
+			t.abort()
+		}
+	}
+	c.mu.Unlock()
+	c.nc.Close()
+}
+
+// drain makes the connection end once the tasks that run are answered.
+func (c *conn) drain() {
+	c.mu.Lock()
+	c.draining = true
+	c.mu.Unlock()
+	c.nc.SetReadDeadline(time.Unix(1, 0))
+}
+
+// finishRunning gives up the tasks that wait for data, waits for the others and
+// sends what is left to send.
+func (c *conn) finishRunning() {
+	all := make(chan struct{})
+	c.mu.Lock()
+	b := &barrier{then: func() { close(all) }}
+	for _, t := range c.tasks {
+		t.join(b)
+		if !t.running {
+			t.abort()
+		}
+	}
+	b.arm()
+	c.mu.Unlock()
+	<-all
+	c.mu.Lock()
+	c.w.Flush()
+	c.mu.Unlock()
+}
+
+// receive takes PDUs in full feature phase until the connection ends.
+func (c *conn) receive() error {
+	for {
+		h, err := c.r.Next()
+		if err != nil {
+			return err
+		}
+		c.heard.Add(1)
+		if err := c.pdu(h); err != nil {
+			c.mu.Lock()
+			c.w.Flush()
+			c.mu.Unlock()
+			return err
+		}
+		if !c.r.Ready() {
+			c.mu.Lock()
+			err = c.w.Flush()
+			c.mu.Unlock()
+			if err != nil {
+				return err
+			}
+		}
+	}
+}
+
+// pdu handles one PDU. An error ends the connection.
+func (c *conn) pdu(h *iscsi.BHS) error {
+	if c.node == nil { // discovery session (RFC 7143 4.3)
+		switch h.Opcode() {
+		case iscsi.OpTextRequest, iscsi.OpLogout, iscsi.OpNopOut:
+		default:
+			return c.malformed(h, "%v in a discovery session", h.Opcode())
+		}
+	}
+	switch h.Opcode() {
+	case iscsi.OpSCSICommand:
+		return c.command(h)
+	case iscsi.OpDataOut:
+		return c.dataOut(h)
+	case iscsi.OpNopOut:
+		return c.nopOut(h)
+	case iscsi.OpTaskMgmt:
+		return c.taskManagement(h)
+	case iscsi.OpTextRequest:
+		return c.textRequest(h)
+	case iscsi.OpLogout:
+		return c.logout(h)
+	case iscsi.OpSNACK:
+		return c.malformed(h, "SNACK at error recovery level 0")
+	}
+	return c.malformed(h, "%v from an initiator", h.Opcode())
+}
+
+// malformed answers with a Reject and gives the error that ends the connection.
+func (c *conn) malformed(h *iscsi.BHS, format string, args ...any) error {
+	c.mu.Lock()
+	c.reject(h, iscsi.RejectProtocol)
+	c.mu.Unlock()
+	return fmt.Errorf("protocol error: "+format, args...)
+}
+
+// reject queues a Reject for the PDU (RFC 7143 11.17). c.mu is held.
+func (c *conn) reject(h *iscsi.BHS, reason byte) {
+	bad := *h
+	r, data := c.w.Frame(iscsi.BHSLength)
+	copy(data, bad[:])
+	r.SetOpcode(iscsi.OpReject)
+	r.SetFlags(iscsi.FlagFinal)
+	r.SetResponse(reason)
+	r.SetITT(iscsi.NoTag)
+	c.status(r)
+	c.w.Commit(r, data)
+}
+
+// status gives a PDU its StatSN and the command window. c.mu is held.
+func (c *conn) status(h *iscsi.BHS) {
+	h.SetStatSN(c.statSN)
+	c.statSN++
+	c.numbers(h)
+}
+
+// numbers gives a PDU the command window. c.mu is held.
+//
+// MaxCmdSN never falls: a command that arrives moves expCmdSN and inFlight
+// together.
+func (c *conn) numbers(h *iscsi.BHS) {
+	h.SetExpCmdSN(c.expCmdSN)
+	h.SetMaxCmdSN(c.expCmdSN + c.window - c.inFlight - 1)
+}
+
+// inOrder holds the CmdSN of a PDU against the window and moves the window for it.
+// ignore says that the PDU is to be dropped in silence (RFC 7143 4.2.2.1). c.mu
+// is held.
+func (c *conn) inOrder(h *iscsi.BHS) (ignore bool, err error) {
+	if h.Immediate() {
+		return false, nil
+	}
+	sn := h.CmdSN()
+	switch {
+	case sn == c.expCmdSN && c.inFlight < c.window:
+		c.expCmdSN++
+		return false, nil
+	case iscsi.SNLess(sn, c.expCmdSN) || iscsi.SNLess(c.expCmdSN+c.window-c.inFlight-1, sn):
+		return true, nil
+	}
+	// On one connection commands arrive in order; a gap would never be filled.
+	return false, fmt.Errorf("protocol error: CmdSN %d where %d is next", sn, c.expCmdSN)
+}
+
+// nopOut answers a ping or takes the answer to one (RFC 7143 11.18).
+func (c *conn) nopOut(h *iscsi.BHS) error {
+	head := *h
+	n := min(c.r.Left(), int(c.params.PeerMaxRecv), iscsi.MaxFrame)
+	var echo []byte
+	if head.ITT() != iscsi.NoTag && n > 0 {
+		echo = make([]byte, n)
+		if err := c.r.ReadData(echo); err != nil {
+			return err
+		}
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if head.ITT() == iscsi.NoTag {
+		if !head.Immediate() {
+			return fmt.Errorf("protocol error: NOP-Out without a task tag is not immediate")
+		}
+		if head.TTT() != iscsi.NoTag && head.TTT() == c.ping {
+			c.ping = 0
+		}
+		return nil
+	}
+	if ignore, err := c.inOrder(&head); ignore || err != nil {
+		return err
+	}
+	r, data := c.w.Frame(len(echo))
+	copy(data, echo)
+	r.SetOpcode(iscsi.OpNopIn)
+	r.SetFlags(iscsi.FlagFinal)
+	r.SetLUN(head.LUN())
+	r.SetITT(head.ITT())
+	r.SetTTT(iscsi.NoTag)
+	c.status(r)
+	c.w.Commit(r, data)
+	return nil
+}
+
+// keepAlive pings the initiator when it was silent since the last call but one, and
+// drops the connection when a ping went unanswered for that long.
+func (c *conn) keepAlive() {
+	heard := c.heard.Load()
+	c.mu.Lock()
+	silent := heard == c.pingHeard
+	c.pingHeard = heard
+	if c.closing || !silent {
+		if !silent {
+			c.ping = 0
+		}
+		c.mu.Unlock()
+		return
+	}
+	if c.ping != 0 {
+		c.mu.Unlock()
+		c.close(fmt.Errorf("initiator did not answer a ping within %v", c.srv.cfg.NopInterval/2))
+		return
+	}
+	c.ping = c.newTTT()
+	r, data := c.w.Frame(0)
+	r.SetOpcode(iscsi.OpNopIn)
+	r.SetFlags(iscsi.FlagFinal)
+	r.SetITT(iscsi.NoTag)
+	r.SetTTT(c.ping)
+	// An unsolicited NOP-In carries the next StatSN and does not use it up.
+	r.SetStatSN(c.statSN)
+	c.numbers(r)
+	c.w.Commit(r, data)
+	c.claims.Go(func() {
+		c.mu.Lock()
+		c.w.Flush()
+		c.mu.Unlock()
+	})
+	c.mu.Unlock()
+}
+
+// newTTT gives a target transfer tag that is not in use. c.mu is held.
+func (c *conn) newTTT() uint32 {
+	c.nextTTT++
+	if c.nextTTT == iscsi.NoTag || c.nextTTT == 0 {
+		c.nextTTT = 1
+	}
+	return c.nextTTT
+}
+
+// logout ends the session once its tasks have ended (RFC 7143 11.14).
+func (c *conn) logout(h *iscsi.BHS) error {
+	head := *h
+	c.mu.Lock()
+	if ignore, err := c.inOrder(&head); ignore || err != nil {
+		c.mu.Unlock()
+		return err
+	}
+	response := byte(iscsi.LogoutOK)
+	switch head.Function() {
+	case iscsi.LogoutCloseSession, iscsi.LogoutCloseConnection:
+	case iscsi.LogoutForRecovery:
+		response = iscsi.LogoutNoRecovery
+	default:
+		c.reject(&head, iscsi.RejectInvalidPDUField)
+		c.mu.Unlock()
+		return nil
+	}
+	ended := make(chan struct{})
+	if response == iscsi.LogoutOK {
+		b := &barrier{then: func() { close(ended) }}
+		for _, t := range c.tasks {
+			t.join(b)
+			t.abort()
+		}
+		b.arm()
+		c.mu.Unlock()
+		<-ended
+		c.mu.Lock()
+	}
+	r, data := c.w.Frame(0)
+	r.SetOpcode(iscsi.OpLogoutResp)
+	r.SetFlags(iscsi.FlagFinal)
+	r.SetResponse(response)
+	r.SetITT(head.ITT())
+	c.status(r)
+	r.SetLogoutTimes(0, 0)
+	c.w.Commit(r, data)
+	c.mu.Unlock()
+	if response == iscsi.LogoutOK {
+		return errLoggedOut
+	}
+	return nil
+}
+
+// askLogout sends the Asynchronous Message that requests a logout within so many
+// seconds (RFC 7143 11.9.1, event 1).
+func (c *conn) askLogout(seconds uint16) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.closing {
+		return
+	}
+	r, data := c.w.Frame(0)
+	r.SetOpcode(iscsi.OpAsync)
+	r.SetFlags(iscsi.FlagFinal)
+	r.SetITT(iscsi.NoTag)
+	c.status(r)
+	r.SetAsync(iscsi.AsyncLogoutRequest, 0, 0, 0, seconds)
+	c.w.Commit(r, data)
+	c.w.Flush()
+}

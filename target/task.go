@@ -1,0 +1,239 @@
+package target
+
+import (
+	"fmt"
+	"runtime/debug"
+	"sync"
+
+	"lunshift/iscsi"
+)
+
+// task is one SCSI command from its arrival to its response. It is the context
+// that the device gets: it ends when the task is aborted.
+//
+// A task belongs to its connection's reader while data arrives, to one worker while
+// it runs (running), and is in conn.tasks until it ends. Fields without a
+// comment are set once at the beginning.
+type task struct {
+	life
+	work
+}
+
+// work is what a task is about; it is cleared when the task ends.
+type work struct {
+	c        *conn
+	u        *unit // nil when there is no such logical unit
+	op       *operation
+	itt      uint32
+	lunField uint64
+	cdb      [16]byte
+	flags    byte
+	isImmed  bool   // not counted by the command window
+	expected uint32 // expected data transfer length, bytes
+
+	// Decoded from the CDB.
+	lba    uint64
+	blocks uint64
+	want   int // data-out bytes the CDB asks for
+	alloc  int // data-in bytes the CDB allows, or transfers
+
+	out []byte // data-out, want bytes
+	in  []byte // data-in, what there is to send
+	// whole is the data-in the CDB would transfer, in bytes, for the residual.
+	whole  int
+	outBuf *buffer
+	inBuf  *buffer
+	early  *buffer // data that came before out was admitted
+
+	// The transfer of data-out; the reader's, and under conn.mu where granted meets it.
+	received    int    // bytes of out (or early) that are there
+	offset      uint32 // next buffer offset of unsolicited data
+	unsolicited bool   // unsolicited Data-Out PDUs are to come
+	ttt         uint32 // of the open R2T; 0 none
+	r2tEnd      int    // where the open R2T ends
+	r2tSN       uint32
+	dataSN      uint32
+	claim       *claim // that waits for bytes; nil none
+	admitted    bool   // bytes were granted
+	credit      int64  // bytes granted and not yet given to a buffer
+
+	// Under conn.mu.
+	running bool
+	reading bool // the reader is putting data into the task's memory
+	aborted bool
+	waiters []*barrier
+}
+
+var taskPool = sync.Pool{New: func() any { return new(task) }}
+
+// barrier calls then once all tasks that joined it have ended. Its count is under
+// the mutexes of the connections it spans and its own.
+type barrier struct {
+	mu   sync.Mutex // protects what follows
+	n    int
+	set  bool
+	then func()
+}
+
+// join makes b wait for t. conn.mu is held.
+func (t *task) join(b *barrier) {
+	b.mu.Lock()
+	b.n++
+	b.mu.Unlock()
+	t.waiters = append(t.waiters, b)
+}
+
+// arm says that no further task joins.
+func (b *barrier) arm() { b.step(0, true) }
+
+func (b *barrier) step(n int, set bool) {
+	b.mu.Lock()
+	b.n -= n
+	b.set = b.set || set
+	call := b.set && b.n == 0 && b.then != nil
+	then := b.then
+	if call {
+		b.then = nil
+	}
+	b.mu.Unlock()
+	if call {
+		then()
+	}
+}
+
+// abort makes the task end without a response; what runs is cancelled and ends when
+// its device returned. conn.mu is held.
+func (t *task) abort() {
+	if t.aborted {
+		return
+	}
+	t.aborted = true
+	t.cancel()
+	if t.running || t.reading {
+		return
+	}
+	if t.claim != nil {
+		if !t.c.srv.bytes.cancel(t.claim) {
+			return // granted is on its way and ends it
+		}
+		t.claim = nil
+		t.c.claims.Done()
+	}
+	t.c.end(t)
+}
+
+// end takes the task out of the session. conn.mu is held; t is not used after it.
+func (c *conn) end(t *task) {
+	c.leave(t)
+	c.dispose(t)
+}
+
+// leave takes the task off the session's books: its place in the command window is
+// free.
+func (c *conn) leave(t *task) {
+	if c.tasks[t.itt] == t {
+		delete(c.tasks, t.itt)
+	}
+	if t.isImmed {
+		c.immediate--
+	} else {
+		c.inFlight--
+	}
+}
+
+// dispose gives back what the task holds.
+func (c *conn) dispose(t *task) {
+	for _, b := range t.waiters {
+		b.step(1, false)
+	}
+	for _, b := range [...]*buffer{t.outBuf, t.inBuf, t.early} {
+		if b != nil {
+			b.Release()
+		}
+	}
+	if t.credit > 0 {
+		c.srv.bytes.release(t.credit)
+	}
+	t.work = work{waiters: t.waiters[:0]}
+	t.life.reset()
+	taskPool.Put(t)
+}
+
+// dispatch hands the task to a worker. conn.mu is held.
+func (c *conn) dispatch(t *task) {
+	t.running = true
+	switch {
+	case c.idle > 0:
+		c.idle--
+	case c.started < cap(c.queue):
+		c.started++
+		c.workers.Go(c.work)
+	default:
+		c.backlog++
+	}
+	c.queue <- t
+}
+
+// work runs tasks until the connection is gone.
+func (c *conn) work() {
+	for t := range c.queue {
+		c.run(t)
+		c.mu.Lock()
+		if c.backlog > 0 {
+			c.backlog--
+		} else {
+			c.idle++
+		}
+		err := c.w.Flush()
+		c.mu.Unlock()
+		if err != nil {
+			c.close(fmt.Errorf("send: %w", err))
+		}
+	}
+}
+
+// run performs the task and queues its response.
+func (c *conn) run(t *task) {
+	err := t.perform()
+	c.mu.Lock()
+	c.finish(t, err)
+	c.mu.Unlock()
+}
+
+// perform calls the handler. A panic in it is a failed command and no more.
+func (t *task) perform() (err error) {
+	defer func() {
+		if p := recover(); p != nil {
+			t.c.log.WithField("stack", string(debug.Stack())).Errorf("%s failed: internal fault: %v", t.op.name, p)
+			err = senseInternal
+		}
+	}()
+	if t.u == nil {
+		return t.op.handle(t)
+	}
+	if !t.u.gate.enter() {
+		return senseBecomingReady
+	}
+	defer t.u.gate.leave()
+	if err := t.Err(); err != nil {
+		return err
+	}
+	return t.op.handle(t)
+}
+
+// finish answers the task, unless it was aborted, and ends it. conn.mu is held.
+func (c *conn) finish(t *task, err error) {
+	t.running = true
+	if !t.aborted && !c.closing {
+		// Room first: from here on the lock stays held, so that an abort either
+		// meets the task or finds it answered.
+		c.w.Reserve(min(len(t.in), iscsi.MaxFrame))
+	}
+	if t.aborted || c.closing {
+		c.end(t)
+		return
+	}
+	c.leave(t)
+	c.answer(t, err)
+	c.dispose(t)
+}

@@ -1,0 +1,162 @@
+package target
+
+import (
+	"errors"
+
+	"lunshift/iscsi"
+)
+
+// taskManagement does a task management function (RFC 7143 11.5, SAM-5 7). Its
+// response goes out when every task it aborted has ended: the device is done
+// with them, and none of them is answered any more.
+func (c *conn) taskManagement(h *iscsi.BHS) error {
+	head := *h
+	c.mu.Lock()
+	if ignore, err := c.inOrder(&head); ignore || err != nil {
+		c.mu.Unlock()
+		return err
+	}
+	c.mu.Unlock()
+	var u *unit
+	id, known := iscsi.DecodeLUN(head.LUN())
+	if known {
+		u = (*c.node.units.Load())[id]
+	}
+	b := &barrier{}
+	response := byte(iscsi.TMFComplete)
+	var after func()
+	abortOf := func(o *conn, all bool, attn sense) {
+		o.mu.Lock()
+		defer o.mu.Unlock()
+		for _, t := range o.tasks {
+			if all || t.lunField == head.LUN() {
+				t.join(b)
+				t.abort()
+			}
+		}
+		if attn != (sense{}) && !o.closing {
+			if all {
+				for id := range *c.node.units.Load() {
+					o.attend(id, attn)
+				}
+			} else {
+				o.attend(id, attn)
+			}
+		}
+	}
+	peers := c.srv.sessions(c.node.iqn)
+	switch f := head.Function(); f {
+	case iscsi.TMFAbortTask:
+		response = c.abortTask(&head, b)
+	case iscsi.TMFAbortTaskSet, iscsi.TMFClearTaskSet, iscsi.TMFLUNReset:
+		if u == nil {
+			response = iscsi.TMFNoLUN
+			break
+		}
+		if f == iscsi.TMFAbortTaskSet {
+			abortOf(c, false, sense{})
+			break
+		}
+		for _, o := range peers {
+			switch {
+			case f == iscsi.TMFLUNReset:
+				abortOf(o, false, attnLUNReset)
+			case o == c:
+				abortOf(o, false, sense{})
+			default:
+				abortOf(o, false, attnCleared)
+			}
+		}
+	case iscsi.TMFTargetWarmReset, iscsi.TMFTargetColdReset:
+		for _, o := range peers {
+			abortOf(o, true, attnTargetReset)
+		}
+		if f == iscsi.TMFTargetColdReset {
+			after = func() {
+				for _, o := range peers {
+					o.close(errors.New("target cold reset"))
+				}
+			}
+		}
+	case iscsi.TMFTaskReassign:
+		response = iscsi.TMFNoReassign
+	default: // CLEAR ACA among them: there is no ACA
+		response = iscsi.TMFNotSupported
+	}
+	if head.Function() != iscsi.TMFAbortTask && response == iscsi.TMFComplete {
+		c.log.WithField("function", tmfName(head.Function())).Info("task management")
+	}
+	c.claims.Add(1)
+	b.then = func() {
+		// The barrier may fall under another connection's lock.
+		go func() {
+			defer c.claims.Done()
+			c.mu.Lock()
+			if !c.closing {
+				r, data := c.w.Frame(0)
+				r.SetOpcode(iscsi.OpTaskMgmtResp)
+				r.SetFlags(iscsi.FlagFinal)
+				r.SetResponse(response)
+				r.SetITT(head.ITT())
+				c.status(r)
+				c.w.Commit(r, data)
+				c.w.Flush()
+			}
+			c.mu.Unlock()
+			if after != nil {
+				after()
+			}
+		}()
+	}
+	b.arm()
+	return nil
+}
+
+// abortTask aborts the one task that is referred to.
+func (c *conn) abortTask(h *iscsi.BHS, b *barrier) byte {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	t := c.tasks[h.TTT()]
+	if t == nil {
+		return iscsi.TMFNoTask
+	}
+	if t.lunField != h.LUN() {
+		return iscsi.TMFNoTask
+	}
+	t.join(b)
+	t.abort()
+	return iscsi.TMFComplete
+}
+
+// attend establishes a unit attention condition, once. c.mu is held.
+func (c *conn) attend(id uint64, s sense) {
+	for _, have := range c.attention[id] {
+		if have == s {
+			return
+		}
+	}
+	c.attention[id] = append(c.attention[id], s)
+}
+
+// lunsChanged establishes REPORTED LUNS DATA HAS CHANGED on every unit of the
+// session.
+func (c *conn) lunsChanged(added uint64) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for id := range *c.node.units.Load() {
+		if id != added {
+			c.attend(id, attnLUNsChanged)
+		} else {
+			c.attend(id, attnPowerOn)
+		}
+	}
+}
+
+func tmfName(f byte) string {
+	names := [...]string{"", "ABORT TASK", "ABORT TASK SET", "CLEAR ACA", "CLEAR TASK SET",
+		"LUN RESET", "TARGET WARM RESET", "TARGET COLD RESET", "TASK REASSIGN"}
+	if int(f) < len(names) {
+		return names[f]
+	}
+	return "reserved"
+}
