@@ -1,0 +1,334 @@
+package control
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"io"
+	"math/rand/v2"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"lunshift/conf"
+	"lunshift/lun"
+	"lunshift/proxy"
+)
+
+// listenTCP takes a port for the length of the test.
+func listenTCP(t *testing.T) (string, error) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		return "", err
+	}
+	t.Cleanup(func() { l.Close() })
+	return l.Addr().String(), nil
+}
+
+// running is a service that runs until stop, or the end of the test.
+type running struct {
+	client *Client
+	info   ServiceInfo
+	stop   func() error
+}
+
+func start(t *testing.T, cfg *conf.Config) *running {
+	t.Helper()
+	service, err := New(t.Context(), cfg, Options{Version: "test", Log: quiet()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan error, 1)
+	go func() { done <- service.Run(ctx) }()
+	stopped := false
+	r := &running{client: NewClient(cfg.Service.Control)}
+	r.stop = func() error {
+		if stopped {
+			return nil
+		}
+		stopped = true
+		cancel()
+		return <-done
+	}
+	t.Cleanup(func() {
+		if err := r.stop(); err != nil {
+			t.Errorf("stop: %v", err)
+		}
+	})
+	if r.info, err = r.client.Info(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	return r
+}
+
+// initiator logs in to the volume db01 of a service.
+func (r *running) initiator(t *testing.T) lun.Device {
+	t.Helper()
+	dev, err := lun.Open(t.Context(), "iscsi://"+r.info.Portals[0]+"/iqn.2026-11.net.example:db01/0", lun.Options{IOTimeout: 10 * time.Second})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return dev
+}
+
+func TestServiceMovesAVolumeFromStartToCutover(t *testing.T) {
+	ctx := t.Context()
+	dir := t.TempDir()
+	const size = 32 << 20
+	source, destination := unitFile(t, dir, "old", size, 0), unitFile(t, dir, "new", size, 0)
+	content := make([]byte, size/4)
+	_, _ = rand.NewChaCha8([32]byte{1}).Read(content)
+	want := make([]byte, size)
+	copy(want[size/2:], content)
+	if err := os.WriteFile(source, want, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	cfg := configFor(t, dir, source, destination, "")
+	service := start(t, cfg)
+	dev := service.initiator(t)
+	written := bytes.Repeat([]byte{0x5a}, 64<<10)
+	write := func(offset int) {
+		t.Helper()
+		copy(want[offset:], written)
+		if err := dev.WriteAt(ctx, written, lun.LBA(offset/512)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	write(0)
+	if s, err := service.client.Status(ctx, "db01"); err != nil || s.Phase != proxy.Ready || len(s.Sessions) != 1 {
+		t.Fatalf("before: %+v, %v", s, err)
+	}
+	report, err := Check(ctx, cfg, quiet())
+	if err != nil || !report.Running || report.Refused() != nil || !report.Volumes[0].Source.Open {
+		t.Errorf("check while it runs: %+v, %v", report, err)
+	}
+	if _, err := service.client.Throttle(ctx, "db01", 0); err != nil {
+		t.Fatal(err)
+	}
+	for range 2 {
+		if _, err := service.client.Start(ctx, "db01"); err != nil {
+			t.Fatal(err)
+		}
+	}
+	write(size/2 + 4096)
+	if s, err := service.client.Wait(ctx, "db01", proxy.Synced, 20*time.Second); err != nil || s.Phase != proxy.Synced || s.Remaining != 0 {
+		t.Fatalf("synced: %+v, %v", s, err)
+	}
+	write(size - 64<<10)
+	metrics(t, service, `lunshift_volume_phase{phase="synced",volume="db01"} 1`)
+	for range 2 {
+		if s, err := service.client.CutoverWhenSynced(ctx, "db01"); err != nil || s.Phase != proxy.Cutover {
+			t.Fatalf("cutover: %+v, %v", s, err)
+		}
+	}
+	short, cancel := context.WithTimeout(ctx, 2*time.Second)
+	defer cancel()
+	if err := dev.WriteAt(short, written, 0); err == nil {
+		t.Error("a write was taken after the cutover")
+	}
+	_ = dev.Close() // its session is gone
+	if got, err := os.ReadFile(destination); err != nil || !bytes.Equal(got, want) {
+		t.Errorf("the destination differs from what was written (%v)", err)
+	}
+	for range 2 {
+		if err := service.client.Remove(ctx, "db01"); err != nil {
+			t.Errorf("remove: %v", err)
+		}
+	}
+	if err := service.stop(); err != nil {
+		t.Errorf("stop: %v", err)
+	}
+	if _, err := os.Stat(cfg.Service.Control); !os.IsNotExist(err) {
+		t.Errorf("the socket is still there: %v", err)
+	}
+}
+
+func metrics(t *testing.T, r *running, want string) {
+	t.Helper()
+	response, err := http.Get("http://" + r.info.HTTP + "/metrics")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer response.Body.Close()
+	text, err := io.ReadAll(response.Body)
+	if err != nil || !strings.Contains(string(text), want) {
+		t.Errorf("metrics lack %s (%v):\n%s", want, err, text)
+	}
+}
+
+func TestServiceGoesOnAfterARestart(t *testing.T) {
+	ctx := t.Context()
+	dir := t.TempDir()
+	cfg := configFor(t, dir, unitFile(t, dir, "old", 64<<20, 48<<20), unitFile(t, dir, "new", 64<<20, 0), `copy = { rate = "8MiB" }`)
+	first := start(t, cfg)
+	if _, err := first.client.Start(ctx, "db01"); err != nil {
+		t.Fatal(err)
+	}
+	for copied := uint64(0); copied == 0; {
+		s, err := first.client.Status(ctx, "db01")
+		if err != nil {
+			t.Fatal(err)
+		}
+		copied = s.Copied
+	}
+	if _, err := first.client.Pause(ctx, "db01"); err != nil {
+		t.Fatal(err)
+	}
+	if err := first.stop(); err != nil {
+		t.Fatal(err)
+	}
+	second := start(t, cfg)
+	s, err := second.client.Status(ctx, "db01")
+	if err != nil || s.Phase != proxy.Migrating || !s.Paused || s.Copied == 0 || s.Remaining == 0 {
+		t.Errorf("after the restart: %+v, %v", s, err)
+	}
+	if _, err := second.client.Throttle(ctx, "db01", 0); err != nil {
+		t.Error(err)
+	}
+	if _, err := second.client.Resume(ctx, "db01"); err != nil {
+		t.Error(err)
+	}
+	if _, err := second.client.CutoverWhenSynced(ctx, "db01"); err != nil {
+		t.Error(err)
+	}
+	if err := second.stop(); err != nil {
+		t.Fatal(err)
+	}
+	// Cut over, the service needs neither unit.
+	for _, name := range []string{"old", "new"} {
+		if err := os.Rename(filepath.Join(dir, name), filepath.Join(dir, name+".gone")); err != nil {
+			t.Fatal(err)
+		}
+	}
+	third := start(t, cfg)
+	if s, err := third.client.Status(ctx, "db01"); err != nil || s.Phase != proxy.Cutover {
+		t.Errorf("after the cutover: %+v, %v", s, err)
+	}
+	if err := third.client.Remove(ctx, "db01"); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestServiceThatCannotStartSaysWhyAndLetsGo(t *testing.T) {
+	dir := t.TempDir()
+	source, destination := unitFile(t, dir, "old", 1<<20, 0), unitFile(t, dir, "new", 1<<20, 0)
+	good := configFor(t, dir, source, destination, "")
+	taken, err := listenTCP(t)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, tc := range []struct {
+		name   string
+		change func(*conf.Config)
+		want   string
+	}{
+		{"portal", func(c *conf.Config) { c.Service.Portals = []string{taken} }, taken},
+		{"metrics", func(c *conf.Config) { c.Service.HTTP = taken }, "metrics address " + taken},
+		{"source", func(c *conf.Config) { c.Volumes[0].Source.Address = "/nonexistent" }, "volume db01: source: open"},
+		{"array", func(c *conf.Config) {
+			c.Volumes[0].Source.Address = "iscsi://127.0.0.1:1/iqn.2001-04.com.example:old/1"
+			c.Service.LoginTimeout = time.Second
+		}, "volume db01: source: "},
+		{"control", func(c *conf.Config) { c.Service.Control = source }, "control socket " + source},
+		{"state", func(c *conf.Config) { c.Service.State = source }, source},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			cfg := *good
+			cfg.Volumes = append([]conf.Volume(nil), good.Volumes...)
+			tc.change(&cfg)
+			_, err := New(t.Context(), &cfg, Options{Log: quiet()})
+			if err == nil || !strings.Contains(err.Error(), tc.want) || strings.Contains(err.Error(), "\n") {
+				t.Errorf("got %v, want one line with %q", err, tc.want)
+			}
+		})
+	}
+	// What failed holds nothing: a good configuration of the same parts starts.
+	service := start(t, good)
+	if _, err := New(t.Context(), good, Options{Log: quiet()}); err == nil || !strings.Contains(err.Error(), "already running") {
+		t.Errorf("second service: %v", err)
+	}
+	if _, err := service.client.Status(t.Context(), "db01"); err != nil {
+		t.Errorf("the first service was disturbed: %v", err)
+	}
+}
+
+func TestOrphanOfTheStateCanBeRemovedOnceItIsCutOver(t *testing.T) {
+	dir := t.TempDir()
+	cfg := configFor(t, dir, unitFile(t, dir, "old", 1<<20, 0), unitFile(t, dir, "new", 1<<20, 0), "")
+	first := start(t, cfg)
+	if _, err := first.client.Start(t.Context(), "db01"); err != nil {
+		t.Fatal(err)
+	}
+	if err := first.stop(); err != nil {
+		t.Fatal(err)
+	}
+	cfg.Volumes[0].Name = "db02"
+	cfg.Volumes[0].Overwrite = true
+	cfg.Volumes[0].Source.Address = unitFile(t, dir, "other", 1<<20, 0)
+	second := start(t, cfg)
+	if err := second.client.Remove(t.Context(), "db01"); KindOf(err) != WrongPhase {
+		t.Errorf("remove in mid migration: %v", err)
+	}
+	if err := second.client.Remove(t.Context(), "db09"); KindOf(err) != Unknown {
+		t.Errorf("remove of nothing: %v", err)
+	}
+}
+
+func TestUnreachableArrayKeepsOnlyItsOwnVolumeDown(t *testing.T) {
+	dir := t.TempDir()
+	back := configFor(t, t.TempDir(), unitFile(t, dir, "a", 1<<20, 0), unitFile(t, dir, "b", 1<<20, 0), "")
+	array := start(t, back)
+	portal := array.info.Portals[0]
+	source := "iscsi://" + portal + "/iqn.2026-11.net.example:db01/0"
+	cfg := configFor(t, dir, source, unitFile(t, dir, "new", 1<<20, 0), `
+[[volume]]
+name = "db02"
+iqn = "iqn.2026-11.net.example:db02"
+source = "`+unitFile(t, dir, "old2", 1<<20, 0)+`"
+destination = "`+unitFile(t, dir, "new2", 1<<20, 0)+`"
+`)
+	cfg.Service.LoginTimeout, cfg.Service.IOTimeout = time.Second, time.Second
+	if err := start(t, cfg).stop(); err != nil {
+		t.Fatal(err)
+	}
+	if err := array.stop(); err != nil {
+		t.Fatal(err)
+	}
+	service := start(t, cfg)
+	all, err := service.client.Statuses(t.Context())
+	if err != nil || len(all) != 2 || !all[0].Degraded || all[1].Degraded {
+		t.Fatalf("statuses: %+v, %v", all, err)
+	}
+	if _, err := service.client.Start(t.Context(), "db01"); err == nil || !strings.Contains(err.Error(), "not served yet") {
+		t.Errorf("start: %v", err)
+	}
+	if _, err := service.client.Start(t.Context(), "db02"); err != nil {
+		t.Error(err)
+	}
+	back.Service.Portals = []string{portal}
+	start(t, back)
+	deadline, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	for {
+		s, err := service.client.Status(deadline, "db01")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if !s.Degraded {
+			break
+		}
+		select {
+		case <-time.After(50 * time.Millisecond):
+		case <-deadline.Done():
+			t.Fatal("the volume did not come back")
+		}
+	}
+	if _, err := service.client.Start(t.Context(), "db01"); err != nil && !errors.Is(err, proxy.ErrPhase) {
+		t.Error(err)
+	}
+}
