@@ -1,0 +1,252 @@
+package target
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"os/exec"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/sirupsen/logrus"
+
+	"lunshift/lun"
+)
+
+// memory is a device in memory that can be made to hold its commands.
+type memory struct {
+	mu    sync.RWMutex // protects what follows
+	data  []byte
+	alloc []bool
+	info  lun.Info
+	fail  error
+
+	flushes int
+
+	// hold, when set, is waited on by ReadAt, WriteAt and Flush; entered gets one
+	// value per command that begins to wait.
+	hold    chan struct{}
+	entered chan struct{}
+}
+
+func newMemory(bs uint32, blocks uint64) *memory {
+	return &memory{
+		data: make([]byte, uint64(bs)*blocks), alloc: make([]bool, blocks),
+		info: lun.Info{BlockSize: bs, Blocks: blocks, ID: "memory:1", Thin: true, UnmapZeroes: true,
+			ReportsAllocation: true, VolatileCache: true, PhysicalExponent: 0},
+		entered: make(chan struct{}, 1000),
+	}
+}
+
+func (m *memory) Info() lun.Info { return m.info }
+
+func (m *memory) wait(ctx context.Context, e lun.Extent) error {
+	if err := m.info.Check(e); err != nil {
+		return err
+	}
+	m.mu.RLock()
+	hold, fail := m.hold, m.fail
+	m.mu.RUnlock()
+	if hold != nil {
+		m.entered <- struct{}{}
+		select {
+		case <-hold:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+	if fail != nil {
+		return fail
+	}
+	return ctx.Err()
+}
+
+func (m *memory) set(hold chan struct{}, fail error) {
+	m.mu.Lock()
+	m.hold, m.fail = hold, fail
+	m.mu.Unlock()
+}
+
+func (m *memory) extent(p []byte, start lun.LBA) lun.Extent {
+	return lun.Extent{Start: start, Blocks: uint64(len(p)) / uint64(m.info.BlockSize)}
+}
+
+func (m *memory) at(e lun.Extent) []byte {
+	return m.data[uint64(e.Start)*uint64(m.info.BlockSize):][:m.info.Bytes(e)]
+}
+
+func (m *memory) ReadAt(ctx context.Context, p []byte, start lun.LBA) error {
+	e := m.extent(p, start)
+	if err := m.wait(ctx, e); err != nil {
+		return err
+	}
+	m.mu.RLock()
+	defer m.mu.RUnlock()
+	copy(p, m.at(e))
+	return nil
+}
+
+func (m *memory) WriteAt(ctx context.Context, p []byte, start lun.LBA) error {
+	e := m.extent(p, start)
+	if err := m.wait(ctx, e); err != nil {
+		return err
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.put(p, e)
+	return nil
+}
+
+func (m *memory) put(p []byte, e lun.Extent) {
+	copy(m.at(e), p)
+	for i := range e.Blocks {
+		m.alloc[uint64(e.Start)+i] = true
+	}
+}
+
+func (m *memory) Flush(ctx context.Context) error {
+	if err := m.wait(ctx, lun.Extent{}); err != nil {
+		return err
+	}
+	m.mu.Lock()
+	m.flushes++
+	m.mu.Unlock()
+	return nil
+}
+
+func (m *memory) Unmap(ctx context.Context, e lun.Extent) error { return m.WriteZeroes(ctx, e) }
+
+func (m *memory) WriteZeroes(ctx context.Context, e lun.Extent) error {
+	if err := m.wait(ctx, e); err != nil {
+		return err
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	clear(m.at(e))
+	for i := range e.Blocks {
+		m.alloc[uint64(e.Start)+i] = false
+	}
+	return nil
+}
+
+func (m *memory) Extents(ctx context.Context, e lun.Extent) ([]lun.Allocation, error) {
+	if err := m.wait(ctx, e); err != nil {
+		return nil, err
+	}
+	m.mu.RLock()
+	defer m.mu.RUnlock()
+	var out []lun.Allocation
+	for i := e.Start; i < e.End(); i++ {
+		a := m.alloc[i]
+		if n := len(out); n > 0 && out[n-1].Allocated == a {
+			out[n-1].Blocks++
+			continue
+		}
+		out = append(out, lun.Allocation{Extent: lun.Extent{Start: i, Blocks: 1}, Allocated: a})
+	}
+	return out, nil
+}
+
+func (m *memory) Update(ctx context.Context, e lun.Extent, modify func([]byte) error) error {
+	if err := m.wait(ctx, e); err != nil {
+		return err
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	b := bytes.Clone(m.at(e))
+	if err := modify(b); err != nil {
+		return err
+	}
+	m.put(b, e)
+	return nil
+}
+
+func (m *memory) Close() error { return nil }
+
+// quick is a memory that can be read at once.
+type quick struct{ *memory }
+
+func (m quick) TryReadAt(p []byte, start lun.LBA) (bool, error) {
+	m.mu.RLock()
+	defer m.mu.RUnlock()
+	if m.hold != nil || m.fail != nil {
+		return false, nil
+	}
+	copy(p, m.at(m.extent(p, start)))
+	return true, nil
+}
+
+const iqn = "iqn.2026-11.net.example:disk"
+
+// logTo is a logger that writes to the test's log.
+func logTo(t testing.TB) logrus.FieldLogger {
+	l := logrus.New()
+	l.SetLevel(logrus.DebugLevel)
+	l.SetOutput(io.Discard)
+	if testing.Verbose() {
+		l.SetOutput(t.Output())
+	}
+	return l
+}
+
+// begin serves units and gives the server and its portal.
+func begin(t testing.TB, cfg Config, units ...Unit) (*Server, string) {
+	t.Helper()
+	cfg.Portals = []string{"127.0.0.1:0"}
+	if cfg.Log == nil {
+		cfg.Log = logTo(t)
+	}
+	s, err := New(cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, u := range units {
+		if err := s.AddUnit(u); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := s.Listen(); err != nil {
+		t.Fatal(err)
+	}
+	served := make(chan error, 1)
+	go func() { served <- s.Serve(context.Background()) }()
+	t.Cleanup(func() {
+		s.Close()
+		if err := <-served; err != ErrClosed {
+			t.Errorf("Serve gave %v", err)
+		}
+	})
+	return s, s.Addrs()[0].(*net.TCPAddr).String()
+}
+
+// tool runs a program of libiscsi or QEMU; the test is skipped where that is not
+// installed and LUNSHIFT_REQUIRE_TOOLS is not set.
+func tool(t testing.TB, name string, args ...string) (string, error) {
+	t.Helper()
+	path, err := exec.LookPath(name)
+	if err != nil {
+		if os.Getenv("LUNSHIFT_REQUIRE_TOOLS") == "" {
+			t.Skipf("%s is not installed", name)
+		}
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 60*time.Second)
+	defer cancel()
+	out, err := exec.CommandContext(ctx, path, args...).CombinedOutput()
+	return string(out), err
+}
+
+func mustTool(t testing.TB, name string, args ...string) string {
+	t.Helper()
+	out, err := tool(t, name, args...)
+	if err != nil {
+		t.Fatalf("%s %v: %v\n%s", name, args, err, out)
+	}
+	return out
+}
+
+func url(addr string, n int) string { return fmt.Sprintf("iscsi://%s/%s/%d", addr, iqn, n) }
