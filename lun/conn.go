@@ -34,6 +34,8 @@ type conn struct {
 	w  *iscsi.Writer
 	r  *iscsi.Reader // the reader's alone
 	p  iscsi.Params
+	// scratch is the header of a PDU while it is put into w; w copies it.
+	scratch iscsi.BHS
 
 	err  error         // why it is lost
 	lost chan struct{} // closed with err
@@ -306,8 +308,8 @@ func (c *conn) sendCommand(t *Command) int {
 		flags |= iscsi.FlagRead
 		length = len(t.In)
 	}
-	var own iscsi.BHS
-	h, data := &own, []byte(nil)
+	c.scratch = iscsi.BHS{}
+	h, data := &c.scratch, []byte(nil)
 	if imm <= copyLimit {
 		h, data = c.w.Frame(imm)
 		copy(data, t.Out)
@@ -359,7 +361,8 @@ func (c *conn) sendData(x *transfer) int {
 	if c.err != nil || t == nil || t.aborting {
 		return 0
 	}
-	var h iscsi.BHS
+	c.scratch = iscsi.BHS{}
+	h := &c.scratch
 	h.SetOpcode(iscsi.OpDataOut)
 	if n == x.n {
 		h.SetFlags(iscsi.FlagFinal)
@@ -371,7 +374,7 @@ func (c *conn) sendData(x *transfer) int {
 	h.SetDataSN(x.dataSN)
 	h.SetBufferOffset(x.off)
 	t.pending.Add(1)
-	c.w.Append(&h, nil, t.Out[x.off:x.off+n], t)
+	c.w.Append(h, nil, t.Out[x.off:x.off+n], t)
 	t.offered += int(n)
 	x.off, x.n, x.dataSN = x.off+n, x.n-n, x.dataSN+1
 	return int(n)

@@ -155,7 +155,7 @@ type Updater interface {
 // Prober is a Device that can say at once that a read need not wait.
 type Prober interface {
 	// TryReadAt is ReadAt when the blocks can be had without waiting. It
-	// reports false, p then being undefined, when they cannot.
+	// reports false, p then being undefined, when they cannot, or with an error.
 	TryReadAt(p []byte, start LBA) (bool, error)
 }
 

@@ -20,6 +20,12 @@ const (
 	readBuffer     = 256 << 10
 )
 
+// chapAlgorithms are SHA3-256, SHA-1, MD5 and SHA-256 in the numbers of the IANA
+// registry. Targets take the first they know. SHA-256 comes last because targets
+// from before the registry, tgt among them, mean SHA-1 by its number 7 and then
+// fail.
+const chapAlgorithms = "8,6,5,7"
+
 // maxLoginSteps bounds the exchanges of one login, maxRedirects the portals that
 // send us on (RFC 7143 11.13.5, 0101h and 0102h).
 const (
@@ -232,7 +238,7 @@ func (x *loginExchange) security(in []iscsi.Pair, step *int, moved bool) ([]iscs
 		if m, _ := iscsi.Lookup(in, "AuthMethod"); m != "CHAP" {
 			return nil, fmt.Errorf("login: the target does not take CHAP: %w", ErrAuth)
 		}
-		out = x.chap.Algorithms()
+		out = []iscsi.Pair{{Key: "CHAP_A", Value: chapAlgorithms}}
 	case 1:
 		out, err = x.chap.Answer(in)
 	case 2:

@@ -16,7 +16,7 @@ import (
 )
 
 // area is how much of the device the suite writes, in bytes.
-const area = 16 << 20
+const area = 8 << 20
 
 // Run runs the suite. Each call of open gives the same or a fresh device of at
 // least 2 MiB, open and writable, whose content the suite destroys; the
@@ -80,20 +80,25 @@ func newBench(t *testing.T, dev lun.Device) *bench {
 	b := &bench{dev: dev, info: i, bs: int(i.BlockSize), seed: rand.Uint64()}
 	b.blocks = min(i.Blocks, uint64(area/b.bs))
 	b.rnd = rand.New(rand.NewPCG(b.seed, 1))
-	t.Logf("seed %d", b.seed)
+	t.Cleanup(func() {
+		if t.Failed() {
+			t.Logf("seed %d", b.seed)
+		}
+	})
 	return b
 }
 
 // stamp fills p, which is to go to start, with blocks that name their place,
 // the version and this run, in every 32 bytes.
 func (b *bench) stamp(p []byte, start lun.LBA, version uint64) {
-	for off := 0; off < len(p); off += 32 {
-		lba := uint64(start) + uint64(off/b.bs)
-		r := p[off : off+32]
-		binary.LittleEndian.PutUint64(r, lba)
-		binary.LittleEndian.PutUint64(r[8:], version)
-		binary.LittleEndian.PutUint64(r[16:], b.seed)
-		binary.LittleEndian.PutUint64(r[24:], lba*0x9e3779b97f4a7c15^version^uint64(off%b.bs))
+	for ; len(p) > 0; p, start = p[b.bs:], start+1 {
+		binary.LittleEndian.PutUint64(p, uint64(start))
+		binary.LittleEndian.PutUint64(p[8:], version)
+		binary.LittleEndian.PutUint64(p[16:], b.seed)
+		binary.LittleEndian.PutUint64(p[24:], uint64(start)*0x9e3779b97f4a7c15^version)
+		for n := 32; n < b.bs; n *= 2 {
+			copy(p[n:b.bs], p[:n])
+		}
 	}
 }
 
@@ -376,10 +381,5 @@ func testClosed(t *testing.T, b *bench) {
 }
 
 func isZero(p []byte) bool {
-	for _, c := range p {
-		if c != 0 {
-			return false
-		}
-	}
-	return true
+	return len(p) == 0 || p[0] == 0 && bytes.Equal(p[1:], p[:len(p)-1])
 }
