@@ -160,7 +160,7 @@ func TestCopyToMakesTheUnitsEqual(t *testing.T) {
 	if err := d.LUN(iqn, 2).Compare(ctx, from); err == nil {
 		t.Error("an empty unit compares equal")
 	}
-	if err := d.LUN(iqn, 1).CopyTo(ctx, d.LUN(iqn, 2), 16); err != nil {
+	if _, err := d.LUN(iqn, 1).CopyTo(ctx, d.LUN(iqn, 2), 16); err != nil {
 		t.Fatal(err)
 	}
 	if err := d.LUN(iqn, 2).Compare(ctx, from); err != nil {

@@ -188,16 +188,24 @@ func (l LUN) Compare(ctx context.Context, path string) error {
 
 // CopyTo runs qemu-img convert from the unit onto another one, which stays as it
 // is where the unit is unallocated or zero only if it was zero before. parallel
-// requests (1 to 16) are in flight, in any order.
-func (l LUN) CopyTo(ctx context.Context, to LUN, parallel int) error {
+// requests (1 to 16) are in flight, in any order. It tells the processor time that
+// qemu-img took.
+func (l LUN) CopyTo(ctx context.Context, to LUN, parallel int) (cpu time.Duration, err error) {
 	if l.User != "" || to.User != "" {
-		return errors.New("qemu-img convert: CHAP is not provided for here")
+		return 0, errors.New("qemu-img convert: CHAP is not provided for here")
 	}
 	from, target := l.image(), to.image()
 	args := []string{"convert", "-n", "-W", "-m", fmt.Sprint(parallel), "--image-opts", "--target-image-opts",
 		from[len(from)-1], target[len(target)-1]}
-	_, err := Run(ctx, "qemu-img", args...)
-	return err
+	path, err := lookPath("qemu-img")
+	if err != nil {
+		return 0, err
+	}
+	cmd := exec.CommandContext(ctx, path, args...)
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return 0, fmt.Errorf("qemu-img convert: %w: %s", err, bytes.TrimSpace(out))
+	}
+	return cmd.ProcessState.UserTime() + cmd.ProcessState.SystemTime(), nil
 }
 
 // SaveTo runs qemu-img convert from the unit into a raw image file.
