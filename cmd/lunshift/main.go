@@ -83,9 +83,7 @@ reading and writing.
 Exit codes: 0 done, 1 failed, 2 wrong usage, 3 not allowed in this phase.`,
 		SilenceUsage:      true,
 		SilenceErrors:     true,
-		Args:              cobra.NoArgs,
 		CompletionOptions: cobra.CompletionOptions{HiddenDefaultCmd: true},
-		PersistentPreRun:  func(*cobra.Command, []string) { a.understood = true },
 	}
 	root.SetOut(a.stdout)
 	root.SetErr(a.stderr)
@@ -99,6 +97,13 @@ Exit codes: 0 done, 1 failed, 2 wrong usage, 3 not allowed in this phase.`,
 		a.pauseCommand(), a.resumeCommand(), a.throttleCommand(), a.waitCommand(),
 		a.cutoverCommand(), a.removeCommand(), a.versionCommand(),
 	)
+	for _, command := range root.Commands() {
+		do := command.RunE
+		command.RunE = func(c *cobra.Command, args []string) error {
+			a.understood = true
+			return do(c, args)
+		}
+	}
 	return root
 }
 

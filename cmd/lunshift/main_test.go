@@ -1,0 +1,360 @@
+package main
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+)
+
+// asCommand makes the test binary the command itself.
+const asCommand = "LUNSHIFT_TEST_AS_COMMAND"
+
+func TestMain(m *testing.M) {
+	if os.Getenv(asCommand) != "" {
+		main()
+	}
+	os.Exit(m.Run())
+}
+
+func command(args ...string) *exec.Cmd {
+	c := exec.Command(os.Args[0], args...)
+	c.Env = append(os.Environ(), asCommand+"=1")
+	return c
+}
+
+// result is how a command ended.
+type result struct {
+	stdout, stderr string
+	code           int
+}
+
+func lunshift(t *testing.T, args ...string) result {
+	t.Helper()
+	var stdout, stderr bytes.Buffer
+	c := command(args...)
+	c.Stdout, c.Stderr = &stdout, &stderr
+	err := c.Run()
+	var exit *exec.ExitError
+	if err != nil && !errors.As(err, &exit) {
+		t.Fatal(err)
+	}
+	return result{stdout.String(), stderr.String(), c.ProcessState.ExitCode()}
+}
+
+// configFile writes a configuration with two volumes on files and gives its path.
+func configFile(t *testing.T, dir string) string {
+	t.Helper()
+	text := fmt.Sprintf("[service]\nportals = [\"127.0.0.1:0\"]\nhttp = \"\"\ncontrol = %q\nstate = %q\n",
+		filepath.Join(dir, "c.sock"), filepath.Join(dir, "state"))
+	for _, name := range []string{"db01", "db02"} {
+		for _, side := range []string{"old", "new"} {
+			f, err := os.Create(filepath.Join(dir, name+side))
+			if err != nil {
+				t.Fatal(err)
+			}
+			if side == "old" {
+				_, err = f.Write(bytes.Repeat([]byte{7}, 8<<20))
+			}
+			if err := errors.Join(err, f.Truncate(16<<20), f.Close()); err != nil {
+				t.Fatal(err)
+			}
+		}
+		text += fmt.Sprintf("[[volume]]\nname = %q\niqn = \"iqn.2026-11.net.example:%s\"\nsource = %q\ndestination = %q\n",
+			name, name, filepath.Join(dir, name+"old"), filepath.Join(dir, name+"new"))
+	}
+	path := filepath.Join(dir, "lunshift.toml")
+	if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
+func TestWrongUsageIsOneLineAndExitCode2(t *testing.T) {
+	for _, args := range []string{
+		"statsu", "start", "start a b", "status --wacth", "status a b", "serve now", "throttle db01",
+		"throttle db01 --rate fast", "throttle db01 --rate -5", "wait db01", "wait db01 --for sinked",
+		"wait db01 --for synced --timeout soon", "wait db01 --for synced --timeout -1s",
+		"status --config a --control b", "version extra", "check extra", "remove", "status --config",
+	} {
+		t.Run(args, func(t *testing.T) {
+			r := lunshift(t, strings.Fields(args)...)
+			if r.code != 2 || !strings.HasPrefix(r.stderr, "lunshift: ") || strings.Count(r.stderr, "\n") != 1 || r.stdout != "" {
+				t.Errorf("exit %d, stderr %q, stdout %q", r.code, r.stderr, r.stdout)
+			}
+		})
+	}
+}
+
+func TestHelpAndVersionSucceed(t *testing.T) {
+	for _, args := range []string{"--help", "help status", "status --help", "version", ""} {
+		if r := lunshift(t, strings.Fields(args)...); r.code != 0 || r.stdout == "" || r.stderr != "" {
+			t.Errorf("%s: exit %d, stderr %q, stdout %q", args, r.code, r.stderr, r.stdout)
+		}
+	}
+	var v map[string]string
+	if r := lunshift(t, "version", "--json"); json.Unmarshal([]byte(r.stdout), &v) != nil || v["version"] == "" || v["go"] == "" {
+		t.Errorf("version --json: %q", r.stdout)
+	}
+}
+
+func TestCommandsWithoutAServiceSaySo(t *testing.T) {
+	dir := t.TempDir()
+	config := configFile(t, dir)
+	socket := filepath.Join(dir, "c.sock")
+	for _, args := range [][]string{
+		{"status"}, {"status", "db01"}, {"status", "--watch"}, {"start", "db01"}, {"pause", "db01"}, {"resume", "db01"}, {"throttle", "db01", "--rate", "0"},
+		{"wait", "db01", "--for", "synced"}, {"cutover", "db01"}, {"cutover", "db01", "--wait"}, {"remove", "db01"},
+	} {
+		for _, where := range [][]string{{"--config", config}, {"--control", socket}} {
+			r := lunshift(t, append(args, where...)...)
+			want := "lunshift: is lunshift serve running? There is no socket " + socket
+			if r.code != 1 || !strings.HasPrefix(r.stderr, want) || strings.Count(r.stderr, "\n") != 1 || r.stdout != "" {
+				t.Errorf("%v: exit %d, stderr %q, stdout %q", args, r.code, r.stderr, r.stdout)
+			}
+		}
+	}
+	r := lunshift(t, "status", "--json", "--config", config)
+	var reply struct {
+		Error struct{ Kind, Message string }
+	}
+	if err := json.Unmarshal([]byte(r.stdout), &reply); err != nil || r.code != 1 || reply.Error.Kind != "failed" || !strings.Contains(r.stderr, reply.Error.Message) {
+		t.Errorf("--json: exit %d, stdout %q, %v", r.code, r.stdout, err)
+	}
+}
+
+func TestFaultyConfigurationIsReportedWhole(t *testing.T) {
+	dir := t.TempDir()
+	path := filepath.Join(dir, "bad.toml")
+	if err := os.WriteFile(path, []byte("[service]\nportal = 1\n[[volume]]\nname = \"db01\"\nlun = -1\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, args := range []string{"check", "serve"} {
+		r := lunshift(t, args, "--config", path)
+		for _, want := range []string{
+			"lunshift: " + path + ":2: service.portal: there is no such setting; is portals meant?\n",
+			"lunshift: " + path + ":3: volume[db01].source: is missing",
+			"lunshift: " + path + ":3: volume[db01].destination: is missing",
+			"lunshift: " + path + ":3: volume[db01].iqn: is missing",
+			"lunshift: " + path + ":5: volume[db01].lun: is -1; it is from 0 to 16383\n",
+		} {
+			if !strings.Contains(r.stderr, want) {
+				t.Errorf("%s: missing %q in %q", args, want, r.stderr)
+			}
+		}
+		if r.code != 1 || strings.Count(r.stderr, "\n") != 5 {
+			t.Errorf("%s: exit %d, stderr %q", args, r.code, r.stderr)
+		}
+	}
+	for _, args := range []string{"check", "serve", "status"} {
+		missing := filepath.Join(dir, "none.toml")
+		r := lunshift(t, args, "--config", missing)
+		if want := "lunshift: cannot read the configuration " + missing + ": no such file or directory\n"; r.code != 1 || r.stderr != want {
+			t.Errorf("%s: exit %d, stderr %q, want %q", args, r.code, r.stderr, want)
+		}
+	}
+}
+
+func TestFilesThatMayNotBeReadAreNamed(t *testing.T) {
+	if os.Getuid() != 0 {
+		t.Skip("needs root, to become somebody who may not")
+	}
+	dir, err := os.MkdirTemp("/tmp", "lunshift-test")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	if err := os.Chmod(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	// The test binary lies where nobody else may look.
+	binary := filepath.Join(dir, "lunshift")
+	program, err := os.ReadFile(os.Args[0])
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(binary, program, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	asNobody := func(args ...string) result {
+		var stdout, stderr bytes.Buffer
+		c := exec.Command(binary, args...)
+		c.Dir, c.Env = "/", append(os.Environ(), asCommand+"=1")
+		c.Stdout, c.Stderr = &stdout, &stderr
+		c.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534, NoSetGroups: true}}
+		err := c.Run()
+		var exit *exec.ExitError
+		if err != nil && !errors.As(err, &exit) {
+			t.Fatal(err)
+		}
+		return result{stdout.String(), stderr.String(), c.ProcessState.ExitCode()}
+	}
+	config := configFile(t, dir)
+	if r := asNobody("check", "--config", config); r.code != 1 || r.stderr != "lunshift: cannot read the configuration "+config+": permission denied\n" {
+		t.Errorf("configuration: exit %d, stderr %q", r.code, r.stderr)
+	}
+	socket := filepath.Join(dir, "private.sock")
+	l, err := net.Listen("unix", socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	if err := os.Chmod(socket, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if r := asNobody("status", "--control", socket); r.code != 1 || !strings.HasPrefix(r.stderr, "lunshift: no permission for the control socket "+socket) {
+		t.Errorf("socket: exit %d, stderr %q", r.code, r.stderr)
+	}
+}
+
+// serve runs lunshift serve until the end of the test.
+func serve(t *testing.T, config string) *exec.Cmd {
+	t.Helper()
+	c := command("serve", "--config", config)
+	log, err := os.CreateTemp(t.TempDir(), "log")
+	if err != nil {
+		t.Fatal(err)
+	}
+	c.Stderr = log
+	if err := c.Start(); err != nil {
+		t.Fatal(err)
+	}
+	ended := make(chan struct{})
+	go func() { _ = c.Wait(); close(ended) }()
+	t.Cleanup(func() {
+		_ = c.Process.Signal(syscall.SIGTERM)
+		<-ended
+		text, _ := os.ReadFile(log.Name())
+		if code := c.ProcessState.ExitCode(); code != 0 || t.Failed() {
+			t.Errorf("serve ended with exit %d; its log:\n%s", code, text)
+		}
+	})
+	for deadline := time.Now().Add(30 * time.Second); ; time.Sleep(20 * time.Millisecond) {
+		if r := lunshift(t, "status", "--config", config); r.code == 0 {
+			return c
+		}
+		select {
+		case <-ended:
+			t.Fatal("serve ended")
+		default:
+		}
+		if time.Now().After(deadline) {
+			t.Fatal("serve does not answer")
+		}
+	}
+}
+
+func TestCommandsCanBeRepeatedFromStartToRemove(t *testing.T) {
+	config := configFile(t, t.TempDir())
+	serve(t, config)
+	do := func(code int, want string, args ...string) result {
+		t.Helper()
+		r := lunshift(t, append(args, "--config", config)...)
+		if r.code != code || !strings.Contains(r.stdout+r.stderr, want) || (code == 0) != (r.stderr == "") {
+			t.Errorf("%v: exit %d, stdout %q, stderr %q; want exit %d, %q", args, r.code, r.stdout, r.stderr, code, want)
+		}
+		return r
+	}
+	do(0, "nothing would be refused", "check")
+	do(0, "db02", "status")
+	do(3, "cutover is not allowed in phase ready", "cutover", "db01")
+	do(3, "start it first", "cutover", "db01", "--wait")
+	do(3, "remove is not allowed in phase ready", "remove", "db01")
+	do(1, `there is no volume "db09"; the service has db01, db02`, "start", "db09")
+	do(1, "db01: still ready after 10ms, not synced", "wait", "db01", "--for", "synced", "--timeout", "10ms")
+	do(1, "already running", "serve")
+	for range 2 {
+		do(0, "db01: ", "throttle", "db01", "--rate", "1MiB")
+		do(0, "db01: migrating", "start", "db01")
+		do(0, "db01: migrating, paused", "pause", "db01")
+	}
+	var status map[string]any
+	r := do(0, "", "status", "db01", "--json")
+	if err := json.Unmarshal([]byte(r.stdout), &status); err != nil {
+		t.Fatal(err)
+	}
+	for _, key := range []string{"name", "phase", "paused", "degraded", "size_bytes", "block_size", "allocated_bytes", "copied_bytes",
+		"initiator_written_bytes", "remaining_bytes", "copy_rate_bytes_per_second", "eta_seconds", "sessions", "source", "destination"} {
+		if _, ok := status[key]; !ok {
+			t.Errorf("status --json lacks %s", key)
+		}
+	}
+	if status["paused"] != true || status["copy_rate_limit_bytes_per_second"] != float64(1<<20) {
+		t.Errorf("status: %v", status)
+	}
+	do(0, "", "throttle", "db01", "--rate", "0")
+	for range 2 {
+		do(0, "", "resume", "db01")
+	}
+	do(0, "db01: synced", "wait", "db01", "--for", "synced", "--timeout", "30s")
+	for range 2 {
+		do(0, "db01: cutover", "cutover", "db01", "--wait")
+	}
+	do(0, "cutover", "status", "db01", "--watch")
+	for range 2 {
+		do(0, "db01: removed", "remove", "db01")
+	}
+	do(1, "there is no volume", "status", "db01")
+	do(0, "", "start", "db02", "--json")
+}
+
+func TestSignalsEndServeAndWaitQuietly(t *testing.T) {
+	config := configFile(t, t.TempDir())
+	service := serve(t, config)
+	for _, args := range [][]string{{"wait", "db01", "--for", "synced"}, {"status", "--watch"}} {
+		var stderr bytes.Buffer
+		c := command(append(args, "--config", config)...)
+		c.Stderr = &stderr
+		out, err := c.StdoutPipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := c.Start(); err != nil {
+			t.Fatal(err)
+		}
+		if args[0] == "status" {
+			if _, err := out.Read(make([]byte, 1)); err != nil {
+				t.Fatal(err)
+			}
+		} else {
+			waitForConnection(t, c.Process.Pid)
+		}
+		if err := c.Process.Signal(os.Interrupt); err != nil {
+			t.Fatal(err)
+		}
+		_ = c.Wait()
+		if code := c.ProcessState.ExitCode(); code != 130 || stderr.Len() > 0 {
+			t.Errorf("%v: exit %d, stderr %q", args, code, stderr.String())
+		}
+	}
+	if err := service.Process.Signal(syscall.SIGTERM); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// waitForConnection returns once the process has a socket open, which it has only
+// after it has taken over the signals.
+func waitForConnection(t *testing.T, pid int) {
+	t.Helper()
+	dir := fmt.Sprintf("/proc/%d/fd", pid)
+	for deadline := time.Now().Add(10 * time.Second); time.Now().Before(deadline); time.Sleep(5 * time.Millisecond) {
+		open, err := os.ReadDir(dir)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, fd := range open {
+			if what, err := os.Readlink(filepath.Join(dir, fd.Name())); err == nil && strings.HasPrefix(what, "socket:") {
+				return
+			}
+		}
+	}
+	t.Fatal("the command does not connect")
+}
