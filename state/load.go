@@ -107,10 +107,12 @@ func decodeRegion(b []byte, words int) (bitmaps [kindCount][]uint64, err error) 
 		if kinds&(1<<i) == 0 {
 			continue
 		}
-		bitmaps[i] = decodeWords(b[:words*8])
-		if !same {
-			b = b[words*8:]
+		if same && i > 0 {
+			bitmaps[i] = bitmaps[0]
+			continue
 		}
+		bitmaps[i] = decodeWords(b[:words*8])
+		b = b[words*8:]
 	}
 	return bitmaps, nil
 }
@@ -250,6 +252,7 @@ func newFlags(s *Store, volume string, gen uint64, g Geometry) *Flags {
 func (f *Flags) load(txn *badger.Txn) error {
 	o := badger.DefaultIteratorOptions
 	o.Prefix = genKey(f.gen)
+	o.PrefetchValues = false // they lie beside the keys
 	it := txn.NewIterator(o)
 	defer it.Close()
 	for it.Rewind(); it.Valid(); it.Next() {

@@ -183,7 +183,7 @@ func openBadger(dir string, log logrus.FieldLogger) (db *badger.DB, err error) {
 		WithNumLevelZeroTables(4).
 		WithNumLevelZeroTablesStall(8).
 		WithNumCompactors(2).
-		WithBaseTableSize(4 << 20).
+		WithBaseTableSize(2 << 20).
 		WithBaseLevelSize(32 << 20).
 		WithValueLogFileSize(1 << 20). // stays empty.
 		WithValueThreshold(1 << 20).   // every value stays in the tables

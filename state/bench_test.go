@@ -1,0 +1,139 @@
+package state
+
+import (
+	"context"
+	"encoding/binary"
+	"fmt"
+	"math/rand/v2"
+	"runtime"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+)
+
+func BenchmarkAll(b *testing.B) {
+	s := open(b, b.TempDir())
+	g := Geometry{Blocks: 1 << 31, RegionBlocks: 2048} // 1 TiB in blocks of 512 bytes
+	f, err := s.Flags("v", g)
+	if err != nil {
+		b.Fatal(err)
+	}
+	if err := f.Set(context.Background(), Valid, Run{0, 1 << 30}, Run{1<<30 + 5, 64}); err != nil {
+		b.Fatal(err)
+	}
+	for _, c := range []struct {
+		name string
+		run  Run
+	}{
+		{"all", Run{12345678, 8}},
+		{"partial", Run{1<<30 + 5, 8}},
+		{"none", Run{1<<30 + 1<<20, 8}},
+		{"all1MiB", Run{12345678, 2048}},
+	} {
+		b.Run(c.name, func(b *testing.B) {
+			b.ReportAllocs()
+			b.RunParallel(func(pb *testing.PB) {
+				for pb.Next() {
+					f.All(Valid, c.run)
+				}
+			})
+		})
+		b.Run("runs/"+c.name, func(b *testing.B) {
+			b.ReportAllocs()
+			for b.Loop() {
+				f.Runs(Valid, c.run, func(Run, bool) bool { return true })
+			}
+		})
+	}
+}
+
+func BenchmarkSet(b *testing.B) {
+	for _, callers := range []int{1, 4, 16, 64, 256} {
+		b.Run(fmt.Sprint("callers=", callers), func(b *testing.B) {
+			s := open(b, b.TempDir())
+			f, err := s.Flags("v", Geometry{Blocks: 1 << 31, RegionBlocks: 2048})
+			if err != nil {
+				b.Fatal(err)
+			}
+			before := s.Stats()
+			b.ReportAllocs()
+			b.ResetTimer()
+			var wg sync.WaitGroup
+			var n atomic.Int64
+			for range callers {
+				wg.Go(func() {
+					for n.Add(1) <= int64(b.N) {
+						if err := f.Set(context.Background(), Valid|Dirty, Run{rand.Uint64N(1<<28) * 8, 8}); err != nil {
+							b.Error(err)
+							return
+						}
+					}
+				})
+			}
+			wg.Wait()
+			b.StopTimer()
+			after := s.Stats()
+			commits := max(after.Commits-before.Commits, 1)
+			b.ReportMetric(float64(b.N)/float64(commits), "calls/commit")
+			b.ReportMetric(float64((after.Latency.Sum-before.Latency.Sum).Microseconds())/float64(commits), "µs/commit")
+		})
+	}
+}
+
+// BenchmarkOpen is the flags of 64 TiB in regions of 1 MiB, 1 % of them partial,
+// taken up after a restart.
+func BenchmarkOpen(b *testing.B) {
+	s := open(b, b.TempDir())
+	g := Geometry{Blocks: 64 << 40 / 512, RegionBlocks: 2048}
+	f, err := s.Flags("v", g)
+	if err != nil {
+		b.Fatal(err)
+	}
+	var ops []op
+	put := func(all bool) {
+		if len(ops) < 8000 && !all {
+			return
+		}
+		if err := s.submit(context.Background(), &request{records: ops}); err != nil {
+			b.Fatal(err)
+		}
+		ops = nil
+	}
+	for region := uint64(0); region < f.Regions(); region += 100 {
+		value := make([]byte, 1+f.words*8)
+		value[0] = 3 | sameBitmap
+		for i := range f.words {
+			binary.LittleEndian.PutUint64(value[1+8*i:], rand.Uint64())
+		}
+		ops = append(ops, op{regionKey(f.gen, region), value})
+		put(false)
+	}
+	put(true)
+	if err := s.Close(); err != nil {
+		b.Fatal(err)
+	}
+	f = nil
+	for b.Loop() {
+		var before, after runtime.MemStats
+		runtime.GC()
+		runtime.ReadMemStats(&before)
+		begin := time.Now()
+		s := open(b, s.dir)
+		opened := time.Since(begin)
+		f, err := s.Flags("v", g)
+		if err != nil {
+			b.Fatal(err)
+		}
+		loaded := time.Since(begin)
+		runtime.GC()
+		runtime.ReadMemStats(&after)
+		b.ReportMetric(opened.Seconds(), "s/store")
+		b.ReportMetric(loaded.Seconds(), "s/both")
+		b.ReportMetric(float64(after.HeapAlloc-before.HeapAlloc)/(1<<20), "MiB-heap")
+		b.ReportMetric(float64(f.Memory())/(1<<20), "MiB-flags")
+		if err := s.Close(); err != nil {
+			b.Fatal(err)
+		}
+	}
+}
