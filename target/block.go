@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/binary"
 
+	"lunshift/iscsi"
 	"lunshift/lun"
 )
 
@@ -74,7 +75,7 @@ func read(t *task) error {
 	}
 	bs := int(t.u.info.BlockSize)
 	n := min(t.alloc, (int(t.expected)+bs-1)/bs*bs)
-	if t.flags&0x40 == 0 {
+	if t.flags&iscsi.FlagRead == 0 {
 		n = 0
 	}
 	if n > 0 {
@@ -132,6 +133,7 @@ func writeVerify(t *task) error {
 	if err := t.settle(); err != nil {
 		return err
 	}
+	t.blocks = uint64(t.want) >> t.u.shift
 	return t.compare(t.out)
 }
 
@@ -216,7 +218,7 @@ func decodeCompareWrite(t *task) error {
 	if err := t.inRange(); err != nil {
 		return err
 	}
-	if t.blocks > maxCompare(t.u.info.BlockSize) {
+	if t.blocks > maxCompare(t.u.info.BlockSize) || t.blocks == 0 && t.flags&iscsi.FlagWrite != 0 && t.expected > 0 {
 		return senseInvalidField
 	}
 	t.want = int(2 * t.blocks << t.u.shift)

@@ -8,13 +8,13 @@ import (
 const (
 	// maxTransfer is the most data one command moves, in bytes (MAXIMUM TRANSFER
 	// LENGTH of VPD page B0h).
-	maxTransfer = 16 << 20
+	maxTransfer = 32 << 20
 	// freely is the size up to which a command's data is not counted against
 	// BytesInFlight; the command window bounds those.
 	freely = 64 << 10
 
 	minClass = 12 // 4 KiB
-	maxClass = 24 // 16 MiB
+	maxClass = 25 // 32 MiB
 )
 
 // buffer is memory for the data of one command. Its contents are whatever was there.

@@ -102,8 +102,20 @@ func (c *conn) check(t *task) error {
 			return err
 		}
 	}
-	if t.want > 0 && (t.flags&iscsi.FlagWrite == 0 || uint64(t.expected) < uint64(t.want)) {
-		// Less data than the CDB speaks of: nothing is written rather than a part.
+	expected := int(t.expected)
+	if t.flags&iscsi.FlagWrite == 0 {
+		expected = 0
+	}
+	switch {
+	case t.op.exact && t.want != expected:
+		return senseInvalidIU
+	case t.want <= expected:
+	case t.op.partial:
+		// The blocks that the initiator sends whole are written; the residual
+		// tells it what was not (RFC 7143 11.4.5.1).
+		t.whole = t.want
+		t.want = expected >> t.u.shift << t.u.shift
+	default:
 		return senseInvalidIU
 	}
 	return nil
@@ -253,9 +265,11 @@ func (c *conn) answer(t *task, err error) {
 	moved := 0 // by the CDB
 	if status == iscsi.StatusGood {
 		moved = max(t.whole, t.want)
-		if t.flags&iscsi.FlagRead == 0 && len(t.in) > 0 {
+		if t.flags&iscsi.FlagRead == 0 {
 			t.in = nil // the initiator takes no data
-			expected = 0
+			if t.flags&iscsi.FlagWrite == 0 || t.whole > 0 && t.want == 0 && !t.op.partial {
+				expected = 0
+			}
 		}
 	} else {
 		t.in = nil

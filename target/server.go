@@ -51,7 +51,7 @@ type Config struct {
 	// then how long it may take to answer; 0 is 15 s, negative never pings.
 	NopInterval time.Duration
 	// BytesInFlight bounds the data of all commands larger than 64 KiB together,
-	// in bytes, at least 32 MiB; 0 is 256 MiB.
+	// in bytes, at least 64 MiB; 0 is 256 MiB.
 	BytesInFlight int64
 }
 
