@@ -173,8 +173,9 @@ func TestFileThatAnotherServiceHoldsIsRefused(t *testing.T) {
 	v := files(t)
 	s := newService(t, v)
 	s.start()
+	v.destination = emptyFile(t, t.TempDir(), "other.img", 8*mib)
 	other := newService(t, v)
-	other.serveFails("in use")
+	other.serveFails("in use", v.source)
 	s.stop()
 }
 

@@ -301,6 +301,21 @@ func (s *service) until(name, what string, ok func(status) bool) status {
 	}
 }
 
+// untilLog waits until the log holds words at least count times.
+func (s *service) untilLog(words string, count int) {
+	s.t.Helper()
+	for deadline := time.Now().Add(time.Minute); ; time.Sleep(10 * time.Millisecond) {
+		b, err := os.ReadFile(s.log.Name())
+		must(s.t, err)
+		if bytes.Count(b, []byte(words)) >= count {
+			return
+		}
+		if time.Now().After(deadline) {
+			s.t.Fatalf("the log does not say %q within a minute", words)
+		}
+	}
+}
+
 // front is the volume as initiators meet it.
 func (s *service) front(name string) peer.LUN {
 	return peer.LUN{Portal: s.portal, IQN: frontIQN(name), Initiator: "iqn.2026-11.net.example:host"}

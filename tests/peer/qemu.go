@@ -71,11 +71,11 @@ func Read(pattern byte, offset, length uint64) string {
 // libiscsi logs in again by itself when the target goes away, and repeats what
 // was not answered; a command then takes as long as the target is away.
 type QemuShell struct {
-	mu     sync.Mutex // one command at a time
-	cmd    *exec.Cmd
-	in     io.WriteCloser
-	out    chan []byte
-	exited chan error
+	mu    sync.Mutex // one command at a time
+	cmd   *exec.Cmd
+	in    io.WriteCloser
+	out   chan []byte
+	ended chan struct{} // closed when it has ended
 }
 
 // Shell starts a QemuShell and waits until it has logged in.
@@ -100,7 +100,7 @@ func (l LUN) Shell(ctx context.Context) (*QemuShell, error) {
 		return nil, errors.Join(err, r.Close(), w.Close())
 	}
 	w.Close()
-	s := &QemuShell{cmd: cmd, in: in, out: make(chan []byte, 64), exited: make(chan error, 1)}
+	s := &QemuShell{cmd: cmd, in: in, out: make(chan []byte, 64), ended: make(chan struct{})}
 	go func() {
 		defer close(s.out)
 		defer r.Close()
@@ -115,7 +115,10 @@ func (l LUN) Shell(ctx context.Context) (*QemuShell, error) {
 			}
 		}
 	}()
-	go func() { s.exited <- cmd.Wait() }()
+	go func() {
+		defer close(s.ended)
+		cmd.Wait() // how it ended shows in its output
+	}()
 	if _, err := s.answer(ctx); err != nil {
 		return nil, errors.Join(err, s.Close())
 	}
@@ -161,20 +164,34 @@ func (s *QemuShell) answer(ctx context.Context) (string, error) {
 // PID is qemu-io's process id.
 func (s *QemuShell) PID() int { return s.cmd.Process.Pid }
 
-// Close lets qemu-io log out and waits for it, at most 10 s.
+// Close lets qemu-io flush and log out and waits for it, at most 10 s.
 func (s *QemuShell) Close() error {
 	s.in.Close()
-	go func() {
-		for range s.out { // whatever is still said must not block it
-		}
-	}()
-	select {
-	case <-s.exited:
+	if s.wait(10 * time.Second) {
 		return nil
-	case <-time.After(10 * time.Second):
-		s.cmd.Process.Kill()
-		<-s.exited
-		return errors.New("qemu-io did not end when asked and was killed")
+	}
+	s.Kill()
+	return errors.New("qemu-io did not end when asked and was killed")
+}
+
+// Kill ends qemu-io at once; it does not log out.
+func (s *QemuShell) Kill() {
+	s.cmd.Process.Kill()
+	s.wait(time.Minute)
+}
+
+// wait tells whether qemu-io ended within limit.
+func (s *QemuShell) wait(limit time.Duration) bool {
+	timer := time.NewTimer(limit)
+	defer timer.Stop()
+	for {
+		select {
+		case <-s.ended:
+			return true
+		case <-s.out: // what it still says must not block it
+		case <-timer.C:
+			return false
+		}
 	}
 }
 

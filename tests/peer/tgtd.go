@@ -116,6 +116,9 @@ func (d *Tgtd) LUN(iqn string, number uint64) LUN {
 func (d *Tgtd) AddTarget(ctx context.Context, iqn string, units []Unit, accounts ...Account) error {
 	t := target{iqn: iqn, accounts: accounts}
 	for _, u := range units {
+		if strings.Contains(u.Path, ",") {
+			return fmt.Errorf("serve %s: tgtadm takes no path with a comma: %s", iqn, u.Path)
+		}
 		d.serial++
 		name := fmt.Sprintf("%s-%d", d.portal[strings.LastIndexByte(d.portal, ':')+1:], d.serial)
 		if u.BlockSize == 0 {
