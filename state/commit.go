@@ -103,6 +103,10 @@ func newCommitter(s *Store) (*committer, error) {
 		return nil, fmt.Errorf("state directory %s: %w", s.dir, err)
 	}
 	c.names.dir = dir
+	if err := c.names.measure(); err != nil {
+		dir.Close()
+		return nil, fmt.Errorf("state directory %s: %w", s.dir, err)
+	}
 	return c, nil
 }
 
@@ -211,7 +215,7 @@ func (c *committer) commit(ops []op, atomic bool) (err error) {
 	if c.failed != nil {
 		return c.failed
 	}
-	if err := checkFree(c.dir, c.freeMin.Load()); err != nil {
+	if err := checkFree(c.dir, c.freeMin.Load()+c.names.tables); err != nil {
 		return fmt.Errorf("state directory %s: %w", c.dir, err)
 	}
 	for rest := ops; len(rest) > 0; {

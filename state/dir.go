@@ -208,8 +208,9 @@ func (h *head) close() error {
 // dirSyncer makes new files' names durable: Badger begins a new log in the
 // middle of a commit and leaves the directory to a goroutine of its own.
 type dirSyncer struct {
-	dir   *os.File
-	clean int64 // the mtime, in ns, that is known to be synced; 0 unknown
+	dir    *os.File
+	clean  int64  // the mtime, in ns, that is known to be synced; 0 unknown
+	tables uint64 // bytes of Badger's tables
 }
 
 // sync returns once every name in the directory is on stable storage. It costs
@@ -226,9 +227,30 @@ func (d *dirSyncer) sync() error {
 	if err := d.dir.Sync(); err != nil {
 		return fmt.Errorf("sync %s: %w", d.dir.Name(), reason(err))
 	}
+	if err := d.measure(); err != nil {
+		return err
+	}
 	// A change within the same tick of the file system's clock would not show.
 	if d.clean = 0; time.Since(time.Unix(0, mtime)) > 100*time.Millisecond {
 		d.clean = mtime
+	}
+	return nil
+}
+
+// measure adds up the tables.
+func (d *dirSyncer) measure() error {
+	entries, err := os.ReadDir(d.dir.Name())
+	if err != nil {
+		return err
+	}
+	d.tables = 0
+	for _, e := range entries {
+		if filepath.Ext(e.Name()) != ".sst" {
+			continue
+		}
+		if info, err := e.Info(); err == nil { // it may be gone by now
+			d.tables += uint64(info.Size())
+		}
 	}
 	return nil
 }

@@ -159,8 +159,8 @@ func (s *Store) get(key []byte) (value []byte, err error) {
 // view runs fn on a snapshot. It holds Close back while fn runs. What fn or the
 // database cannot read is damage.
 func (s *Store) view(fn func(*badger.Txn) error) (err error) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
+	s.reading.RLock()
+	defer s.reading.RUnlock()
 	defer func() {
 		if r := recover(); r != nil {
 			err = damaged(s.dir, fmt.Errorf("reading the database: %v", r))

@@ -62,10 +62,11 @@ const (
 	// memTableSize is Badger's in-memory table and write-ahead log, in bytes. A
 	// transaction holds at most 15 % of it.
 	memTableSize = 16 << 20
-	// minFree is the free space in bytes below which nothing is committed. Badger
-	// writes through memory maps: on a full file system a store into one kills the
-	// process, so the room is made sure of before. It covers one rotation of
-	// the memory table with a compaction beside it.
+	// minFree is the free space in bytes, besides as much as Badger's tables take
+	// now, below which nothing is committed. Badger writes through memory maps: on
+	// a full file system a store into one kills the process, so the room is made
+	// sure of before. It covers the logs of the memory tables and their first
+	// tables; a compaction may write all tables anew before it deletes the old.
 	minFree = 4 * memTableSize
 	// badgerDir holds Badger's files within the state directory.
 	badgerDir = "badger"
@@ -94,9 +95,10 @@ type Store struct {
 	stats   statsKeeper
 	freeMin atomic.Uint64 // minFree, another in tests of a full disk
 
-	// Lock order: loading, then mu.
+	// Lock order: loading, then reading or mu.
 	loading sync.Mutex        // held while a volume's flags are loaded or forgotten
-	mu      sync.Mutex        // guards flags, and the database against Close while it is read
+	reading sync.RWMutex      // keeps Close from the database while it is read
+	mu      sync.Mutex        // guards flags
 	flags   map[string]*Flags // by volume name
 }
 
@@ -205,8 +207,8 @@ func (s *Store) Close() error {
 	s.close.Do(func() {
 		close(s.closing)
 		<-s.stopped
-		s.mu.Lock()
-		defer s.mu.Unlock()
+		s.reading.Lock()
+		defer s.reading.Unlock()
 		err := s.db.Close()
 		if err != nil {
 			err = fmt.Errorf("state directory %s: close: %w", s.dir, err)
