@@ -67,6 +67,10 @@ type Volume struct {
 	LUN         uint64
 	Source      Unit
 	Destination Unit
+	// Sessions is how many sessions lunshift opens to each array, 1 to 16.
+	Sessions int
+	// Digests guards what goes to and from the arrays with CRC32C (RFC 7143 13.1).
+	Digests bool
 	// Autostart starts the migration with the service.
 	Autostart bool
 	// Overwrite allows a destination that is not blank.
@@ -85,6 +89,9 @@ type Unit struct {
 	Address string
 	// Secret is the CHAP secret of the user in Address; empty where there is none.
 	Secret Secret
+	// TargetSecret is what the array must prove to know in turn (mutual CHAP); empty
+	// asks for no proof.
+	TargetSecret Secret
 }
 
 // Copy is how fast the background copy goes.
@@ -114,6 +121,7 @@ func defaultVolume() Volume {
 	return Volume{
 		RegionSize:    1 << 20,
 		FileBlockSize: 512,
+		Sessions:      1,
 		Copy:          Copy{Depth: 8},
 	}
 }
@@ -126,9 +134,8 @@ type AddressCheck func(address string) error
 // also held against the checks. A file with faults gives Faults, which has all of
 // them; a file that cannot be read gives one plain error.
 //
-// Secrets come from LUNSHIFT_SECRET_<NAME>_SOURCE and
-// LUNSHIFT_SECRET_<NAME>_DESTINATION in the environment, which win, or from the
-// files that the configuration names.
+// Secrets come from the variables of the environment that SecretVariable names,
+// which win, or from the files that the configuration names.
 func Load(path string, checks ...AddressCheck) (*Config, error) {
 	text, err := read(path)
 	if err != nil {

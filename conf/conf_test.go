@@ -64,7 +64,7 @@ func TestFourSettingsAreEnough(t *testing.T) {
 		Name: "db01", IQN: "iqn.2026-11.net.example:db01",
 		Source:      Unit{Address: "iscsi://10.0.0.5/iqn.2001-04.com.example:old/1"},
 		Destination: Unit{Address: "/dev/sdx"},
-		RegionSize:  1 << 20, FileBlockSize: 512, Copy: Copy{Depth: 8},
+		RegionSize:  1 << 20, FileBlockSize: 512, Sessions: 1, Copy: Copy{Depth: 8},
 	}
 	if len(cfg.Volumes) != 1 || cfg.Volumes[0] != want {
 		t.Errorf("got %+v, want %+v", cfg.Volumes, want)
@@ -106,6 +106,8 @@ source_secret_file = "`+secret+`"
 destination = "/srv/new.img"
 autostart = true
 overwrite = true
+sessions = 4
+digests = true
 region_size = "4MiB"
 file_block_size = 4096
 copy = { depth = 256, rate = "200MiB" }
@@ -126,7 +128,7 @@ rate = 1048576
 	}
 	v := cfg.Volumes[0]
 	if v.LUN != 7 || v.Source.Secret.Reveal() != "s3cret of 14 b" || !v.Autostart || !v.Overwrite ||
-		v.RegionSize != 4<<20 || v.FileBlockSize != 4096 || v.Copy != (Copy{256, 200 << 20}) {
+		v.RegionSize != 4<<20 || v.FileBlockSize != 4096 || v.Sessions != 4 || !v.Digests || v.Copy != (Copy{256, 200 << 20}) {
 		t.Errorf("volume: %+v", v)
 	}
 	if got := cfg.Volumes[1].Copy; got != (Copy{8, 1 << 20}) {
@@ -298,6 +300,22 @@ func TestSecretFilesMustBePrivate(t *testing.T) {
 	}
 }
 
+func TestMutualCHAPHasTwoSecrets(t *testing.T) {
+	with := strings.Replace(minimal, "10.0.0.5", "me@10.0.0.5", 1)
+	t.Setenv("LUNSHIFT_SECRET_DB01_SOURCE_TARGET", "the array's secret")
+	if got := faultsOf(t, minimal); len(got) != 1 || !strings.Contains(got[0], "an array proves itself only to a user that does") {
+		t.Errorf("without the user's: %q", got)
+	}
+	t.Setenv("LUNSHIFT_SECRET_DB01_SOURCE", "the user's secret")
+	if s := load(t, with).Volumes[0].Source; s.Secret.Reveal() != "the user's secret" || s.TargetSecret.Reveal() != "the array's secret" {
+		t.Errorf("both: %q and %q", s.Secret.Reveal(), s.TargetSecret.Reveal())
+	}
+	t.Setenv("LUNSHIFT_SECRET_DB01_SOURCE", "the array's secret")
+	if got := faultsOf(t, with); len(got) != 1 || !strings.Contains(got[0], "are the same") {
+		t.Errorf("the same twice: %q", got)
+	}
+}
+
 func TestVolumesThatShareASecretVariableAreRefused(t *testing.T) {
 	t.Setenv("LUNSHIFT_SECRET_DB_1_SOURCE", "some secret here")
 	text := ""
@@ -347,6 +365,10 @@ func TestSampleFileLoadsAndShowsEverySetting(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	readme, err := os.ReadFile("../README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
 	text := string(raw)
 	all := commented.ReplaceAllString(text, "$1")
 	d := &decoder{}
@@ -355,12 +377,20 @@ func TestSampleFileLoadsAndShowsEverySetting(t *testing.T) {
 		if !regexp.MustCompile(`(?m)^` + s.key + ` += `).MatchString(all) {
 			t.Errorf("the sample does not show %s", s.key)
 		}
+		if !regexp.MustCompile("(?m)^\\|.*`" + s.key + "\\b.*\\|$").Match(readme) {
+			t.Errorf("the tables of the README do not show %s", s.key)
+		}
 	}
 	secret := filepath.Join(t.TempDir(), "secret")
 	if err := os.WriteFile(secret, []byte("secret secret"), 0o600); err != nil {
 		t.Fatal(err)
 	}
+	other := secret + "-target"
+	if err := os.WriteFile(other, []byte("another secret"), 0o600); err != nil {
+		t.Fatal(err)
+	}
 	all = regexp.MustCompile(`"/etc/lunshift/db01-\w+\.secret"`).ReplaceAllString(all, `"`+secret+`"`)
+	all = regexp.MustCompile(`"/etc/lunshift/db01-\w+-target\.secret"`).ReplaceAllString(all, `"`+other+`"`)
 	all = strings.ReplaceAll(all, "iscsi://", "iscsi://me@")
 	withAll := load(t, all)
 	asIs := load(t, text)

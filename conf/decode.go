@@ -85,16 +85,23 @@ func (d *decoder) volume(path string, m map[string]any, uses *uses) Volume {
 			d.fault(path, label+"."+key, "is missing; every volume has name, iqn, source and destination")
 		}
 	}
-	d.secret(&v.Source, v.Name, "source", path, label, files.source)
-	d.secret(&v.Destination, v.Name, "destination", path, label, files.destination)
+	d.secrets(&v.Source, v.Name, "source", path, label, files.source)
+	d.secrets(&v.Destination, v.Name, "destination", path, label, files.destination)
 	if len(d.faults) == before {
 		uses.add(d, path, label, &v)
 	}
 	return v
 }
 
-// secretFiles are where a volume's secrets are kept; empty for none.
-type secretFiles struct{ source, destination string }
+// secretFiles are where a volume's secrets are kept.
+type secretFiles struct{ source, destination sideFiles }
+
+// sideFiles are the files with the secrets of one side; empty for none.
+type sideFiles struct{ secret, target string }
+
+func secretFile(to *string) func(any) error {
+	return all(text(to), func() error { return checkAbsolute(*to) })
+}
 
 func (d *decoder) volumeSettings(v *Volume, files *secretFiles, path, label string) []setting {
 	return []setting{
@@ -103,8 +110,12 @@ func (d *decoder) volumeSettings(v *Volume, files *secretFiles, path, label stri
 		{"lun", integer(&v.LUN, 0, maxLUN)},
 		{"source", all(text(&v.Source.Address), func() error { return d.checkAddress(v.Source.Address) })},
 		{"destination", all(text(&v.Destination.Address), func() error { return d.checkAddress(v.Destination.Address) })},
-		{"source_secret_file", all(text(&files.source), func() error { return checkAbsolute(files.source) })},
-		{"destination_secret_file", all(text(&files.destination), func() error { return checkAbsolute(files.destination) })},
+		{"source_secret_file", secretFile(&files.source.secret)},
+		{"source_target_secret_file", secretFile(&files.source.target)},
+		{"destination_secret_file", secretFile(&files.destination.secret)},
+		{"destination_target_secret_file", secretFile(&files.destination.target)},
+		{"sessions", integer(&v.Sessions, 1, 16)},
+		{"digests", boolean(&v.Digests)},
 		{"autostart", boolean(&v.Autostart)},
 		{"overwrite", boolean(&v.Overwrite)},
 		{"region_size", all(size(&v.RegionSize), func() error { return checkRegionSize(v.RegionSize) })},

@@ -34,7 +34,8 @@ func (s Secret) GoString() string { return s.String() }
 func (s Secret) MarshalText() ([]byte, error) { return []byte(s.String()), nil }
 
 // SecretVariable is the environment variable that holds a secret; side is
-// "source" or "destination". Letters of the volume's name become capitals, and
+// "source" or "destination" for the secret of the user there, "source_target" or
+// "destination_target" for that of the array. Letters of the volume's name become capitals, and
 // what is neither letter nor digit becomes "_".
 func SecretVariable(volume, side string) string {
 	name := strings.Map(func(r rune) rune {
@@ -46,38 +47,52 @@ func SecretVariable(volume, side string) string {
 	return "LUNSHIFT_SECRET_" + name + "_" + strings.ToUpper(side)
 }
 
-// secret finds the secret of one side: from the environment, or else from file.
-func (d *decoder) secret(unit *Unit, volume, side, path, label, file string) {
-	fileKey := side + "_secret_file"
-	user, hasUser := userinfo(unit.Address)
-	hasUser = hasUser && user != ""
+// secrets finds the secrets of one side and holds them against its address. path
+// and label are the volume's.
+func (d *decoder) secrets(unit *Unit, volume, side, path, label string, files sideFiles) {
 	if holdsSecret(unit.Address) {
+		return // a fault already, and nothing more to say of it
+	}
+	before := len(d.faults)
+	unit.Secret = d.secret(volume, side, side+"_secret_file", path, label, files.secret)
+	unit.TargetSecret = d.secret(volume, side+"_target", side+"_target_secret_file", path, label, files.target)
+	if len(d.faults) > before {
 		return
 	}
+	user, _ := userinfo(unit.Address)
+	fault := func(format string, args ...any) {
+		d.fault(path+"."+side, label+"."+side, fmt.Sprintf(format, args...))
+	}
+	switch {
+	case unit.Secret != "" && user == "" && unit.Address != "":
+		fault("there is a secret but no user; write iscsi://user@host/iqn/lun")
+	case unit.Secret == "" && user != "":
+		fault("user %s needs a secret; put it into %s_secret_file, or into %s of the environment", user, side, SecretVariable(volume, side))
+	case unit.Secret == "" && unit.TargetSecret != "":
+		fault("an array proves itself only to a user that does; write iscsi://user@host/iqn/lun and give the user's secret too")
+	case unit.Secret != "" && unit.Secret == unit.TargetSecret:
+		fault("the user's secret and the array's are the same; give the array another one (RFC 7143 9.2.1)")
+	}
+}
+
+// secret is the secret that SecretVariable holds, or else the file; empty without
+// both.
+func (d *decoder) secret(volume, side, fileKey, path, label, file string) Secret {
 	variable := SecretVariable(volume, side)
-	value, fromEnvironment := os.LookupEnv(variable)
-	fromEnvironment = fromEnvironment && volume != ""
-	switch {
-	case fromEnvironment:
+	if value, ok := os.LookupEnv(variable); ok && volume != "" {
 		if value == "" || len(value) > maxSecret {
-			d.fault(path+"."+side, label+"."+side, fmt.Sprintf("the secret in %s has %d bytes; it is 1 to %d", variable, len(value), maxSecret))
-			return
+			d.fault(path, label, fmt.Sprintf("the secret in %s has %d bytes; it is 1 to %d", variable, len(value), maxSecret))
 		}
-		unit.Secret = Secret(value)
-	case file != "":
-		secret, err := readSecret(file)
-		if err != nil {
-			d.fault(path+"."+fileKey, label+"."+fileKey, err.Error())
-			return
-		}
-		unit.Secret = secret
+		return Secret(value)
 	}
-	switch {
-	case unit.Secret != "" && !hasUser && unit.Address != "":
-		d.fault(path+"."+side, label+"."+side, "there is a secret but no user; write iscsi://user@host/iqn/lun")
-	case unit.Secret == "" && hasUser:
-		d.fault(path+"."+side, label+"."+side, fmt.Sprintf("user %s needs a secret; put it into %s, or into %s of the environment", user, fileKey, variable))
+	if file == "" {
+		return ""
 	}
+	secret, err := readSecret(file)
+	if err != nil {
+		d.fault(path+"."+fileKey, label+"."+fileKey, err.Error())
+	}
+	return secret
 }
 
 func readSecret(file string) (Secret, error) {
@@ -125,11 +140,18 @@ func (d *decoder) sharedEnvironment(volumes []Volume) {
 			owner[variable] = v.Name
 			continue
 		}
-		_, source := os.LookupEnv(variable)
-		_, destination := os.LookupEnv(SecretVariable(v.Name, "destination"))
-		if other != v.Name && (source || destination) {
+		if other != v.Name && anySecret(v.Name) {
 			d.fault(fmt.Sprintf("volume[%d].name", i), "volume["+v.Name+"].name",
 				fmt.Sprintf("has the secret's variable of volume %s; rename one, or use secret files", other))
 		}
 	}
+}
+
+func anySecret(volume string) bool {
+	for _, side := range []string{"source", "source_target", "destination", "destination_target"} {
+		if _, ok := os.LookupEnv(SecretVariable(volume, side)); ok {
+			return true
+		}
+	}
+	return false
 }

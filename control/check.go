@@ -159,17 +159,27 @@ func checkVolume(ctx context.Context, service conf.Service, client *Client, serv
 		for _, e := range lines(err) {
 			report = report.refuse("%s", e)
 		}
-		return report
+		if source != nil {
+			report.Source = unitReport(v.Source.Address, source.Info())
+		}
+		if destination != nil {
+			report.Destination = unitReport(v.Destination.Address, destination.Info())
+		}
+		return report.close(v, source, destination)
 	}
 	report.inspect(ctx, v, source, destination)
 	if s, d := report.Source.ID, report.Destination.ID; known && report.Phase != proxy.Ready && (s != record.SourceID || d != record.DestinationID) {
 		report = report.refuse("volume %s: its state belongs to source %s and destination %s, but the configuration names source %s and destination %s: correct the configuration, or give the new pair another name",
 			v.Name, record.SourceID, record.DestinationID, s, d)
 	}
-	if err := errors.Join(source.Close(), destination.Close()); err != nil {
-		report = report.refuse("volume %s: close the units: %s", v.Name, oneLine(err))
+	return report.close(v, source, destination)
+}
+
+func (r VolumeReport) close(v conf.Volume, units ...lun.Device) VolumeReport {
+	if err := closeUnits(units); err != nil {
+		return r.refuse("volume %s: close the units: %s", v.Name, oneLine(err))
 	}
-	return report
+	return r
 }
 
 // checkServed inspects a volume of the running service.

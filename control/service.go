@@ -296,10 +296,10 @@ func (s *Service) openVolume(ctx context.Context, v conf.Volume) (_ Volume, unit
 	var source, destination lun.Device
 	if needed {
 		source, destination, err = openUnits(ctx, s.cfg.Service, v, s.log, false)
-		if err != nil {
-			return nil, nil, err
-		}
 		units = []lun.Device{source, destination}
+		if err != nil {
+			return nil, nil, errors.Join(err, closeUnits(units))
+		}
 	}
 	volume, err := proxy.Open(ctx, proxy.Config{
 		Name: v.Name, IQN: v.IQN, LUN: v.LUN,
@@ -315,16 +315,21 @@ func (s *Service) openVolume(ctx context.Context, v conf.Volume) (_ Volume, unit
 	return volume, units, nil
 }
 
-// openUnits opens source and destination of a volume at the same time. Its
-// errors have one line for each side that failed.
+// openUnits opens source and destination of a volume at the same time. What could
+// be opened is given even with an error, which has one line for each side that
+// could not.
 func openUnits(ctx context.Context, service conf.Service, v conf.Volume, log logrus.FieldLogger, readOnly bool) (source, destination lun.Device, err error) {
 	open := func(side string, u conf.Unit) (lun.Device, error) {
 		device, err := lun.Open(ctx, u.Address, lun.Options{
 			ReadOnly: readOnly, BlockSize: v.FileBlockSize,
-			InitiatorName: service.InitiatorName, Secret: u.Secret.Reveal(),
+			InitiatorName: service.InitiatorName, Secret: u.Secret.Reveal(), TargetSecret: u.TargetSecret.Reveal(),
+			Sessions: v.Sessions, HeaderDigest: v.Digests, DataDigest: v.Digests,
 			LoginTimeout: service.LoginTimeout, IOTimeout: service.IOTimeout,
 			Log: log.WithField("volume", v.Name).WithField("unit", side),
 		})
+		if errors.Is(err, lun.ErrAuth) {
+			err = fmt.Errorf("%w: correct the user in the URL, or the secret in %s_secret_file or %s", err, side, conf.SecretVariable(v.Name, side))
+		}
 		if err != nil {
 			return nil, fmt.Errorf("volume %s: %s: %w", v.Name, side, err)
 		}
@@ -335,22 +340,16 @@ func openUnits(ctx context.Context, service conf.Service, v conf.Volume, log log
 	group.Go(func() { source, sourceErr = open("source", v.Source) })
 	group.Go(func() { destination, destinationErr = open("destination", v.Destination) })
 	group.Wait()
-	if sourceErr == nil && destinationErr == nil {
-		return source, destination, nil
-	}
-	err = errors.Join(sourceErr, destinationErr)
-	for _, d := range []lun.Device{source, destination} {
-		if d != nil {
-			err = errors.Join(err, d.Close())
-		}
-	}
-	return nil, nil, err
+	return source, destination, errors.Join(sourceErr, destinationErr)
 }
 
+// closeUnits closes the units that are open; the others are nil.
 func closeUnits(units []lun.Device) error {
 	var err error
 	for _, u := range units {
-		err = errors.Join(err, u.Close())
+		if u != nil {
+			err = errors.Join(err, u.Close())
+		}
 	}
 	return err
 }

@@ -124,7 +124,7 @@ func WriteCheck(w io.Writer, r CheckReport) error {
 		t = tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
 		fmt.Fprintf(t, "target\t%s LUN %d\n", v.IQN, v.LUN)
 		fmt.Fprintf(t, "phase\t%s\n", v.Phase)
-		if v.Source.Open {
+		if v.Source.Open && v.Destination.Open {
 			atLeast := ""
 			if !v.AllocatedKnown {
 				atLeast = "at least "
