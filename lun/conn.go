@@ -37,8 +37,9 @@ type conn struct {
 	// scratch is the header of a PDU while it is put into w; w copies it.
 	scratch iscsi.BHS
 
-	err  error         // why it is lost
-	lost chan struct{} // closed with err
+	opened bool          // callers' commands were let in
+	err    error         // why it is lost
+	lost   chan struct{} // closed with err
 
 	cmdSN     uint32
 	expStatSN uint32

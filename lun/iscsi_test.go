@@ -275,20 +275,6 @@ func TestIdleSessionIsKeptAlive(t *testing.T) {
 	}
 }
 
-func TestSameSessionKeyTakesTheSessionOver(t *testing.T) {
-	d := peer.StartTgtd(t)
-	l := serve(t, d, 2<<20, peer.Unit{})
-	old := openPath(t, l.URL(), lun.Options{SessionKey: "db01"})
-	openPath(t, l.URL(), lun.Options{SessionKey: "db01"})
-	openPath(t, l.URL(), lun.Options{SessionKey: "db02"})
-	if err := old.Close(); err != nil {
-		t.Fatal(err)
-	}
-	if names, err := d.Initiators(t.Context(), testIQN); err != nil || len(names) != 2 {
-		t.Errorf("sessions at the target: %v, %v", names, err)
-	}
-}
-
 func TestISCSIIODoesNotAllocate(t *testing.T) {
 	d := peer.StartTgtd(t)
 	dev := openPath(t, serve(t, d, 2<<20, peer.Unit{}).URL(), lun.Options{})

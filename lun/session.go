@@ -43,6 +43,9 @@ type session struct {
 	verify func(ctx context.Context, s *session) error
 	// period is the grain of time-outs.
 	period time.Duration
+	start  time.Time
+	// delay is the pause before the next login; the manager's alone.
+	delay time.Duration
 
 	mu      sync.Mutex // protects all that follows, and the fields of commands
 	c       *conn      // nil while there is none
@@ -54,7 +57,7 @@ type session struct {
 	closing bool
 	closed  bool
 	downErr error // why there is no connection
-	tick    int64 // counts periods
+	tick    int64 // periods since start
 	// zombies counts writes that were given up while there was no connection:
 	// they may still take effect until the next login.
 	zombies int
@@ -72,13 +75,7 @@ func startSession(ctx context.Context, e endpoint, lunField uint64, verify func(
 	if err != nil {
 		return nil, err
 	}
-	s := &session{
-		endpoint: e, lunField: lunField, verify: verify,
-		log:    e.opts.Log.WithField("target", e.addr.String()),
-		period: min(max(min(e.opts.IOTimeout, e.opts.PingInterval)/10, 5*time.Millisecond), 500*time.Millisecond),
-		upCh:   make(chan struct{}), wake: make(chan struct{}, 1), done: make(chan struct{}),
-	}
-	s.stopCtx, s.stop = context.WithCancel(context.Background())
+	s := newSession(e, lunField, verify)
 	first := make(chan error, 1)
 	go s.manage(l, first)
 	select {
@@ -91,6 +88,18 @@ func startSession(ctx context.Context, e endpoint, lunField uint64, verify func(
 		return nil, err
 	}
 	return s, nil
+}
+
+func newSession(e endpoint, lunField uint64, verify func(context.Context, *session) error) *session {
+	s := &session{
+		endpoint: e, lunField: lunField, verify: verify,
+		log:    e.opts.Log.WithField("target", e.addr.String()),
+		period: min(max(min(e.opts.IOTimeout, e.opts.PingInterval)/10, 5*time.Millisecond), 500*time.Millisecond),
+		start:  time.Now(),
+		upCh:   make(chan struct{}), wake: make(chan struct{}, 1), done: make(chan struct{}),
+	}
+	s.stopCtx, s.stop = context.WithCancel(context.Background())
+	return s
 }
 
 // do runs c to its end. Its error is one of the transport: ErrUnavailable,
@@ -215,6 +224,9 @@ func (s *session) manage(l *link, first chan<- error) {
 		qualifier.Wait()
 		s.mu.Lock()
 		up := s.wasOpen
+		if c.opened {
+			s.delay = 0
+		}
 		s.mu.Unlock()
 		if s.stopCtx.Err() != nil || !up {
 			break
@@ -249,6 +261,7 @@ func (s *session) qualify(ctx context.Context, c *conn) error {
 		return c.err
 	}
 	s.open, s.wasOpen, s.zombies, s.downErr = true, true, 0, nil
+	c.opened = true
 	close(s.upCh)
 	s.wakeSender()
 	return nil
@@ -292,7 +305,7 @@ func (s *session) watch(c *conn, verified <-chan error, first chan<- error) (err
 				return fmt.Errorf("%w: no answer for %v", ErrUnavailable, quiet)
 			}
 			s.mu.Lock()
-			s.tick++
+			s.tick = int64(time.Since(s.start) / s.period)
 			if quiet >= s.opts.PingInterval && !c.pinging {
 				c.pinging, c.ping = true, true
 				s.wakeSender()
@@ -384,8 +397,17 @@ func (s *session) requeue() {
 // relogin tries until it succeeds or the session is closed; then it gives nil.
 func (s *session) relogin(why error) *link {
 	s.log.WithError(why).Warn("iSCSI session lost; logging in again")
-	delay := backoffMin
-	for attempt := 0; ; attempt++ {
+	for attempt := 1; ; attempt++ {
+		// A login after which the unit was not the right one counts as a failure too.
+		if s.delay > 0 {
+			pause, cancel := context.WithTimeout(s.stopCtx, s.delay)
+			s.tickUntil(pause.Done())
+			cancel()
+		}
+		if s.stopCtx.Err() != nil {
+			return nil
+		}
+		s.delay = min(max(2*s.delay, backoffMin), backoffMax)
 		var l *link
 		var err error
 		tried := make(chan struct{})
@@ -395,14 +417,14 @@ func (s *session) relogin(why error) *link {
 		}()
 		s.tickUntil(tried)
 		if err == nil {
-			s.log.WithField("attempts", attempt+1).Info("iSCSI session is back")
+			s.log.WithField("attempts", attempt).Info("iSCSI target is back")
 			return l
 		}
 		if s.stopCtx.Err() != nil {
 			return nil
 		}
 		s.mu.Lock()
-		if first := s.downErr.Error(); attempt == 0 || first != err.Error() {
+		if attempt == 1 {
 			s.log.WithError(err).Warn("iSCSI login failed; trying on")
 		}
 		s.downErr = err
@@ -410,13 +432,6 @@ func (s *session) relogin(why error) *link {
 			s.downErr = fmt.Errorf("%w: %w", ErrUnavailable, err)
 		}
 		s.mu.Unlock()
-		pause, cancel := context.WithTimeout(s.stopCtx, delay)
-		s.tickUntil(pause.Done())
-		cancel()
-		if s.stopCtx.Err() != nil {
-			return nil
-		}
-		delay = min(2*delay, backoffMax)
 	}
 }
 
@@ -430,7 +445,7 @@ func (s *session) tickUntil(end <-chan struct{}) {
 			return
 		case <-ticker.C:
 			s.mu.Lock()
-			s.tick++
+			s.tick = int64(time.Since(s.start) / s.period)
 			s.expire()
 			s.mu.Unlock()
 		}
