@@ -309,8 +309,12 @@ func (b *bench) copies() error {
 	t := newTable(fmt.Sprintf("A copy of %d MiB from one tgtd to another, against qemu-img convert -n -W -m 16.\nAim: at least qemu-img's rate.", size/mib),
 		"allocated", "MiB/s lunshift", "qemu-img", "×qemu-img", "", "CPU s lunshift", "qemu-img")
 	defer t.end()
+	from, to, err := b.blankPair(size, 0)
+	if err != nil {
+		return err
+	}
 	for _, share := range []float64{1, 0.4} {
-		from, to, err := b.blankPair(size, share)
+		_, err := peer.SparseFile(from, size, share, 1)
 		if err != nil {
 			return err
 		}
