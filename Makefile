@@ -23,18 +23,18 @@ bench: build      ## lunshift against tgtd, gotgt and qemu-img, as ratios
 	go run ./tests/bench
 
 fuzz:             ## every fuzz target for 30 seconds each (FUZZTIME=5m for longer)
-	@for dir in $$(git grep -l '^func Fuzz' -- '*_test.go' | xargs -n1 dirname | sort -u); do \
+	@for dir in $$(grep -rl --include='*_test.go' '^func Fuzz' . | xargs -n1 dirname | sort -u); do \
 		for target in $$(grep -hoE '^func Fuzz[A-Za-z0-9_]+' $$dir/*_test.go | cut -c6-); do \
 			echo "$$dir $$target"; \
-			go test ./$$dir -run '^$$' -fuzz "^$$target\$$" -fuzztime $(FUZZTIME) || exit 1; \
+			go test $$dir -run '^$$' -fuzz "^$$target\$$" -fuzztime $(FUZZTIME) || exit 1; \
 		done; \
 	done
 
 fmt:              ## format the code
-	gofmt -w $$(git ls-files '*.go')
+	gofmt -w .
 
 lint:             ## what gofmt and go vet have to say
-	@test -z "$$(gofmt -l $$(git ls-files '*.go'))" || { echo "not formatted (make fmt): $$(gofmt -l $$(git ls-files '*.go'))"; exit 1; }
+	@files=$$(gofmt -l .); test -z "$$files" || { echo "not formatted, run make fmt: $$files"; exit 1; }
 	go vet ./...
 
 clean:            ## remove what build made

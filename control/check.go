@@ -127,6 +127,15 @@ func Check(ctx context.Context, cfg *conf.Config, log logrus.FieldLogger) (Check
 		})
 	}
 	group.Wait()
+	var claims claims
+	for i, r := range reports {
+		if !r.Source.Open || !r.Destination.Open {
+			continue
+		}
+		if err := claims.take(r.Name, r.Source.ID, r.Destination.ID); err != nil {
+			reports[i] = r.refuse("%v", err)
+		}
+	}
 	report.Volumes = reports
 	return report, ctx.Err()
 }

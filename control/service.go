@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"net"
 	"net/http"
 	"os"
@@ -52,6 +53,7 @@ type Service struct {
 	metrics net.Listener
 
 	entries []*entry
+	claims  claims
 
 	// running ends when the service is asked to stop; steps of volumes run under it.
 	running context.Context
@@ -150,8 +152,8 @@ func (s *Service) Run(ctx context.Context) error {
 	select {
 	case <-ctx.Done():
 		s.log.Info("stopping: commands in flight end first")
-	case err = <-failed:
-		s.log.WithError(err).Error("stopping")
+	case err = <-failed: // logged by the caller, with what else goes wrong
+		s.log.Error("stopping: a part of the service failed")
 	}
 	if e := notify("STOPPING=1"); e != nil {
 		s.log.WithError(e).Warn("systemd was not told")
@@ -204,7 +206,11 @@ func (s *Service) Statuses() []proxy.Status {
 func (s *Service) Remove(ctx context.Context, name string) error {
 	i := slices.IndexFunc(s.entries, func(e *entry) bool { return e.conf.Name == name })
 	if i >= 0 {
-		return s.entries[i].remove(ctx)
+		if err := s.entries[i].remove(ctx); err != nil {
+			return err
+		}
+		s.claims.release(name)
+		return nil
 	}
 	record, found, err := s.store.Record(name)
 	if err != nil {
@@ -297,6 +303,9 @@ func (s *Service) openVolume(ctx context.Context, v conf.Volume) (_ Volume, unit
 	if needed {
 		source, destination, err = openUnits(ctx, s.cfg.Service, v, s.log, false)
 		units = []lun.Device{source, destination}
+		if err == nil {
+			err = s.claims.take(v.Name, source.Info().ID, destination.Info().ID)
+		}
 		if err != nil {
 			return nil, nil, errors.Join(err, closeUnits(units))
 		}
@@ -310,6 +319,7 @@ func (s *Service) openVolume(ctx context.Context, v conf.Volume) (_ Volume, unit
 		Store: s.store, Target: s.target, Log: s.log,
 	})
 	if err != nil {
+		s.claims.release(v.Name)
 		return nil, nil, errors.Join(err, closeUnits(units))
 	}
 	return volume, units, nil
@@ -352,6 +362,38 @@ func closeUnits(units []lun.Device) error {
 		}
 	}
 	return err
+}
+
+// claims tells which volume has which logical unit. Two addresses may lead to one
+// unit, and a unit that two volumes move would lose data.
+type claims struct {
+	mu sync.Mutex // protects by
+	by map[string]claim
+}
+
+// claim is one side of one volume.
+type claim struct{ volume, side string }
+
+// take claims both units of a volume, named by lun.Info.ID, or none.
+func (c *claims) take(volume, source, destination string) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.by == nil {
+		c.by = make(map[string]claim)
+	}
+	for side, id := range map[string]string{"source": source, "destination": destination} {
+		if other, taken := c.by[id]; taken && other.volume != volume {
+			return fmt.Errorf("volume %s: %s is the %s of volume %s under another address (%s): a logical unit belongs to one volume", volume, side, other.side, other.volume, id)
+		}
+	}
+	c.by[source], c.by[destination] = claim{volume, "source"}, claim{volume, "destination"}
+	return nil
+}
+
+func (c *claims) release(volume string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	maps.DeleteFunc(c.by, func(_ string, by claim) bool { return by.volume == volume })
 }
 
 // reopen tries the volumes that are not open until the service stops.

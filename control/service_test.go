@@ -257,6 +257,42 @@ func TestServiceThatCannotStartSaysWhyAndLetsGo(t *testing.T) {
 	}
 }
 
+func TestUnitUnderTwoAddressesBelongsToOneVolume(t *testing.T) {
+	dir := t.TempDir()
+	shared := unitFile(t, dir, "shared", 1<<20, 0)
+	second := filepath.Join(dir, "second")
+	if err := os.Link(shared, second); err != nil {
+		t.Fatal(err)
+	}
+	cfg := configFor(t, dir, unitFile(t, dir, "old", 1<<20, 0), shared, `
+[[volume]]
+name = "db02"
+iqn = "iqn.2026-11.net.example:db02"
+source = "`+second+`"
+destination = "`+unitFile(t, dir, "new", 1<<20, 0)+`"
+`)
+	if _, err := New(t.Context(), cfg, Options{Log: quiet()}); err == nil || strings.Contains(err.Error(), "\n") {
+		t.Errorf("files: %v", err)
+	}
+	// Arrays do not say that a unit is in use, so the identities are compared.
+	var c claims
+	if err := c.take("db01", "naa.1", "naa.2"); err != nil {
+		t.Fatal(err)
+	}
+	for range 2 {
+		if err := c.take("db02", "naa.2", "naa.3"); err == nil || !strings.Contains(err.Error(), "volume db02: source is the destination of volume db01") {
+			t.Errorf("taken: %v", err)
+		}
+	}
+	if err := c.take("db01", "naa.1", "naa.2"); err != nil {
+		t.Errorf("again: %v", err)
+	}
+	c.release("db01")
+	if err := c.take("db02", "naa.2", "naa.3"); err != nil {
+		t.Errorf("released: %v", err)
+	}
+}
+
 func TestOrphanOfTheStateCanBeRemovedOnceItIsCutOver(t *testing.T) {
 	dir := t.TempDir()
 	cfg := configFor(t, dir, unitFile(t, dir, "old", 1<<20, 0), unitFile(t, dir, "new", 1<<20, 0), "")
