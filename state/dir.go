@@ -29,7 +29,7 @@ func damaged(dir string, err error) error {
 		return err
 	}
 	text := strings.Join(strings.Fields(err.Error()), " ")
-	return fmt.Errorf("state directory %s is %w: %s: serve no volume from it; keep it and both logical units unchanged, repair the file system or bring back the directory's latest copy",
+	return fmt.Errorf("state directory %s is %w: %s: serve no volume from it, for it alone knows what initiators wrote since start; keep it and both logical units unchanged and repair the file system it is on",
 		dir, ErrCorrupt, text)
 }
 

@@ -117,6 +117,7 @@ func checkAgainst(t *rapid.T, f *Flags, m *model, asked Run) {
 }
 
 func TestFlagsAnswerLikePlainArraysAcrossReopens(t *testing.T) {
+	t.Parallel()
 	ctx := context.Background()
 	s, n := open(t, t.TempDir()), 0
 	dir := s.dir

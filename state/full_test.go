@@ -13,6 +13,7 @@ import (
 // TestSmallFileSystemFillsUpWithoutAFault fills a file system of its own, which
 // only root can make.
 func TestSmallFileSystemFillsUpWithoutAFault(t *testing.T) {
+	t.Parallel()
 	dir := t.TempDir()
 	if os.Getuid() != 0 {
 		t.Skip("needs root to mount a file system")

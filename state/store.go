@@ -13,6 +13,9 @@
 // written in transactions that gather what became due, of all volumes, while the
 // last one was being synced.
 //
+// What it cannot tell is a directory that was put back as a whole from an older
+// copy: flags set since then are lost with it.
+//
 // The package does not know what a phase means, reads and writes no logical
 // unit, and imports none of lunshift's other packages.
 package state

@@ -255,6 +255,7 @@ func TestFlagsOfAnotherGeometryOrMissingAreRefused(t *testing.T) {
 }
 
 func TestBadStoredFlagsAreRefused(t *testing.T) {
+	t.Parallel()
 	g := Geometry{Blocks: 1000, RegionBlocks: 64} // 16 regions, the last of 40 blocks
 	word := make([]byte, 8)
 	for name, bad := range map[string]func(gen uint64) op{
@@ -521,6 +522,7 @@ func TestCloseAnswersEveryCaller(t *testing.T) {
 }
 
 func TestOneSetOfEverythingSpansManyTransactions(t *testing.T) {
+	t.Parallel()
 	s := open(t, t.TempDir())
 	g := Geometry{Blocks: 700<<30/4096 - 3, RegionBlocks: 16} // 700 GiB in regions of 64 KiB
 	f, err := s.Flags("v", g)
