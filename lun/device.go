@@ -159,6 +159,17 @@ type Prober interface {
 	TryReadAt(p []byte, start LBA) (bool, error)
 }
 
+// Resetter is a Device with a volatile cache whose loss Flush alone cannot tell:
+// a device that lost power between a write and the flush that follows completes
+// that flush all the same. Who must know that a write is on stable storage takes
+// Resets before it, and after the flush compares: unless both are equal the write
+// is to be repeated.
+type Resetter interface {
+	// Resets counts the occasions on which the device may have lost its cache. It
+	// grows before any command that began after the loss returns.
+	Resets() uint64
+}
+
 // Errors a Device returns, wrapped with what was being done. Sense travels in
 // a SenseError.
 var (

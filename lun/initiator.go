@@ -21,6 +21,7 @@ type Initiator struct {
 	sessions []*session
 	turn     atomic.Uint32
 	closed   atomic.Bool
+	resets   atomic.Uint64 // see Resets
 	identity string // VPD 83h, as of the first session
 
 	mu sync.Mutex // protects identity
@@ -45,7 +46,7 @@ func DialInitiator(ctx context.Context, addr Address, opts Options) (*Initiator,
 		if err != nil {
 			return nil, err
 		}
-		s, err := startSession(ctx, endpoint{addr: addr, opts: opts, isid: isid}, field, i.verify)
+		s, err := startSession(ctx, endpoint{addr: addr, opts: opts, isid: isid}, field, i.verify, func() { i.resets.Add(1) })
 		if err != nil {
 			i.Close()
 			return nil, err
@@ -100,6 +101,10 @@ func (i *Initiator) Do(ctx context.Context, c *Command) error {
 	}
 	return i.sessions[int(i.turn.Add(1))%len(i.sessions)].do(ctx, c)
 }
+
+// Resets implements Resetter: it counts lost connections, behind each of which may
+// be a device that lost power, and resets that the device reports itself.
+func (i *Initiator) Resets() uint64 { return i.resets.Load() }
 
 // Close logs out. Commands in flight get up to a second to finish.
 func (i *Initiator) Close() error {

@@ -470,3 +470,38 @@ func FuzzParsersOfSCSIData(f *testing.F) {
 		}
 	})
 }
+
+func TestLossOfTheCacheIsToldWithTheFlush(t *testing.T) {
+	f := newFakeTarget(t)
+	dev := f.open(Options{})
+	before := dev.(Resetter).Resets()
+	roundTrip(t, dev, 512)
+	if err := dev.Flush(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if n := dev.(Resetter).Resets(); n != before {
+		t.Fatalf("%d resets without one", n-before)
+	}
+	f.drop()
+	if err := dev.Flush(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if dev.(Resetter).Resets() == before {
+		t.Fatal("a flush on a new connection does not tell that the device may have restarted")
+	}
+	before = dev.(Resetter).Resets()
+	var once atomic.Bool
+	f.bend(func(c *fakeConn, h *iscsi.BHS, data []byte) bool {
+		if h.Opcode() == iscsi.OpSCSICommand && once.CompareAndSwap(false, true) {
+			c.check(h, senseUnitAttention, 0x29, 0x01)
+			return true
+		}
+		return false
+	})
+	if err := dev.Flush(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if dev.(Resetter).Resets() == before {
+		t.Fatal("a reset that the device reported is not told")
+	}
+}

@@ -530,6 +530,9 @@ func (r *remote) judge(c *Command) error {
 		sense := c.CheckSense()
 		switch {
 		case sense.Key == senseUnitAttention:
+			if sense.ASC == 0x29 { // POWER ON, RESET, OR BUS DEVICE RESET OCCURRED
+				r.resets.Add(1)
+			}
 			return &repeat{repeatAttention, sense}
 		case sense.Key == senseAborted:
 			return &repeat{repeatAborted, sense}

@@ -118,6 +118,14 @@ func (s *Serialized) TryReadAt(p []byte, start LBA) (bool, error) {
 	return false, nil
 }
 
+// Resets passes to the Device where that is a Resetter.
+func (s *Serialized) Resets() uint64 {
+	if d, ok := s.Device.(Resetter); ok {
+		return d.Resets()
+	}
+	return 0
+}
+
 func (s *Serialized) locked(ctx context.Context, e Extent, do func() error) error {
 	h, err := s.lock.Lock(ctx, e)
 	if err != nil {

@@ -41,6 +41,9 @@ type session struct {
 	log      logrus.FieldLogger
 	// verify runs on each new connection before commands of callers do.
 	verify func(ctx context.Context, s *session) error
+	// onLoss, unless nil, runs once for each lost connection before its commands
+	// are sent again; it must not block.
+	onLoss func()
 	// period is the grain of time-outs.
 	period time.Duration
 	start  time.Time
@@ -70,12 +73,13 @@ type session struct {
 }
 
 // startSession logs in for the first time and begins to serve.
-func startSession(ctx context.Context, e endpoint, lunField uint64, verify func(context.Context, *session) error) (*session, error) {
+func startSession(ctx context.Context, e endpoint, lunField uint64, verify func(context.Context, *session) error, onLoss func()) (*session, error) {
 	l, err := e.login(ctx)
 	if err != nil {
 		return nil, err
 	}
 	s := newSession(e, lunField, verify)
+	s.onLoss = onLoss
 	first := make(chan error, 1)
 	go s.manage(l, first)
 	select {
@@ -219,6 +223,9 @@ func (s *session) manage(l *link, first chan<- error) {
 		cancel()
 		s.lose(c, err)
 		carriers.Wait()
+		if s.onLoss != nil {
+			s.onLoss()
+		}
 		// No buffer of a caller is in use any more.
 		s.requeue()
 		qualifier.Wait()
