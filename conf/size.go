@@ -39,6 +39,9 @@ func ParseSize(text string) (Size, error) {
 	return Size(n), nil
 }
 
+// MarshalText is String.
+func (s Size) MarshalText() ([]byte, error) { return []byte(s.String()), nil }
+
 // String is the size in the largest power of 1024 that divides it.
 func (s Size) String() string {
 	units := [...]string{"B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"}

@@ -95,7 +95,7 @@ Exit codes: 0 done, 1 failed, 2 wrong usage, 3 not allowed in this phase.`,
 	root.AddCommand(
 		a.serveCommand(), a.checkCommand(), a.startCommand(), a.statusCommand(),
 		a.pauseCommand(), a.resumeCommand(), a.throttleCommand(), a.waitCommand(),
-		a.cutoverCommand(), a.removeCommand(), a.versionCommand(),
+		a.cutoverCommand(), a.removeCommand(), a.demoCommand(), a.versionCommand(),
 	)
 	for _, command := range root.Commands() {
 		do := command.RunE
