@@ -22,7 +22,7 @@ type Initiator struct {
 	turn     atomic.Uint32
 	closed   atomic.Bool
 	resets   atomic.Uint64 // see Resets
-	identity string // VPD 83h, as of the first session
+	identity string        // VPD 83h, as of the first session
 
 	mu sync.Mutex // protects identity
 }
