@@ -114,6 +114,13 @@ type ServiceInfo struct {
 	HTTP string `json:"http,omitempty"`
 }
 
+// RemoveReport is the outcome of a removal.
+type RemoveReport struct {
+	Name string `json:"name"`
+	// Removed is false where there was nothing left to forget.
+	Removed bool `json:"removed"`
+}
+
 // throttleRequest is the body of a throttle request, in bytes per second.
 type throttleRequest struct {
 	Rate uint64 `json:"rate"`

@@ -104,22 +104,27 @@ func (c *Client) Wait(ctx context.Context, volume string, p proxy.Phase, timeout
 }
 
 // Remove forgets the state of a volume that is cut over.
-func (c *Client) Remove(ctx context.Context, volume string) error {
-	return c.call(ctx, http.MethodDelete, "/v1/volumes/"+url.PathEscape(volume), nil, nil)
+func (c *Client) Remove(ctx context.Context, volume string) (RemoveReport, error) {
+	var report RemoveReport
+	return report, c.onVolume(ctx, http.MethodDelete, volume, "", nil, &report)
 }
 
 // Check inspects a volume with the devices that the service has open.
 func (c *Client) Check(ctx context.Context, volume string) (VolumeReport, error) {
 	var report VolumeReport
-	return report, c.call(ctx, http.MethodGet, "/v1/volumes/"+url.PathEscape(volume)+"/check", nil, &report)
+	return report, c.onVolume(ctx, http.MethodGet, volume, "/check", nil, &report)
 }
 
 func (c *Client) volume(ctx context.Context, method, volume, step string, body any) (proxy.Status, error) {
 	var status proxy.Status
+	return status, c.onVolume(ctx, method, volume, step, body, &status)
+}
+
+func (c *Client) onVolume(ctx context.Context, method, volume, step string, body, reply any) error {
 	if volume == "" || volume == "." || volume == ".." {
-		return status, Usagef("%q is no volume name", volume)
+		return Usagef("%q is no volume name", volume)
 	}
-	return status, c.call(ctx, method, "/v1/volumes/"+url.PathEscape(volume)+step, body, &status)
+	return c.call(ctx, method, "/v1/volumes/"+url.PathEscape(volume)+step, body, reply)
 }
 
 func (c *Client) call(ctx context.Context, method, path string, body, reply any) error {
@@ -150,9 +155,6 @@ func (c *Client) call(ctx context.Context, method, path string, body, reply any)
 			return &Error{Failed, fmt.Sprintf("the service on %s does not know this request (HTTP %d): is it another version of lunshift?", c.socket, response.StatusCode)}
 		}
 		return &failed.Error
-	}
-	if reply == nil {
-		return nil
 	}
 	if err := json.Unmarshal(text, reply); err != nil {
 		return &Error{Failed, fmt.Sprintf("the answer of the service on %s is not understood: is it another version of lunshift? (%v)", c.socket, err)}

@@ -45,9 +45,9 @@ func TestStepsTravelOverTheSocket(t *testing.T) {
 	if err != nil || len(all) != 2 || all[0].Name != "db01" || all[1].Name != "db02" {
 		t.Errorf("statuses: %+v, %v", all, err)
 	}
-	for range 2 {
-		if err := client.Remove(ctx, "db01"); err != nil {
-			t.Errorf("remove: %v", err)
+	for _, first := range []bool{true, false} {
+		if r, err := client.Remove(ctx, "db01"); err != nil || r != (RemoveReport{"db01", first}) {
+			t.Errorf("remove: %+v, %v", r, err)
 		}
 	}
 	if all, err := client.Statuses(ctx); err != nil || len(all) != 1 {
@@ -73,6 +73,7 @@ func TestKindsOfFailureKeepTheirExitCodesOverTheSocket(t *testing.T) {
 		{"phase", func() error { _, err := client.Cutover(ctx, "db01"); return err }, WrongPhase, 3, "cutover is not allowed in phase ready"},
 		{"cutover --wait before start", func() error { _, err := client.CutoverWhenSynced(ctx, "db01"); return err }, WrongPhase, 3, "start it first"},
 		{"unknown", func() error { _, err := client.Start(ctx, "db/9?x"); return err }, Unknown, 1, `there is no volume "db/9?x"; the service has db01`},
+		{"dots", func() error { _, err := client.Remove(ctx, ".."); return err }, Usage, 2, "no volume name"},
 		{"empty name", func() error { _, err := client.Start(ctx, ""); return err }, Usage, 2, "no volume name"},
 		{"failure", func() error { v.fail = errors.New("disk full"); _, err := client.Start(ctx, "db01"); return err }, Failed, 1, "disk full"},
 		{"phase name", func() error { _, err := client.Wait(ctx, "db01", "sinked", 0); return err }, Usage, 2, "the phases are ready, migrating, synced, cutover"},

@@ -45,7 +45,9 @@ func (s *Service) handler() http.Handler {
 	mux.HandleFunc("GET /v1/volumes/{name}/wait", s.answerVolume(s.wait))
 	mux.HandleFunc("GET /v1/volumes/{name}/check", s.answer(s.check))
 	mux.HandleFunc("DELETE /v1/volumes/{name}", s.answer(func(r *http.Request) (any, error) {
-		return struct{}{}, s.Remove(s.running, r.PathValue("name"))
+		name := r.PathValue("name")
+		removed, err := s.Remove(s.running, name)
+		return RemoveReport{Name: name, Removed: removed}, err
 	}))
 	return mux
 }

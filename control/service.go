@@ -200,29 +200,25 @@ func (s *Service) Statuses() []proxy.Status {
 	return all
 }
 
-// Remove forgets the state of a volume that is cut over. A volume that is not in
-// the configuration any more but still in the state can be removed too. Done
-// already, it does nothing.
-func (s *Service) Remove(ctx context.Context, name string) error {
-	i := slices.IndexFunc(s.entries, func(e *entry) bool { return e.conf.Name == name })
-	if i >= 0 {
-		if err := s.entries[i].remove(ctx); err != nil {
-			return err
+// Remove forgets the state of a volume that is cut over, be it in the configuration
+// or only in the state. It tells whether there was anything to forget; a name that is
+// in neither is as good as removed.
+func (s *Service) Remove(ctx context.Context, name string) (bool, error) {
+	if i := slices.IndexFunc(s.entries, func(e *entry) bool { return e.conf.Name == name }); i >= 0 {
+		removed, err := s.entries[i].remove(ctx)
+		if removed {
+			s.claims.release(name)
 		}
-		s.claims.release(name)
-		return nil
+		return removed, err
 	}
 	record, found, err := s.store.Record(name)
-	if err != nil {
-		return err
+	if err != nil || !found {
+		return false, err
 	}
-	if !found {
-		return s.unknown(name)
+	if phase := proxy.Phase(record.Phase); phase != proxy.Cutover {
+		return false, &proxy.PhaseError{Volume: name, Step: "remove", Phase: phase, Hint: "only a volume that is cut over can be forgotten"}
 	}
-	if proxy.Phase(record.Phase) != proxy.Cutover {
-		return &proxy.PhaseError{Volume: name, Step: "remove", Phase: proxy.Phase(record.Phase), Hint: "only a volume that is cut over can be forgotten"}
-	}
-	return s.store.Forget(name)
+	return true, s.store.Forget(name)
 }
 
 func (s *Service) entry(name string) (*entry, error) {
@@ -487,24 +483,25 @@ func (e *entry) status() proxy.Status {
 	return volume.Status()
 }
 
-// remove forgets the volume and gives its units up.
-func (e *entry) remove(ctx context.Context) error {
+// remove forgets the volume and gives its units up. It tells whether the state is
+// forgotten by this call.
+func (e *entry) remove(ctx context.Context) (bool, error) {
 	if e.isRemoved() {
-		return nil
+		return false, nil
 	}
 	volume, err := e.open()
 	if err != nil {
-		return err
+		return false, err
 	}
 	if err := volume.Remove(ctx); err != nil {
-		return err
+		return false, err
 	}
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	e.removed = true
 	units := e.units
 	e.units = nil
-	return closeUnits(units)
+	return true, closeUnits(units)
 }
 
 func (e *entry) close(ctx context.Context) error {

@@ -19,13 +19,18 @@ source to initiators again.`,
 			if err != nil {
 				return err
 			}
-			if err := client.Remove(c.Context(), args[0]); err != nil {
+			report, err := client.Remove(c.Context(), args[0])
+			if err != nil {
 				return err
 			}
 			if a.json {
-				return a.print(map[string]any{"name": args[0], "removed": true})
+				return a.print(report)
 			}
-			_, err = fmt.Fprintf(a.stdout, "%s: removed; delete its [[volume]] from the configuration before the service starts again\n", args[0])
+			text := "%s: removed; delete its [[volume]] from the configuration before the service starts again\n"
+			if !report.Removed {
+				text = "%s: nothing to remove\n"
+			}
+			_, err = fmt.Fprintf(a.stdout, text, report.Name)
 			return err
 		},
 	}
