@@ -29,7 +29,7 @@ type Releaser interface{ Release() }
 // with the next write of the same goroutine.
 //
 // All methods are called with the lock held that NewWriter was given.
-// Reserve and Flush give it up while they wait.
+// Reserve, Flush and Drain give it up while they wait.
 type Writer struct {
 	// HeaderDigest and DataDigest are on when negotiated.
 	HeaderDigest, DataDigest bool
@@ -201,10 +201,7 @@ func (w *Writer) Flush() error {
 		}
 		w.cur, w.spare = w.spare, nil
 		w.flushing = true
-		w.lock.Unlock()
-		err := b.send(w.w)
-		b.reset()
-		w.lock.Lock()
+		err := w.unlocked(b)
 		w.flushing = false
 		w.spare = b
 		if err != nil && w.err == nil {
@@ -216,6 +213,28 @@ func (w *Writer) Flush() error {
 		w.cur.reset()
 	}
 	return w.err
+}
+
+// Drain is Flush that returns only when everything gathered before was sent, by
+// whichever goroutine, or failed.
+func (w *Writer) Drain() error {
+	for w.err == nil && (w.Pending() || w.flushing) {
+		if w.flushing {
+			w.idle.Wait()
+		} else {
+			w.Flush()
+		}
+	}
+	return w.err
+}
+
+// unlocked sends b without the lock.
+func (w *Writer) unlocked(b *batch) error {
+	w.lock.Unlock()
+	defer w.lock.Lock()
+	err := b.send(w.w)
+	b.reset()
+	return err
 }
 
 // Close makes every later PDU be thrown away, waits for a write under way and

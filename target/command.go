@@ -14,38 +14,31 @@ func (c *conn) command(h *iscsi.BHS) error {
 	if h.ITT() == iscsi.NoTag {
 		return c.malformed(h, "SCSI Command with the reserved task tag")
 	}
-	c.mu.Lock()
 	ignore, err := c.inOrder(h)
 	if ignore || err != nil {
-		c.mu.Unlock()
 		return err
 	}
 	if c.tasks[h.ITT()] != nil {
 		c.reject(h, iscsi.RejectTaskInProgress)
-		c.mu.Unlock()
 		return fmt.Errorf("protocol error: task tag %08Xh is in use", h.ITT())
 	}
 	if h.Immediate() && c.immediate >= mostImmediate {
 		c.reject(h, iscsi.RejectTooManyImmed)
-		c.mu.Unlock()
 		return nil
 	}
 	if done := c.readNow(h); done {
-		c.mu.Unlock()
 		return nil
 	}
 	t := c.newTask(h)
 	if err := c.check(t); err != nil {
 		c.finish(t, err)
-		c.mu.Unlock()
 		return nil
 	}
 	if t.flags&iscsi.FlagWrite == 0 || t.want == 0 {
 		c.start(t)
-		c.mu.Unlock()
 		return nil
 	}
-	return c.beginDataOut(t, h) // unlocks
+	return c.beginDataOut(t, h)
 }
 
 // newTask enters a task in the session's books. c.mu is held.
@@ -89,6 +82,9 @@ func (c *conn) check(t *task) error {
 		}
 	}
 	if t.op == &unknownOperation || !t.op.anyLUN && !t.op.offered(t.u) {
+		if len(index[t.cdb[0]]) > 0 && index[t.cdb[0]][0].service >= 0 {
+			return senseInvalidField // the service action is not known (SPC-4 4.3.4.1)
+		}
 		return senseInvalidOpcode
 	}
 	if n, err := c.r.ExtendedCDB(); err != nil || n != nil || !t.op.reservedClear(t.cdb[:]) {
@@ -202,9 +198,8 @@ func (c *conn) dataIn(r *iscsi.BHS, itt, sn, offset uint32, last bool) {
 func (c *conn) start(t *task) {
 	if t.op.quick {
 		t.running = true
-		c.mu.Unlock()
-		err := t.perform()
-		c.mu.Lock()
+		var err error
+		c.unlocked(func() { err = t.perform() })
 		c.finish(t, err)
 		return
 	}

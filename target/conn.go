@@ -56,6 +56,7 @@ type conn struct {
 	immediate uint32 // immediate tasks
 	tasks     map[uint32]*task
 	closing   bool // no task begins any more
+	full      bool // the login is answered: other PDUs may be sent
 	draining  bool // what runs is answered before the connection closes
 	cause     error
 	attention map[uint64][]sense // unit attentions by unit number
@@ -181,8 +182,15 @@ func (c *conn) finishRunning() {
 	c.mu.Unlock()
 	<-all
 	c.mu.Lock()
-	c.w.Flush()
+	c.lastWords()
 	c.mu.Unlock()
+}
+
+// lastWords sends what is left to send before the connection is closed. An initiator
+// that takes nothing is not waited for long. c.mu is held.
+func (c *conn) lastWords() {
+	c.nc.SetWriteDeadline(time.Now().Add(5 * time.Second))
+	c.w.Drain()
 }
 
 // receive takes PDUs in full feature phase until the connection ends.
@@ -194,24 +202,35 @@ func (c *conn) receive() error {
 		}
 		c.heard.Add(1)
 		if err := c.pdu(h); err != nil {
-			c.mu.Lock()
-			c.w.Flush()
-			c.mu.Unlock()
 			return err
-		}
-		if !c.r.Ready() {
-			c.mu.Lock()
-			err = c.w.Flush()
-			c.mu.Unlock()
-			if err != nil {
-				return err
-			}
 		}
 	}
 }
 
-// pdu handles one PDU. An error ends the connection.
+// unlocked calls f without the lock, which is held again afterwards whatever f does.
+func (c *conn) unlocked(f func()) {
+	c.mu.Unlock()
+	defer c.mu.Lock()
+	f()
+}
+
+// pdu handles one PDU, and sends what there is to send when no other PDU is there
+// already. An error ends the connection.
 func (c *conn) pdu(h *iscsi.BHS) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if err := c.handle(h); err != nil {
+		c.lastWords()
+		return err
+	}
+	if c.r.Ready() {
+		return nil
+	}
+	return c.w.Flush()
+}
+
+// handle is called with c.mu held, as is all that it calls.
+func (c *conn) handle(h *iscsi.BHS) error {
 	if c.node == nil { // discovery session (RFC 7143 4.3)
 		switch h.Opcode() {
 		case iscsi.OpTextRequest, iscsi.OpLogout, iscsi.OpNopOut:
@@ -238,11 +257,10 @@ func (c *conn) pdu(h *iscsi.BHS) error {
 	return c.malformed(h, "%v from an initiator", h.Opcode())
 }
 
-// malformed answers with a Reject and gives the error that ends the connection.
+// malformed answers with a Reject and gives the error that ends the connection. c.mu
+// is held.
 func (c *conn) malformed(h *iscsi.BHS, format string, args ...any) error {
-	c.mu.Lock()
 	c.reject(h, iscsi.RejectProtocol)
-	c.mu.Unlock()
 	return fmt.Errorf("protocol error: "+format, args...)
 }
 
@@ -301,12 +319,12 @@ func (c *conn) nopOut(h *iscsi.BHS) error {
 	var echo []byte
 	if head.ITT() != iscsi.NoTag && n > 0 {
 		echo = make([]byte, n)
-		if err := c.r.ReadData(echo); err != nil {
+		var err error
+		c.unlocked(func() { err = c.r.ReadData(echo) })
+		if err != nil {
 			return err
 		}
 	}
-	c.mu.Lock()
-	defer c.mu.Unlock()
 	if head.ITT() == iscsi.NoTag {
 		if !head.Immediate() {
 			return fmt.Errorf("protocol error: NOP-Out without a task tag is not immediate")
@@ -338,7 +356,7 @@ func (c *conn) keepAlive() {
 	c.mu.Lock()
 	silent := heard == c.pingHeard
 	c.pingHeard = heard
-	if c.closing || !silent {
+	if c.closing || !c.full || !silent {
 		if !silent {
 			c.ping = 0
 		}
@@ -380,9 +398,7 @@ func (c *conn) newTTT() uint32 {
 // logout ends the session once its tasks have ended (RFC 7143 11.14).
 func (c *conn) logout(h *iscsi.BHS) error {
 	head := *h
-	c.mu.Lock()
 	if ignore, err := c.inOrder(&head); ignore || err != nil {
-		c.mu.Unlock()
 		return err
 	}
 	response := byte(iscsi.LogoutOK)
@@ -392,7 +408,6 @@ func (c *conn) logout(h *iscsi.BHS) error {
 		response = iscsi.LogoutNoRecovery
 	default:
 		c.reject(&head, iscsi.RejectInvalidPDUField)
-		c.mu.Unlock()
 		return nil
 	}
 	ended := make(chan struct{})
@@ -403,9 +418,7 @@ func (c *conn) logout(h *iscsi.BHS) error {
 			t.abort()
 		}
 		b.arm()
-		c.mu.Unlock()
-		<-ended
-		c.mu.Lock()
+		c.unlocked(func() { <-ended })
 	}
 	r, data := c.w.Frame(0)
 	r.SetOpcode(iscsi.OpLogoutResp)
@@ -415,7 +428,6 @@ func (c *conn) logout(h *iscsi.BHS) error {
 	c.status(r)
 	r.SetLogoutTimes(0, 0)
 	c.w.Commit(r, data)
-	c.mu.Unlock()
 	if response == iscsi.LogoutOK {
 		return errLoggedOut
 	}
@@ -427,7 +439,7 @@ func (c *conn) logout(h *iscsi.BHS) error {
 func (c *conn) askLogout(seconds uint16) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.closing {
+	if c.closing || !c.full {
 		return
 	}
 	r, data := c.w.Frame(0)

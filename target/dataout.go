@@ -11,21 +11,18 @@ import (
 // straight into the memory that the device writes from. A task that must wait for
 // memory keeps what comes unsolicited in early.
 
-// beginDataOut takes the immediate data of a task that wants data-out. c.mu is held
-// and given up.
+// beginDataOut takes the immediate data of a task that wants data-out. c.mu is
+// held.
 func (c *conn) beginDataOut(t *task, h *iscsi.BHS) error {
 	n := c.r.Left()
 	first := min(int(c.params.FirstBurstLength), int(t.expected))
 	final := h.Final()
 	switch {
 	case n > 0 && !c.params.ImmediateData:
-		c.mu.Unlock()
 		return c.malformed(h, "immediate data where none was agreed")
 	case n > first:
-		c.mu.Unlock()
 		return c.malformed(h, "%d bytes of immediate data, at most %d", n, first)
 	case !final && c.params.InitialR2T:
-		c.mu.Unlock()
 		return c.malformed(h, "unsolicited data where none was agreed")
 	}
 	t.unsolicited = !final
@@ -43,21 +40,24 @@ func (c *conn) beginDataOut(t *task, h *iscsi.BHS) error {
 // dataOut takes a Data-Out PDU (RFC 7143 11.7).
 func (c *conn) dataOut(h *iscsi.BHS) error {
 	n := c.r.Left()
-	c.mu.Lock()
 	t := c.tasks[h.ITT()]
 	if t == nil || t.running || t.aborted {
 		// The rest of a transfer whose task has ended.
-		c.mu.Unlock()
 		return nil
 	}
 	offset := int(h.BufferOffset())
+	if h.DataSN() != t.outSN {
+		return c.malformed(h, "Data-Out number %d where %d is next", h.DataSN(), t.outSN)
+	}
+	t.outSN++
+	if h.Final() {
+		t.outSN = 0 // of the next sequence
+	}
 	if h.TTT() == iscsi.NoTag {
 		switch {
 		case !t.unsolicited || offset != int(t.offset):
-			c.mu.Unlock()
 			return c.malformed(h, "unsolicited Data-Out out of order")
 		case offset+n > min(int(c.params.FirstBurstLength), int(t.expected)):
-			c.mu.Unlock()
 			return c.malformed(h, "unsolicited data beyond FirstBurstLength")
 		}
 		t.offset += uint32(n)
@@ -66,13 +66,10 @@ func (c *conn) dataOut(h *iscsi.BHS) error {
 	}
 	switch {
 	case t.ttt == 0 || h.TTT() != t.ttt || offset != t.received:
-		c.mu.Unlock()
 		return c.malformed(h, "Data-Out does not follow its R2T")
 	case offset+n > t.r2tEnd:
-		c.mu.Unlock()
 		return c.malformed(h, "Data-Out beyond its R2T")
 	case h.Final() != (offset+n == t.r2tEnd):
-		c.mu.Unlock()
 		return c.malformed(h, "Data-Out ends before its R2T does")
 	}
 	if h.Final() {
@@ -82,7 +79,7 @@ func (c *conn) dataOut(h *iscsi.BHS) error {
 }
 
 // take reads n bytes of data into the task's memory and goes on with the task when
-// that is the end of a sequence. c.mu is held and given up.
+// that is the end of a sequence. c.mu is held.
 func (c *conn) take(t *task, n int) error {
 	dst := t.out
 	if dst == nil && t.early != nil {
@@ -92,13 +89,10 @@ func (c *conn) take(t *task, n int) error {
 	var err error
 	if n > 0 {
 		t.reading = true
-		c.mu.Unlock()
-		err = c.r.ReadData(dst[t.received : t.received+n])
-		c.mu.Lock()
+		c.unlocked(func() { err = c.r.ReadData(dst[t.received : t.received+n]) })
 		t.reading = false
 		t.received += n
 	}
-	defer c.mu.Unlock()
 	switch {
 	case t.aborted:
 		if t.claim != nil {

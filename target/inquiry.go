@@ -92,7 +92,7 @@ func blockLimits(u *unit) []byte {
 	binary.BigEndian.PutUint32(b[8:], maxTransfer/bs)
 	binary.BigEndian.PutUint32(b[12:], optimalTransfer/bs)
 	if u.info.Thin {
-		binary.BigEndian.PutUint32(b[20:], uint32(maxUnmap>>u.shift))
+		binary.BigEndian.PutUint32(b[20:], maxUnmapBlocks)
 		binary.BigEndian.PutUint32(b[24:], maxUnmapDescriptors)
 		binary.BigEndian.PutUint32(b[28:], u.info.UnmapGranularity)
 	}

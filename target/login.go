@@ -243,6 +243,7 @@ func (c *conn) loginSteps(n *negotiation) error {
 		err = c.w.Flush()
 		if done {
 			c.w.HeaderDigest, c.w.DataDigest = c.params.HeaderDigest, c.params.DataDigest
+			c.full = true
 		}
 		c.mu.Unlock()
 		if why != nil {

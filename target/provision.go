@@ -7,7 +7,9 @@ import (
 )
 
 const (
-	// maxUnmap is the most one UNMAP or WRITE SAME covers, in bytes.
+	// maxUnmapBlocks is the most blocks one UNMAP covers (MAXIMUM UNMAP LBA COUNT).
+	maxUnmapBlocks = 1 << 20
+	// maxUnmap is the most one WRITE SAME covers, in bytes.
 	maxUnmap uint64 = 4 << 30
 	// maxUnmapDescriptors is MAXIMUM UNMAP BLOCK DESCRIPTOR COUNT.
 	maxUnmapDescriptors = 256
@@ -47,7 +49,7 @@ func unmap(t *task) error {
 			extents = append(extents, e)
 		}
 	}
-	if total > maxUnmap>>t.u.shift {
+	if total > maxUnmapBlocks {
 		return senseParamField
 	}
 	for _, e := range extents {

@@ -91,7 +91,7 @@ var (
 
 // Server accepts initiators. All methods may be called concurrently.
 //
-// Lock order: Server.mu, then conn.mu, then admission.mu.
+// Lock order: conn.mu, of one connection at a time; then Server.mu or admission.mu.
 type Server struct {
 	cfg   Config
 	log   logrus.FieldLogger

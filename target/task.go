@@ -52,7 +52,8 @@ type work struct {
 	ttt         uint32 // of the open R2T; 0 none
 	r2tEnd      int    // where the open R2T ends
 	r2tSN       uint32
-	dataSN      uint32
+	outSN       uint32 // DataSN of the next Data-Out of the sequence
+	dataSN      uint32 // of the next Data-In
 	claim       *claim // that waits for bytes; nil none
 	admitted    bool   // bytes were granted
 	credit      int64  // bytes granted and not yet given to a buffer
@@ -177,7 +178,9 @@ func (c *conn) dispatch(t *task) {
 // work runs tasks until the connection is gone.
 func (c *conn) work() {
 	for t := range c.queue {
-		c.run(t)
+		if err := c.guarded(func() error { c.run(t); return nil }); err != nil {
+			c.close(err)
+		}
 		c.mu.Lock()
 		if c.backlog > 0 {
 			c.backlog--
@@ -196,8 +199,8 @@ func (c *conn) work() {
 func (c *conn) run(t *task) {
 	err := t.perform()
 	c.mu.Lock()
+	defer c.mu.Unlock()
 	c.finish(t, err)
-	c.mu.Unlock()
 }
 
 // perform calls the handler. A panic in it is a failed command and no more.

@@ -13,12 +13,12 @@ import (
 // phase (RFC 7143 11.10, 13.3).
 func (c *conn) textRequest(h *iscsi.BHS) error {
 	head := *h
-	data, err := c.r.Data()
+	var data []byte
+	var err error
+	c.unlocked(func() { data, err = c.r.Data() })
 	if err != nil {
 		return err
 	}
-	c.mu.Lock()
-	defer c.mu.Unlock()
 	if ignore, err := c.inOrder(&head); ignore || err != nil {
 		return err
 	}

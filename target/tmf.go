@@ -11,12 +11,15 @@ import (
 // with them, and none of them is answered any more.
 func (c *conn) taskManagement(h *iscsi.BHS) error {
 	head := *h
-	c.mu.Lock()
 	if ignore, err := c.inOrder(&head); ignore || err != nil {
-		c.mu.Unlock()
 		return err
 	}
-	c.mu.Unlock()
+	// Tasks of other sessions are reached under their locks, one at a time.
+	c.unlocked(func() { c.manage(&head) })
+	return nil
+}
+
+func (c *conn) manage(head *iscsi.BHS) {
 	var u *unit
 	id, known := iscsi.DecodeLUN(head.LUN())
 	if known {
@@ -47,7 +50,7 @@ func (c *conn) taskManagement(h *iscsi.BHS) error {
 	peers := c.srv.sessions(c.node.iqn)
 	switch f := head.Function(); f {
 	case iscsi.TMFAbortTask:
-		response = c.abortTask(&head, b)
+		response = c.abortTask(head, b)
 	case iscsi.TMFAbortTaskSet, iscsi.TMFClearTaskSet, iscsi.TMFLUNReset:
 		if u == nil {
 			response = iscsi.TMFNoLUN
@@ -109,7 +112,6 @@ func (c *conn) taskManagement(h *iscsi.BHS) error {
 		}()
 	}
 	b.arm()
-	return nil
 }
 
 // abortTask aborts the one task that is referred to.
