@@ -129,21 +129,26 @@ func New(ctx context.Context, cfg *conf.Config, o Options) (_ *Service, err erro
 func (s *Service) Run(ctx context.Context) error {
 	control := &http.Server{Handler: s.handler(), BaseContext: func(net.Listener) context.Context { return s.running }, ReadHeaderTimeout: 10 * time.Second}
 	servers := []*http.Server{control}
-	failed := make(chan error, 3)
+	failed := make(chan error, 1)
 	var running sync.WaitGroup
-	serve := func(what string, run func() error) {
+	running.Go(func() {
+		if err := s.target.Serve(context.WithoutCancel(ctx)); err != nil && s.running.Err() == nil {
+			failed <- fmt.Errorf("target: %w", err)
+		}
+	})
+	// Initiators do not suffer from what fails here.
+	serve := func(what string, server *http.Server, l net.Listener) {
 		running.Go(func() {
-			if err := run(); err != nil && !errors.Is(err, http.ErrServerClosed) && s.running.Err() == nil {
-				failed <- fmt.Errorf("%s: %w", what, err)
+			if err := server.Serve(l); !errors.Is(err, http.ErrServerClosed) && s.running.Err() == nil {
+				s.log.WithError(err).Errorf("the %s failed; initiators are served on", what)
 			}
 		})
 	}
-	serve("target", func() error { return s.target.Serve(context.WithoutCancel(ctx)) })
-	serve("control socket", func() error { return control.Serve(s.socket) })
+	serve("control socket", control, s.socket)
 	if s.metrics != nil {
 		metrics := &http.Server{Handler: s.metricsHandler(), ReadHeaderTimeout: 10 * time.Second}
 		servers = append(servers, metrics)
-		serve("metrics", func() error { return metrics.Serve(s.metrics) })
+		serve("metrics", metrics, s.metrics)
 	}
 	running.Go(s.reopen)
 	s.announce()

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -10,9 +11,13 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
+
+	"lunshift/control"
+	"lunshift/lun"
 )
 
 // asCommand makes the test binary the command itself.
@@ -231,32 +236,15 @@ func serve(t *testing.T, config string) {
 		t.Fatal(err)
 	}
 	c.Stderr = log
-	if err := c.Start(); err != nil {
-		t.Fatal(err)
-	}
-	ended := make(chan struct{})
-	go func() { _ = c.Wait(); close(ended) }()
+	launch(t, c, filepath.Join(filepath.Dir(config), "c.sock"))
 	t.Cleanup(func() {
 		_ = c.Process.Signal(syscall.SIGTERM)
-		<-ended
+		_ = c.Wait()
 		text, _ := os.ReadFile(log.Name())
 		if code := c.ProcessState.ExitCode(); code != 0 || t.Failed() {
 			t.Errorf("serve ended with exit %d; its log:\n%s", code, text)
 		}
 	})
-	for deadline := time.Now().Add(30 * time.Second); ; time.Sleep(20 * time.Millisecond) {
-		if r := lunshift(t, "status", "--config", config); r.code == 0 {
-			return
-		}
-		select {
-		case <-ended:
-			t.Fatal("serve ended")
-		default:
-		}
-		if time.Now().After(deadline) {
-			t.Fatal("serve does not answer")
-		}
-	}
 }
 
 func TestCommandsCanBeRepeatedFromStartToRemove(t *testing.T) {
@@ -341,6 +329,105 @@ func TestSignalsEndServeAndWaitQuietly(t *testing.T) {
 			t.Errorf("%v: exit %d, stderr %q", args, code, stderr.String())
 		}
 	}
+}
+
+// An array that hangs keeps commands in flight, and with them a service that ends
+// in order.
+func TestSecondSignalEndsServeAtOnce(t *testing.T) {
+	arrayDir, dir := t.TempDir(), t.TempDir()
+	array := command("serve", "--config", configFile(t, arrayDir))
+	launch(t, array, filepath.Join(arrayDir, "c.sock"))
+	defer func() {
+		_ = array.Process.Kill()
+		_ = array.Wait()
+	}()
+	portal := portalOf(t, filepath.Join(arrayDir, "c.sock"))
+
+	config := configFile(t, dir)
+	text, err := os.ReadFile(config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	remote := "iscsi://" + portal + "/iqn.2026-11.net.example:db01/0"
+	if err := os.WriteFile(config, bytes.Replace(text, []byte(filepath.Join(dir, "db01old")), []byte(remote), 1), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	var log syncBuffer
+	service := command("serve", "--config", config)
+	service.Stderr = &log
+	launch(t, service, filepath.Join(dir, "c.sock"))
+	dev, err := lun.Open(t.Context(), "iscsi://"+portalOf(t, filepath.Join(dir, "c.sock"))+"/iqn.2026-11.net.example:db01/0", lun.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer dev.Close()
+	if err := array.Process.Signal(syscall.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	read := make(chan error, 1)
+	go func() { read <- dev.ReadAt(ctx, make([]byte, 4096), 0) }()
+	defer func() { cancel(); <-read }()
+	select {
+	case err := <-read:
+		t.Fatalf("the read did not wait for the array: %v", err)
+	case <-time.After(200 * time.Millisecond): // it is on its way, and stays there
+	}
+	for _, want := range []string{"stopping", ""} {
+		if err := service.Process.Signal(syscall.SIGTERM); err != nil {
+			t.Fatal(err)
+		}
+		for deadline := time.Now().Add(10 * time.Second); !strings.Contains(log.String(), want); time.Sleep(5 * time.Millisecond) {
+			if time.Now().After(deadline) {
+				t.Fatalf("no %q in the log:\n%s", want, log.String())
+			}
+		}
+	}
+	begin := time.Now()
+	_ = service.Wait()
+	if code := service.ProcessState.ExitCode(); code != 130 || time.Since(begin) > 10*time.Second {
+		t.Errorf("exit %d after %s; log:\n%s", code, time.Since(begin), log.String())
+	}
+}
+
+// launch starts a service and returns once it answers.
+func launch(t *testing.T, c *exec.Cmd, socket string) {
+	t.Helper()
+	if err := c.Start(); err != nil {
+		t.Fatal(err)
+	}
+	for deadline := time.Now().Add(30 * time.Second); lunshift(t, "status", "--control", socket).code != 0; time.Sleep(20 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatal("serve does not answer")
+		}
+	}
+}
+
+func portalOf(t *testing.T, socket string) string {
+	t.Helper()
+	info, err := control.NewClient(socket).Info(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	return info.Portals[0]
+}
+
+// syncBuffer is a buffer that is read while a process writes it.
+type syncBuffer struct {
+	mu sync.Mutex // protects b
+	b  bytes.Buffer
+}
+
+func (s *syncBuffer) Write(p []byte) (int, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.b.Write(p)
+}
+
+func (s *syncBuffer) String() string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.b.String()
 }
 
 // waitForConnection returns once the process has a socket open, which it has only
