@@ -46,7 +46,9 @@ type fakeConn struct {
 	params   iscsi.Params
 	statSN   uint32
 	expCmdSN uint32
-	writes   map[uint32]*fakeWrite
+	// advertised is the last MaxCmdSN that was sent.
+	advertised uint32
+	writes     map[uint32]*fakeWrite
 }
 
 // fakeWrite is a command whose data is on its way.
@@ -137,6 +139,9 @@ func (c *fakeConn) serve() {
 			if head.CmdSN() != c.expCmdSN {
 				c.t.Errorf("CmdSN %d, want %d", head.CmdSN(), c.expCmdSN)
 			}
+			if iscsi.SNLess(c.advertised, head.CmdSN()) {
+				c.t.Errorf("CmdSN %d is beyond MaxCmdSN %d", head.CmdSN(), c.advertised)
+			}
 			c.expCmdSN++
 		}
 		if hook := c.hook.Load(); hook != nil && (*hook)(c, &head, data) {
@@ -220,7 +225,8 @@ func (c *fakeConn) numbers(h *iscsi.BHS, status bool) {
 		c.statSN++
 	}
 	h.SetExpCmdSN(c.expCmdSN)
-	h.SetMaxCmdSN(c.expCmdSN + c.window - 1)
+	c.advertised = c.expCmdSN + c.window - 1
+	h.SetMaxCmdSN(c.advertised)
 }
 
 func (c *fakeConn) send(h *iscsi.BHS, data []byte) {

@@ -22,9 +22,10 @@ type Initiator struct {
 	turn     atomic.Uint32
 	closed   atomic.Bool
 	resets   atomic.Uint64 // see Resets
-	identity string        // VPD 83h, as of the first session
 
-	mu sync.Mutex // protects identity
+	mu         sync.Mutex // protects what follows
+	identified bool
+	identity   string // VPD 83h, as of the first session
 }
 
 // DialInitiator logs in to the target of an iSCSI address.
@@ -35,6 +36,9 @@ func DialInitiator(ctx context.Context, addr Address, opts Options) (*Initiator,
 	}
 	if opts.Secret == "" && addr.User != "" {
 		return nil, fmt.Errorf("%s: the address has a user and no secret is set: %w", addr, ErrAuth)
+	}
+	if err := checkISCSIName(opts.InitiatorName); err != nil {
+		return nil, fmt.Errorf("initiator name: %w", err)
 	}
 	field, ok := iscsi.EncodeLUN(uint64(addr.LUN))
 	if !ok {
@@ -124,27 +128,26 @@ func (i *Initiator) Close() error {
 func (i *Initiator) verify(ctx context.Context, s *session) error {
 	c := Command{In: make([]byte, 1024), urgent: true}
 	inquiryCDB(&c.CDB, true, 0x83, len(c.In))
-	for attempt := 0; ; attempt++ {
+	for {
 		if err := s.do(ctx, &c); err != nil {
 			return err
 		}
 		if c.Status == statusGood {
 			break
 		}
-		if attempt > 16 || c.Status == statusCheckCondition && c.CheckSense().Key != senseUnitAttention {
-			// A unit without the page has no identity to compare.
-			c.Received = 0
+		if c.Status == statusCheckCondition && c.CheckSense().Key == senseIllegalRequest {
+			c.Received = 0 // a unit without the page has no identity to compare
 			break
 		}
 		if err := sleep(ctx, 5*time.Millisecond); err != nil {
-			return err
+			return fmt.Errorf("%w: INQUIRY gets status %02Xh", ErrUnavailable, c.Status)
 		}
 	}
 	id := parseDesignator(c.In[:c.Received])
 	i.mu.Lock()
 	defer i.mu.Unlock()
-	if i.identity == "" {
-		i.identity = id
+	if !i.identified {
+		i.identified, i.identity = true, id
 	}
 	if id != i.identity {
 		return fmt.Errorf("%w: another logical unit answers at %s: %q instead of %q", ErrUnavailable, i.addr, id, i.identity)

@@ -111,7 +111,9 @@ func (r *remote) setUp(ctx context.Context) error {
 	if hasVPD(pages, 0x80) {
 		r.info.Serial = parseSerial(page(0x80))
 	}
+	r.mu.Lock()
 	r.info.ID = r.identity
+	r.mu.Unlock()
 	if r.info.ID == "" {
 		r.info.ID = fmt.Sprintf("iscsi:%s:%d", r.addr.Target, r.addr.LUN)
 	}

@@ -230,12 +230,12 @@ func (s *session) manage(l *link, first chan<- error) {
 		s.requeue()
 		qualifier.Wait()
 		s.mu.Lock()
-		up := s.wasOpen
+		end := s.closing || !s.wasOpen
 		if c.opened {
 			s.delay = 0
 		}
 		s.mu.Unlock()
-		if s.stopCtx.Err() != nil || !up {
+		if s.stopCtx.Err() != nil || end {
 			break
 		}
 		first = nil

@@ -113,7 +113,7 @@ func testCancelInFlight(t *testing.T, b *bench) {
 	const workers, rounds = 8, 24
 	var wg sync.WaitGroup
 	span := b.blocks / workers
-	size := min(span, uint64(max(256<<10/b.bs, 1)))
+	size := min(span, uint64(max(128<<10/b.bs, 1)))
 	poisoned := bytes.Repeat([]byte{0xd5}, int(size)*b.bs)
 	var cancelled atomic.Int64
 	for w := range workers {
@@ -127,7 +127,7 @@ func testCancelInFlight(t *testing.T, b *bench) {
 				return
 			}
 			for round := range rounds {
-				ctx, cancel := context.WithTimeout(t.Context(), time.Duration(rnd.IntN(600))*time.Microsecond)
+				ctx, cancel := context.WithTimeout(t.Context(), time.Duration(rnd.IntN(400))*time.Microsecond)
 				version := uint64(round + 2)
 				var err error
 				if round%2 == 0 {
