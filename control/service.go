@@ -30,6 +30,9 @@ const (
 	// reopenInterval is the time between attempts at a volume whose array cannot
 	// be reached.
 	reopenInterval = 5 * time.Second
+	// closeLimit is how long a volume may take to come to rest once the target
+	// takes no more commands.
+	closeLimit = 10 * time.Second
 )
 
 // Options are what a Service needs beside its configuration.
@@ -92,9 +95,7 @@ func New(ctx context.Context, cfg *conf.Config, o Options) (_ *Service, err erro
 	defer func() {
 		if err != nil {
 			s.stop()
-			limit, cancel := context.WithTimeout(context.WithoutCancel(ctx), cfg.Service.ShutdownTimeout)
-			defer cancel()
-			err = errors.Join(err, s.release(limit))
+			err = errors.Join(err, s.release(context.WithoutCancel(ctx)))
 		}
 	}()
 	if s.socket, err = listenSocket(cfg.Service.Control); err != nil {
@@ -166,7 +167,9 @@ func (s *Service) Run(ctx context.Context) error {
 	s.stop()
 	limit, cancel := context.WithTimeout(context.WithoutCancel(ctx), s.cfg.Service.ShutdownTimeout)
 	defer cancel()
-	if e := s.target.Shutdown(limit); e != nil {
+	if e := s.target.Shutdown(limit); errors.Is(e, context.DeadlineExceeded) {
+		err = errors.Join(err, fmt.Errorf("commands in flight did not end within shutdown_timeout (%s) and were cut off, not acknowledged", s.cfg.Service.ShutdownTimeout))
+	} else if e != nil {
 		err = errors.Join(err, fmt.Errorf("stop the target: %w", e))
 	}
 	for _, server := range servers {
@@ -175,7 +178,7 @@ func (s *Service) Run(ctx context.Context) error {
 		}
 	}
 	running.Wait()
-	err = errors.Join(err, s.release(limit))
+	err = errors.Join(err, s.release(context.WithoutCancel(ctx)))
 	if err == nil {
 		s.log.Info("stopped")
 	}
@@ -433,12 +436,18 @@ func (s *Service) announce() {
 	}
 }
 
-// release gives everything up that New took, in the reverse order.
+// release gives everything up that New took, in the reverse order. Volumes have
+// closeLimit each, whatever the others do: one whose array hangs keeps no other
+// from writing its progress down.
 func (s *Service) release(ctx context.Context) error {
-	var errs []error
-	for _, e := range s.entries {
-		errs = append(errs, e.close(ctx))
+	ctx, cancel := context.WithTimeout(ctx, closeLimit)
+	defer cancel()
+	errs := make([]error, len(s.entries))
+	var group sync.WaitGroup
+	for i, e := range s.entries {
+		group.Go(func() { errs[i] = e.close(ctx) })
 	}
+	group.Wait()
 	if s.target != nil {
 		errs = append(errs, ignoreClosed(s.target.Close()))
 	}

@@ -331,16 +331,46 @@ func TestSignalsEndServeAndWaitQuietly(t *testing.T) {
 	}
 }
 
-// An array that hangs keeps commands in flight, and with them a service that ends
-// in order.
 func TestSecondSignalEndsServeAtOnce(t *testing.T) {
+	service, log := serveHungCommand(t, "1m")
+	if err := service.Process.Signal(syscall.SIGTERM); err != nil {
+		t.Fatal(err)
+	}
+	log.waitFor(t, "stopping")
+	begin := time.Now()
+	if err := service.Process.Signal(syscall.SIGTERM); err != nil {
+		t.Fatal(err)
+	}
+	_ = service.Wait()
+	if code := service.ProcessState.ExitCode(); code != 130 || time.Since(begin) > 10*time.Second {
+		t.Errorf("exit %d after %s; log:\n%s", code, time.Since(begin), log)
+	}
+}
+
+func TestHungArrayHoldsAStopNoLongerThanShutdownTimeout(t *testing.T) {
+	service, log := serveHungCommand(t, "1s")
+	if err := service.Process.Signal(syscall.SIGTERM); err != nil {
+		t.Fatal(err)
+	}
+	begin := time.Now()
+	_ = service.Wait()
+	want := "lunshift: commands in flight did not end within shutdown_timeout (1s) and were cut off, not acknowledged\n"
+	if code := service.ProcessState.ExitCode(); code != 1 || time.Since(begin) > 15*time.Second ||
+		!strings.HasSuffix(log.String(), want) || strings.Count(log.String(), "lunshift: ") != 1 {
+		t.Errorf("exit %d after %s; log:\n%s", code, time.Since(begin), log)
+	}
+}
+
+// serveHungCommand runs a service with a command in flight to an array that hangs.
+func serveHungCommand(t *testing.T, shutdownTimeout string) (*exec.Cmd, *syncBuffer) {
+	t.Helper()
 	arrayDir, dir := t.TempDir(), t.TempDir()
 	array := command("serve", "--config", configFile(t, arrayDir))
 	launch(t, array, filepath.Join(arrayDir, "c.sock"))
-	defer func() {
+	t.Cleanup(func() {
 		_ = array.Process.Kill()
 		_ = array.Wait()
-	}()
+	})
 	portal := portalOf(t, filepath.Join(arrayDir, "c.sock"))
 
 	config := configFile(t, dir)
@@ -349,44 +379,57 @@ func TestSecondSignalEndsServeAtOnce(t *testing.T) {
 		t.Fatal(err)
 	}
 	remote := "iscsi://" + portal + "/iqn.2026-11.net.example:db01/0"
-	if err := os.WriteFile(config, bytes.Replace(text, []byte(filepath.Join(dir, "db01old")), []byte(remote), 1), 0o600); err != nil {
+	changed := strings.Replace(string(text), filepath.Join(dir, "db01old"), remote, 1)
+	changed = strings.Replace(changed, "[service]", "[service]\nshutdown_timeout = \""+shutdownTimeout+"\"", 1)
+	if err := os.WriteFile(config, []byte(changed), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	var log syncBuffer
+	log := &syncBuffer{}
 	service := command("serve", "--config", config)
-	service.Stderr = &log
+	service.Stderr = log
 	launch(t, service, filepath.Join(dir, "c.sock"))
+	t.Cleanup(func() { _ = service.Process.Kill() })
 	dev, err := lun.Open(t.Context(), "iscsi://"+portalOf(t, filepath.Join(dir, "c.sock"))+"/iqn.2026-11.net.example:db01/0", lun.Options{})
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer dev.Close()
-	if err := array.Process.Signal(syscall.SIGSTOP); err != nil {
-		t.Fatal(err)
-	}
-	ctx, cancel := context.WithCancel(t.Context())
+	t.Cleanup(func() { _ = dev.Close() })
+	halt(t, array)
+	ctx, cancel := context.WithCancel(context.Background())
 	read := make(chan error, 1)
 	go func() { read <- dev.ReadAt(ctx, make([]byte, 4096), 0) }()
-	defer func() { cancel(); <-read }()
+	t.Cleanup(func() { cancel(); <-read })
 	select {
 	case err := <-read:
+		read <- err
 		t.Fatalf("the read did not wait for the array: %v", err)
 	case <-time.After(200 * time.Millisecond): // it is on its way, and stays there
 	}
-	for _, want := range []string{"stopping", ""} {
-		if err := service.Process.Signal(syscall.SIGTERM); err != nil {
+	return service, log
+}
+
+// halt stops every thread of a process.
+func halt(t *testing.T, c *exec.Cmd) {
+	t.Helper()
+	if err := c.Process.Signal(syscall.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	stopped := func() bool {
+		states, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/status", c.Process.Pid))
+		if err != nil {
 			t.Fatal(err)
 		}
-		for deadline := time.Now().Add(10 * time.Second); !strings.Contains(log.String(), want); time.Sleep(5 * time.Millisecond) {
-			if time.Now().After(deadline) {
-				t.Fatalf("no %q in the log:\n%s", want, log.String())
+		for _, path := range states {
+			if text, err := os.ReadFile(path); err == nil && !strings.Contains(string(text), "\nState:\tT") {
+				return false
 			}
 		}
+		return true
 	}
-	begin := time.Now()
-	_ = service.Wait()
-	if code := service.ProcessState.ExitCode(); code != 130 || time.Since(begin) > 10*time.Second {
-		t.Errorf("exit %d after %s; log:\n%s", code, time.Since(begin), log.String())
+	for deadline := time.Now().Add(10 * time.Second); !stopped(); time.Sleep(time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatal("the process does not halt")
+		}
 	}
 }
 
@@ -428,6 +471,16 @@ func (s *syncBuffer) String() string {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.b.String()
+}
+
+// waitFor returns once the text is in the buffer.
+func (s *syncBuffer) waitFor(t *testing.T, text string) {
+	t.Helper()
+	for deadline := time.Now().Add(10 * time.Second); !strings.Contains(s.String(), text); time.Sleep(5 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("no %q in\n%s", text, s)
+		}
+	}
 }
 
 // waitForConnection returns once the process has a socket open, which it has only
