@@ -17,6 +17,7 @@ import (
 
 	"github.com/schollz/progressbar/v3"
 	"github.com/sirupsen/logrus"
+	"golang.org/x/sys/unix"
 
 	"lunshift/lun"
 	"lunshift/proxy"
@@ -45,9 +46,13 @@ type Options struct {
 	// Lead is how long the load runs before the start, and again after the copy;
 	// default 3 s.
 	Lead time.Duration
-	// Dir holds the units and the state; default a temporary folder, removed at the
-	// end.
-	Dir string
+	// Rate limits the copy in bytes per second, so that there is something to see;
+	// default 128 MiB.
+	Rate uint64
+	// Units and State are the folders of the two units and of the state; default
+	// temporary ones, removed at the end: the units in memory where there is room,
+	// as an array answers from its cache, the state on disk.
+	Units, State string
 	// Out takes the story and the table; nil is silence. Progress takes the bar, a
 	// terminal as a rule.
 	Out, Progress io.Writer
@@ -85,15 +90,20 @@ type unit struct {
 // Run does it all. It returns an error if any block was wrong, or any step failed.
 func Run(ctx context.Context, o Options) (_ *Report, err error) {
 	o = o.withDefaults()
-	if o.Dir == "" {
-		if o.Dir, err = os.MkdirTemp("", "lunshift-demo-"); err != nil {
-			return nil, err
+	for _, folder := range []struct {
+		path *string
+		in   string
+	}{{&o.Units, memory(2 * o.Size)}, {&o.State, ""}} {
+		if *folder.path == "" {
+			if *folder.path, err = os.MkdirTemp(folder.in, "lunshift-demo-"); err != nil {
+				return nil, err
+			}
+			defer func() { err = errors.Join(err, os.RemoveAll(*folder.path)) }()
 		}
-		defer func() { err = errors.Join(err, os.RemoveAll(o.Dir)) }()
 	}
 	say := func(format string, args ...any) { fmt.Fprintf(o.Out, format+"\n", args...) }
 
-	say("Making an old LUN (%s, about %d %% allocated) and a blank new one.", size(o.Size), allocatedPct)
+	say("Making an old LUN (%s, about %d %% allocated) and a blank new one in %s.", size(o.Size), allocatedPct, o.Units)
 	oldUnit, err := serveFile(ctx, o, "old", oldIQN)
 	if err != nil {
 		return nil, err
@@ -109,7 +119,7 @@ func Run(ctx context.Context, o Options) (_ *Report, err error) {
 		return nil, fmt.Errorf("fill the old LUN: %w", err)
 	}
 
-	store, err := state.Open(filepath.Join(o.Dir, "state"), state.Options{Log: o.Log})
+	store, err := state.Open(o.State, state.Options{Log: o.Log})
 	if err != nil {
 		return nil, err
 	}
@@ -132,7 +142,7 @@ func Run(ctx context.Context, o Options) (_ *Report, err error) {
 	volume, err := proxy.Open(ctx, proxy.Config{
 		Name: volumeName, IQN: frontIQN, Source: source, Destination: destination,
 		SourceAddress: oldUnit.url, DestinationAddress: newUnit.url,
-		RegionSize: 1 << 20, CopyDepth: 8, Store: store, Target: front, Log: o.Log,
+		RegionSize: 1 << 20, CopyDepth: 8, CopyRate: o.Rate, Store: store, Target: front, Log: o.Log,
 	})
 	if err != nil {
 		return nil, err
@@ -248,6 +258,9 @@ func (o Options) withDefaults() Options {
 	if o.Lead == 0 {
 		o.Lead = 3 * time.Second
 	}
+	if o.Rate == 0 {
+		o.Rate = 128 << 20
+	}
 	if o.Out == nil {
 		o.Out = io.Discard
 	}
@@ -262,9 +275,20 @@ func (o Options) withDefaults() Options {
 	return o
 }
 
+// memory is a folder in memory with room for twice as many bytes, or "", which is
+// where temporary files go.
+func memory(bytes uint64) string {
+	const folder = "/dev/shm"
+	var st unix.Statfs_t
+	if err := unix.Statfs(folder, &st); err != nil || st.Type != unix.TMPFS_MAGIC || st.Bavail*uint64(st.Bsize) < 2*bytes {
+		return ""
+	}
+	return folder
+}
+
 // serveFile makes a sparse file and serves it as LUN 0 of iqn.
 func serveFile(ctx context.Context, o Options, name, iqn string) (*unit, error) {
-	path := filepath.Join(o.Dir, name+".img")
+	path := filepath.Join(o.Units, name+".img")
 	f, err := os.Create(path)
 	if err != nil {
 		return nil, err

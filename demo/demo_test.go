@@ -14,7 +14,7 @@ import (
 
 func TestDemoMovesASmallUnitUnderLoad(t *testing.T) {
 	var out bytes.Buffer
-	r, err := Run(context.Background(), Options{Size: 64 << 20, Lead: 300 * time.Millisecond, Dir: t.TempDir(), Out: &out})
+	r, err := Run(context.Background(), Options{Size: 64 << 20, Lead: 300 * time.Millisecond, Units: t.TempDir(), State: t.TempDir(), Out: &out})
 	if err != nil {
 		t.Fatalf("%v\n%s", err, out.String())
 	}

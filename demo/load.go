@@ -115,10 +115,10 @@ type load struct {
 	since   time.Time
 	first   chan time.Time // takes the first answer after a retarget; nil else
 
-	cancel context.CancelFunc
-	wg     sync.WaitGroup
-	once   sync.Once
-	err    error // of stop
+	quit atomic.Bool
+	wg   sync.WaitGroup
+	once sync.Once
+	err  error // of stop
 }
 
 func newLoad(o *oracle, dev lun.Device, workers int) *load {
@@ -132,7 +132,6 @@ func newLoad(o *oracle, dev lun.Device, workers int) *load {
 func newHistogram() *hdrhistogram.Histogram { return hdrhistogram.New(1, 60_000_000, 3) }
 
 func (l *load) start(ctx context.Context) {
-	ctx, l.cancel = context.WithCancel(ctx)
 	for w := range l.workers {
 		l.wg.Go(func() {
 			if err := l.work(ctx, w); err != nil && ctx.Err() == nil {
@@ -145,10 +144,11 @@ func (l *load) start(ctx context.Context) {
 	}
 }
 
-// stop ends the load and gives the device up.
+// stop ends the load and gives the device up. Commands under way end first: of a write
+// that was cut short nobody could say what the unit holds.
 func (l *load) stop() error {
 	l.once.Do(func() {
-		l.cancel()
+		l.quit.Store(true)
 		l.wg.Wait()
 		l.err = l.device.Close()
 		select {
@@ -215,8 +215,8 @@ func (l *load) retarget(ctx context.Context, dev lun.Device) (time.Time, error) 
 func (l *load) work(ctx context.Context, worker int) error {
 	p, want := make([]byte, grain), make([]byte, grain)
 	version := uint32(1)
-	for ctx.Err() == nil {
-		i := rand.IntN(len(l.oracle.versions)/l.workers)*l.workers + worker
+	for !l.quit.Load() && ctx.Err() == nil {
+		i := l.pick(worker)
 		at := lun.LBA(i * grainBlocks)
 		if rand.IntN(3) == 0 {
 			version++
@@ -236,6 +236,15 @@ func (l *load) work(ctx context.Context, worker int) error {
 		}
 	}
 	return nil
+}
+
+// pick is a grain of the worker's own, in the part of the unit that the load works on:
+// one chunk in eight, all over the unit.
+func (l *load) pick(worker int) int {
+	const per = chunk / grain
+	n := len(l.oracle.versions) / (8 * per)
+	i := rand.IntN(max(n, 1))*8*per + rand.IntN(per/l.workers)*l.workers + worker
+	return min(i, len(l.oracle.versions)-l.workers+worker)
 }
 
 // do sends a command, and sends it again when the load was pointed elsewhere

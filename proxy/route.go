@@ -2,7 +2,7 @@ package proxy
 
 import (
 	"context"
-	"time"
+	"fmt"
 
 	"golang.org/x/sync/errgroup"
 
@@ -14,14 +14,9 @@ import (
 // at a time.
 const splitDepth = 16
 
-// retiredWait is how long a command that meets a volume that is cut over waits for
-// its session to go; an initiator whose session goes sends the command again on the
-// path it has then.
-const retiredWait = 30 * time.Second
-
-// errRetired is what a command gets whose session would not go: NOT READY, MANUAL
-// INTERVENTION REQUIRED (SPC-4 table E).
-var errRetired = &lun.SenseError{Key: 0x02, ASC: 0x04, ASCQ: 0x03}
+// errRetired is what a command gets that meets a volume that is cut over. It makes
+// initiators try again, by then on the path to the destination.
+var errRetired = fmt.Errorf("the volume is cut over: %w", lun.ErrUnavailable)
 
 // Info implements lun.Device. It is the same in every phase.
 func (v *Volume) Info() lun.Info { return v.info }
@@ -107,7 +102,7 @@ func (v *Volume) Flush(ctx context.Context) error {
 	case Ready:
 		return v.source.Flush(ctx)
 	case Cutover:
-		return v.retired(ctx)
+		return errRetired
 	}
 	return v.destinationFlush.Flush(ctx)
 }
@@ -126,7 +121,7 @@ func (v *Volume) Extents(ctx context.Context, e lun.Extent) ([]lun.Allocation, e
 	case Ready:
 		return v.source.Extents(ctx, e)
 	case Cutover:
-		return nil, v.retired(ctx)
+		return nil, errRetired
 	}
 	side := v.source
 	v.flags.Runs(state.Valid, run(e), func(r state.Run, valid bool) bool {
@@ -155,7 +150,7 @@ func (v *Volume) read(ctx context.Context, p []byte, e lun.Extent) error {
 	case Ready:
 		return v.source.ReadAt(ctx, p, e.Start)
 	case Cutover:
-		return v.retired(ctx)
+		return errRetired
 	}
 	if v.flags.All(state.Valid, run(e)) {
 		return v.destination.ReadAt(ctx, p, e.Start)
@@ -203,7 +198,7 @@ func (v *Volume) write(ctx context.Context, e lun.Extent, do func(*unit) error) 
 	case Ready:
 		return do(v.source)
 	case Cutover:
-		return v.retired(ctx)
+		return errRetired
 	}
 	if v.flags.All(state.Valid|state.Dirty, run(e)) {
 		return do(v.destination)
@@ -238,18 +233,6 @@ func (v *Volume) suspect(e lun.Extent) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	v.suspects = append(v.suspects, e)
-}
-
-// retired answers a command on a volume that is cut over.
-func (v *Volume) retired(ctx context.Context) error {
-	t := time.NewTimer(retiredWait)
-	defer t.Stop()
-	select {
-	case <-ctx.Done():
-		return ctx.Err()
-	case <-t.C:
-		return errRetired
-	}
 }
 
 func run(e lun.Extent) state.Run { return state.Run{Start: uint64(e.Start), Blocks: e.Blocks} }
