@@ -53,6 +53,7 @@ func load(b *testing.B, d *peer.Tgtd, dev lun.Device, size, depth int, write boo
 	if err != nil {
 		b.Fatal(err)
 	}
+	calls := ioCalls()
 	var next atomic.Int64
 	var wg sync.WaitGroup
 	b.ResetTimer()
@@ -81,5 +82,7 @@ func load(b *testing.B, d *peer.Tgtd, dev lun.Device, size, depth int, write boo
 	target2, _ := peer.CPUTime(d.PID())
 	self2, _ := selfCPU()
 	b.ReportMetric(float64((target2-target).Nanoseconds())/float64(b.N), "target-cpu-ns/op")
+	calls2 := ioCalls()
+	b.ReportMetric(float64(calls2-calls)/float64(b.N), "io-syscalls/op")
 	b.ReportMetric(float64((self2-self).Nanoseconds())/float64(b.N), "own-cpu-ns/op")
 }

@@ -397,7 +397,12 @@ func (c *conn) receive() {
 				c.wanted = false
 				c.s.wakeSender()
 			}
+			many := c.s.flight.n > 2
 			c.s.mu.Unlock()
+			if many {
+				// Those who were answered go on first; meanwhile more answers come.
+				runtime.Gosched()
+			}
 		}
 		if err != nil {
 			c.s.mu.Lock()

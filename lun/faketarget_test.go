@@ -21,6 +21,8 @@ type fakeTarget struct {
 	// bent at any time, the other fields before open.
 	hook  atomic.Pointer[func(c *fakeConn, h *iscsi.BHS, data []byte) bool]
 	start sync.Once
+	// deaf drops connections that log in with this ISID.
+	deaf atomic.Pointer[iscsi.ISID]
 	// window is how many commands beyond the last it lets the initiator send.
 	window uint32
 	// refuse holds operation codes that are answered with ILLEGAL REQUEST.
@@ -44,6 +46,7 @@ type fakeConn struct {
 	nc       net.Conn
 	r        *iscsi.Reader
 	params   iscsi.Params
+	isid     iscsi.ISID
 	statSN   uint32
 	expCmdSN uint32
 	// advertised is the last MaxCmdSN that was sent.
@@ -198,6 +201,10 @@ func (c *fakeConn) login() bool {
 		if head.CSG() == iscsi.StageOperational {
 			out = append(out, iscsi.Pair{Key: "MaxRecvDataSegmentLength", Value: "8192"})
 		}
+		if isid := c.deaf.Load(); isid != nil && *isid == head.ISID() {
+			return false
+		}
+		c.isid = head.ISID()
 		c.expCmdSN = head.CmdSN()
 		text := iscsi.AppendText(nil, out...)
 		resp := iscsi.BHS{}

@@ -492,3 +492,47 @@ func TestLossOfTheCacheIsToldWithTheFlush(t *testing.T) {
 		t.Fatal("a reset that the device reported is not told")
 	}
 }
+
+// TestGivenUpWriteDoesNotComeAfterALaterOne: a write whose session was lost, and
+// whose caller has gone, may still be in the target; until that session is
+// reinstated no other may carry a write that could be overtaken.
+func TestGivenUpWriteDoesNotComeAfterALaterOne(t *testing.T) {
+	f := newFakeTarget(t)
+	dev := f.open(Options{Sessions: 2, IOTimeout: 20 * time.Second})
+	lost := make(chan struct{})
+	var once sync.Once
+	f.bend(func(c *fakeConn, h *iscsi.BHS, data []byte) bool {
+		if h.Opcode() != iscsi.OpSCSICommand || h.CDB()[0] != opWrite16 {
+			return false
+		}
+		taken := false
+		once.Do(func() {
+			taken = true
+			f.deaf.Store(&c.isid)
+			c.nc.Close()
+			close(lost)
+		})
+		return taken
+	})
+	ctx, cancel := context.WithCancel(t.Context())
+	go func() {
+		<-lost
+		cancel()
+	}()
+	if err := dev.WriteAt(ctx, make([]byte, 512), 0); !errors.Is(err, context.Canceled) {
+		t.Fatalf("want the context's error, got %v", err)
+	}
+	short, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+	defer cancel()
+	for range 2 {
+		if err := dev.WriteAt(short, make([]byte, 512), 0); !errors.Is(err, context.DeadlineExceeded) {
+			t.Fatalf("a later write did not wait for the lost session: %v", err)
+		}
+	}
+	f.deaf.Store(nil)
+	for range 2 {
+		if err := dev.WriteAt(t.Context(), pattern(512), 0); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
