@@ -1,0 +1,170 @@
+package control
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"strings"
+	"sync"
+
+	"github.com/sirupsen/logrus"
+
+	"lunshift/conf"
+	"lunshift/lun"
+	"lunshift/proxy"
+)
+
+// entry is a volume of the configuration.
+type entry struct {
+	conf conf.Volume
+
+	mu     sync.Mutex // protects what follows
+	volume Volume     // nil while it is not open
+	units  []lun.Device
+	// failure says why volume is nil, known what is told of it meanwhile.
+	failure error
+	known   proxy.Status
+	removed bool
+}
+
+// open is the volume, or an error that says why it is not served.
+func (e *entry) open() (Volume, error) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.volume == nil {
+		return nil, &Error{Failed, fmt.Sprintf("not served yet: %v", oneLine(e.failure))}
+	}
+	return e.volume, nil
+}
+
+func (e *entry) isRemoved() bool {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return e.removed
+}
+
+func (e *entry) status() proxy.Status {
+	e.mu.Lock()
+	volume, known := e.volume, e.known
+	e.mu.Unlock()
+	if volume == nil {
+		return known
+	}
+	return volume.Status()
+}
+
+// remove forgets the volume and gives its units up. It tells whether the state is
+// forgotten by this call.
+func (e *entry) remove(ctx context.Context) (bool, error) {
+	if e.isRemoved() {
+		return false, nil
+	}
+	volume, err := e.open()
+	if err != nil {
+		return false, err
+	}
+	if err := volume.Remove(ctx); err != nil {
+		return false, err
+	}
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.removed = true
+	units := e.units
+	e.units = nil
+	return true, closeUnits(units)
+}
+
+func (e *entry) close(ctx context.Context) error {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.volume == nil || e.removed {
+		return nil
+	}
+	err := e.volume.Shutdown(ctx)
+	if err != nil {
+		err = fmt.Errorf("close volume %s: %w", e.conf.Name, err)
+	}
+	units := e.units
+	e.units, e.volume, e.failure = nil, nil, errors.New("the service stops")
+	return errors.Join(err, closeUnits(units))
+}
+
+// openUnits opens source and destination of a volume at the same time. What could
+// be opened is given even with an error, which has one line for each side that
+// could not.
+func openUnits(ctx context.Context, service conf.Service, v conf.Volume, log logrus.FieldLogger, readOnly bool) (source, destination lun.Device, err error) {
+	open := func(side string, u conf.Unit) (lun.Device, error) {
+		device, err := lun.Open(ctx, u.Address, lun.Options{
+			ReadOnly: readOnly, BlockSize: v.FileBlockSize,
+			InitiatorName: service.InitiatorName, Secret: u.Secret.Reveal(), TargetSecret: u.TargetSecret.Reveal(),
+			Sessions: v.Sessions, HeaderDigest: v.Digests, DataDigest: v.Digests,
+			LoginTimeout: service.LoginTimeout, IOTimeout: service.IOTimeout,
+			Log: log.WithField("volume", v.Name).WithField("unit", side),
+		})
+		if errors.Is(err, lun.ErrAuth) {
+			err = fmt.Errorf("%w: correct the user in the URL, or the secret in %s_secret_file or %s", err, side, conf.SecretVariable(v.Name, side))
+		}
+		if err != nil {
+			return nil, fmt.Errorf("volume %s: %s: %w", v.Name, side, err)
+		}
+		return device, nil
+	}
+	var group sync.WaitGroup
+	var sourceErr, destinationErr error
+	group.Go(func() { source, sourceErr = open("source", v.Source) })
+	group.Go(func() { destination, destinationErr = open("destination", v.Destination) })
+	group.Wait()
+	return source, destination, errors.Join(sourceErr, destinationErr)
+}
+
+// closeUnits closes the units that are open; the others are nil.
+func closeUnits(units []lun.Device) error {
+	var err error
+	for _, u := range units {
+		if u != nil {
+			err = errors.Join(err, u.Close())
+		}
+	}
+	return err
+}
+
+// claims tells which volume has which logical unit. Two addresses may lead to one
+// unit, and a unit that two volumes move would lose data.
+type claims struct {
+	mu sync.Mutex // protects by
+	by map[string]claim
+}
+
+// claim is one side of one volume.
+type claim struct{ volume, side string }
+
+// take claims both units of a volume, named by lun.Info.ID, or none.
+func (c *claims) take(volume, source, destination string) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.by == nil {
+		c.by = make(map[string]claim)
+	}
+	for side, id := range map[string]string{"source": source, "destination": destination} {
+		if other, taken := c.by[id]; taken && other.volume != volume {
+			return fmt.Errorf("volume %s: %s is the %s of volume %s under another address (%s): a logical unit belongs to one volume", volume, side, other.side, other.volume, id)
+		}
+	}
+	c.by[source], c.by[destination] = claim{volume, "source"}, claim{volume, "destination"}
+	return nil
+}
+
+func (c *claims) release(volume string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	maps.DeleteFunc(c.by, func(_ string, by claim) bool { return by.volume == volume })
+}
+
+// oneLine joins the lines of an error.
+func oneLine(err error) string {
+	if err == nil {
+		return ""
+	}
+	return strings.ReplaceAll(err.Error(), "\n", "; ")
+}
