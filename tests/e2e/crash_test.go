@@ -1,6 +1,7 @@
 package e2e
 
 import (
+	"bytes"
 	"context"
 	"fmt"
 	"io"
@@ -11,6 +12,7 @@ import (
 	"testing"
 	"time"
 
+	"lunshift/lun"
 	"lunshift/tests/peer"
 )
 
@@ -23,23 +25,63 @@ type oracle struct {
 	maybe        []byte // a pattern issued later and not answered; 0 is none
 }
 
-func newOracle(from, length, block uint64) *oracle {
-	n := length / block
-	return &oracle{from, n, block, make([]byte, n), make([]byte, n)}
+func newOracle(from, blocks, block uint64) *oracle {
+	return &oracle{from, blocks, block, make([]byte, blocks), make([]byte, blocks)}
+}
+
+// host is an initiator: it writes a pattern over a range of bytes, or fails unless it
+// reads the pattern there.
+type host interface {
+	write(ctx context.Context, pattern byte, offset, length uint64) error
+	expect(ctx context.Context, pattern byte, offset, length uint64) error
+}
+
+// qemuHost is qemu-io, which has one command at a time.
+type qemuHost struct{ *peer.QemuShell }
+
+func (h qemuHost) write(ctx context.Context, pattern byte, offset, length uint64) error {
+	_, err := h.Do(ctx, peer.Write(pattern, offset, length))
+	return err
+}
+
+func (h qemuHost) expect(ctx context.Context, pattern byte, offset, length uint64) error {
+	_, err := h.Do(ctx, peer.Read(pattern, offset, length))
+	return err
+}
+
+// deviceHost is lunshift's own initiator; many may share one, so that many commands are in
+// flight on a session.
+type deviceHost struct{ lun.Device }
+
+func (h deviceHost) write(ctx context.Context, pattern byte, offset, length uint64) error {
+	p := bytes.Repeat([]byte{pattern}, int(length))
+	return h.WriteAt(ctx, p, lun.LBA(offset/uint64(h.Info().BlockSize)))
+}
+
+func (h deviceHost) expect(ctx context.Context, pattern byte, offset, length uint64) error {
+	p := make([]byte, length)
+	if err := h.ReadAt(ctx, p, lun.LBA(offset/uint64(h.Info().BlockSize))); err != nil {
+		return err
+	}
+	if !filled(p, pattern) {
+		return fmt.Errorf("reads %x…, wrote %#x", p[:8], pattern)
+	}
+	return nil
 }
 
 // client writes and reads one range until load ends; what it issued before is still
 // waited for, as long as ctx. Each answered write counts in acks.
-func (o *oracle) client(ctx, load context.Context, sh *peer.QemuShell, rng *rand.Rand, acks *atomic.Int64) error {
+func (o *oracle) client(ctx, load context.Context, h host, rng *rand.Rand, acks *atomic.Int64) error {
 	for load.Err() == nil {
 		n := uint64(1 + rng.IntN(16))
-		at := rng.Uint64N(o.blocks - n)
+		// Within an eighth of the range, so that there is always something left to copy.
+		at := rng.Uint64N(o.blocks/8 - n)
 		if rng.IntN(3) == 0 {
 			if o.acked[at] == 0 || o.maybe[at] != 0 {
 				continue
 			}
 			// A block once acknowledged is never seen older.
-			if _, err := sh.Do(ctx, peer.Read(o.acked[at], (o.from+at)*o.block, o.block)); err != nil {
+			if err := h.expect(ctx, o.acked[at], (o.from+at)*o.block, o.block); err != nil {
 				return fmt.Errorf("block %d: %w", o.from+at, err)
 			}
 			continue
@@ -48,7 +90,7 @@ func (o *oracle) client(ctx, load context.Context, sh *peer.QemuShell, rng *rand
 		for i := at; i < at+n; i++ {
 			o.maybe[i] = pattern
 		}
-		if _, err := sh.Do(ctx, peer.Write(pattern, (o.from+at)*o.block, n*o.block)); err != nil {
+		if err := h.write(ctx, pattern, (o.from+at)*o.block, n*o.block); err != nil {
 			return fmt.Errorf("write of %d blocks at %d: %w", n, o.from+at, err)
 		}
 		for i := at; i < at+n; i++ {
@@ -95,14 +137,33 @@ func filled(p []byte, pattern byte) bool {
 
 func TestKilledServiceGoesOnAndLosesNoAcknowledgedWrite(t *testing.T) {
 	needTools(t)
+	t.Run("qemu", func(t *testing.T) {
+		p := sides{block: 512, sourceThin: true, destinationThin: true, size: 96 * mib}.make(t)
+		killInMidCopy(t, p, 4, func(s *service) func() host {
+			return func() host { return qemuHost{shell(t, s.front("db01"))} }
+		})
+	})
+	t.Run("many commands in flight", func(t *testing.T) {
+		p := sides{block: 4096, sourceFile: true, destinationThin: true, size: 96 * mib}.make(t)
+		killInMidCopy(t, p, 48, func(s *service) func() host {
+			dev, err := lun.Open(t.Context(), s.front("db01").URL(), lun.Options{Sessions: 2, IOTimeout: time.Minute})
+			must(t, err)
+			t.Cleanup(func() { dev.Close() })
+			return func() host { return deviceHost{dev} }
+		})
+	})
+}
+
+// killInMidCopy migrates a pair and kills the service several times, and stops it once, while clients,
+// each with a range of its own, write and read.
+func killInMidCopy(t *testing.T, p *pair, clients int, connect func(*service) func() host) {
 	ctx := t.Context()
-	const clients, kills = 4, 3
-	p := sides{block: 512, sourceThin: true, destinationThin: true, size: 96 * mib}.make(t)
+	const restarts = 4
 	before := p.sourcePath + ".before"
 	clone(t, p.sourcePath, before)
 	s := newService(t, p.volume("db01"))
 	s.start()
-	s.run("throttle", "db01", "--rate", "6MiB")
+	s.run("throttle", "db01", "--rate", "2MiB")
 	s.run("start", "db01")
 
 	seed := uint64(time.Now().UnixNano())
@@ -113,13 +174,15 @@ func TestKilledServiceGoesOnAndLosesNoAcknowledgedWrite(t *testing.T) {
 	var running sync.WaitGroup
 	faults := make(chan error, clients)
 	var oracles []*oracle
+	newHost := connect(s)
+	block := uint64(p.block)
 	for i := range clients {
-		share := p.size / clients
-		o := newOracle(uint64(i)*share/512, share, 512)
+		share := p.size / uint64(clients) / block
+		o := newOracle(uint64(i)*share, share, block)
 		oracles = append(oracles, o)
-		sh := shell(t, s.front("db01"))
+		h := newHost()
 		running.Go(func() {
-			if err := o.client(ctx, load, sh, rand.New(rand.NewPCG(seed, uint64(i))), &acks); err != nil {
+			if err := o.client(ctx, load, h, rand.New(rand.NewPCG(seed, uint64(i))), &acks); err != nil {
 				faults <- err
 			}
 		})
@@ -137,27 +200,40 @@ func TestKilledServiceGoesOnAndLosesNoAcknowledgedWrite(t *testing.T) {
 			}
 		}
 	}
-	for range kills {
+	for i := range restarts {
 		from := s.status("db01").Copied
 		progress()
-		last := s.until("db01", "copying", func(st status) bool { return st.Copied >= from+4*mib })
+		last := s.until("db01", "copying", func(st status) bool { return st.Copied >= from+mib || st.Phase != "migrating" })
 		if last.Phase != "migrating" {
-			t.Fatalf("the copy was over before the kill: %+v", last)
+			t.Fatalf("the copy was over before its end was due: %+v", last)
 		}
-		s.kill()
+		if i == restarts-1 {
+			s.stop() // in order, which hosts must outlive as well
+		} else {
+			s.kill()
+		}
 		s.start()
 		now := s.status("db01")
-		if now.Phase != "migrating" || now.Copied == 0 || now.Remaining == 0 {
+		if now.Phase != "migrating" || now.Remaining == 0 {
 			t.Errorf("after the kill: %+v", now)
 		}
 		// What was copied is not copied again, but for the regions in flight.
 		if now.Remaining > last.Remaining+16*mib {
 			t.Errorf("the copy began again: %d bytes remained before the kill, %d after", last.Remaining, now.Remaining)
 		}
+		if now.Copied+16*mib < last.Copied || now.Copied == 0 {
+			t.Errorf("%d bytes were copied before the kill, %d after", last.Copied, now.Copied)
+		}
 		progress()
 	}
 	s.run("throttle", "db01", "--rate", "0")
 	s.run("wait", "db01", "--for", "synced", "--timeout", "60s")
+	progress()
+	s.kill() // synced now, and under load still
+	s.start()
+	if st := s.status("db01"); st.Phase != "synced" {
+		t.Errorf("killed in phase synced, now %s", st.Phase)
+	}
 	progress()
 	stop()
 	running.Wait()

@@ -103,7 +103,7 @@ func migrate(t *testing.T, p *pair) {
 	clone(t, p.sourcePath, before)
 
 	// During.
-	s.run("throttle", "db01", "--rate", "2MiB")
+	s.run("throttle", "db01", "--rate", "1MiB")
 	s.run("start", "db01")
 	second := shell(t, front)
 	for range 8 {
@@ -184,7 +184,7 @@ func TestArrayThatGoesAwayInMidCopyIsWaitedFor(t *testing.T) {
 	m := newModel(t, p.sourcePath, p.block)
 	s := newService(t, p.volume("db01"))
 	s.start()
-	s.run("throttle", "db01", "--rate", "2MiB")
+	s.run("throttle", "db01", "--rate", "1MiB")
 	s.run("start", "db01")
 	host := shell(t, s.front("db01"))
 	rng := rand.New(rand.NewPCG(5, 5))
