@@ -8,7 +8,6 @@ import (
 	"math"
 	"sync"
 	"sync/atomic"
-	"time"
 )
 
 const (
@@ -20,13 +19,6 @@ const (
 	// statusCalls how many of them make one Extents.
 	statusRuns  = 1024
 	statusCalls = 64
-	// retryMax is the longest pause before a command that was not taken is repeated.
-	retryMax = 200 * time.Millisecond
-	// attentionMax is how often in a row a unit attention is absorbed: a device has
-	// a short queue of them for each session.
-	attentionMax = 32
-	// abortedMax is how often in a row ABORTED COMMAND is answered with a repetition.
-	abortedMax = 8
 )
 
 // remote is a logical unit of an iSCSI target.
@@ -84,7 +76,7 @@ func (r *remote) setUp(ctx context.Context) error {
 		return err
 	}
 	if inq.qualifier != 0 {
-		return fmt.Errorf("no logical unit with number %d there", r.addr.LUN)
+		return r.absent()
 	}
 	if inq.deviceType != 0 {
 		return fmt.Errorf("LUN %d is no disk but a device of type %02Xh", r.addr.LUN, inq.deviceType)
@@ -418,9 +410,17 @@ func (r *remote) put(c *Command) {
 func (r *remote) ready(ctx context.Context) error {
 	var c Command
 	if err := r.run(ctx, &c); err != nil {
+		var sense *SenseError
+		if errors.As(err, &sense) && sense.Key == senseIllegalRequest && sense.ASC == 0x25 {
+			return r.absent()
+		}
 		return fmt.Errorf("TEST UNIT READY: %w", err)
 	}
 	return nil
+}
+
+func (r *remote) absent() error {
+	return fmt.Errorf("the target has no logical unit %d: correct the number at the end of the address", r.addr.LUN)
 }
 
 func (r *remote) capacity(ctx context.Context) (capacity, error) {
@@ -458,116 +458,4 @@ func (r *remote) writeCache(ctx context.Context) bool {
 	}
 	wce, known := parseWriteCache(c.In[:c.Received])
 	return wce || !known
-}
-
-// run does c and turns its status into an error. Unit attentions, a busy device
-// and aborted commands are repeated for as long as Options.IOTimeout.
-func (r *remote) run(ctx context.Context, c *Command) error {
-	var began time.Time
-	attentions, aborted := 0, 0
-	pause := time.Millisecond
-	for {
-		if err := r.Do(ctx, c); err != nil {
-			return err
-		}
-		err := r.judge(c)
-		if err == nil {
-			return nil
-		}
-		var again *repeat
-		if !errors.As(err, &again) {
-			return err
-		}
-		switch again.kind {
-		case repeatAttention:
-			if attentions++; attentions <= attentionMax {
-				r.opts.Log.WithField("device", r.addr.String()).WithError(again.err).Debug("unit attention")
-				continue
-			}
-			return again.err
-		case repeatAborted:
-			if aborted++; aborted > abortedMax {
-				return again.err
-			}
-		}
-		if began.IsZero() {
-			began = time.Now()
-		}
-		if time.Since(began) > r.opts.IOTimeout {
-			return fmt.Errorf("%w: %w", ErrUnavailable, again.err)
-		}
-		if err := sleep(ctx, pause); err != nil {
-			return err
-		}
-		pause = min(2*pause, retryMax)
-	}
-}
-
-// repeat marks an outcome after which the command may be sent again.
-type repeat struct {
-	kind int
-	err  error
-}
-
-const (
-	repeatBusy = iota
-	repeatAttention
-	repeatAborted
-)
-
-func (e *repeat) Error() string { return e.err.Error() }
-
-// judge turns the outcome of a command into an error.
-func (r *remote) judge(c *Command) error {
-	switch c.Status {
-	case statusGood, statusConditionMet:
-		return c.whole()
-	case statusBusy, statusTaskSetFull, statusACAActive:
-		return &repeat{repeatBusy, fmt.Errorf("the device is busy, status %02Xh", c.Status)}
-	case statusTaskAborted:
-		return &repeat{repeatAborted, errors.New("the task was aborted by another initiator")}
-	case statusReservationConflict:
-		return ErrConflict
-	case statusCheckCondition:
-		sense := c.CheckSense()
-		switch {
-		case sense.Key == senseUnitAttention:
-			if sense.ASC == 0x29 { // POWER ON, RESET, OR BUS DEVICE RESET OCCURRED
-				r.resets.Add(1)
-			}
-			return &repeat{repeatAttention, sense}
-		case sense.Key == senseAborted:
-			return &repeat{repeatAborted, sense}
-		case sense.Key == senseNotReady && sense.ASC == 0x04 && (sense.ASCQ == 0x01 || sense.ASCQ == 0x0a):
-			// BECOMING READY, and the transitions of asymmetric access
-			return &repeat{repeatBusy, sense}
-		case sense.Key == senseRecovered:
-			return c.whole()
-		case sense.Key == senseIllegalRequest && sense.ASC == 0x21:
-			return fmt.Errorf("%w: %w", ErrOutOfRange, sense)
-		}
-		return sense
-	}
-	return fmt.Errorf("unknown SCSI status %02Xh", c.Status)
-}
-
-// whole holds GOOD to what it means for a transfer of blocks: all of them.
-func (c *Command) whole() error {
-	switch c.CDB[0] {
-	case opRead10, opRead16:
-		if c.Received != len(c.In) {
-			return fmt.Errorf("the device sent %d of %d bytes with status GOOD", c.Received, len(c.In))
-		}
-	case opWrite10, opWrite16, opWriteSame16, opUnmap:
-		if c.offered != len(c.Out) || c.Residual > 0 {
-			return fmt.Errorf("the device took %d of %d bytes with status GOOD", c.offered-int(min(c.Residual, math.MaxInt32)), len(c.Out))
-		}
-	}
-	return nil
-}
-
-// refused tells whether the device does not know the command or a field of it.
-func refused(err error) bool {
-	var s *SenseError
-	return errors.As(err, &s) && s.Key == senseIllegalRequest && (s.ASC == 0x20 || s.ASC == 0x24 || s.ASC == 0x26)
 }

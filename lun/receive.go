@@ -1,0 +1,262 @@
+package lun
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"runtime"
+
+	"lunshift/iscsi"
+)
+
+// receive takes PDUs until the connection is lost. It never sends, so that two
+// ends that both have full buffers do not wait for each other.
+func (c *conn) receive() {
+	for {
+		h, err := c.r.Next()
+		if err == nil {
+			c.heard.Add(1)
+			err = c.take(h)
+		}
+		if err == nil && !c.r.Ready() {
+			// What one read brought is answered with one write.
+			c.s.mu.Lock()
+			if c.wanted {
+				c.wanted = false
+				c.s.wakeSender()
+			}
+			many := c.s.flight.n > 2
+			c.s.mu.Unlock()
+			if many {
+				// Those who were answered go on first; meanwhile more answers come.
+				runtime.Gosched()
+			}
+		}
+		if err != nil {
+			c.s.mu.Lock()
+			if !errors.Is(err, ErrUnavailable) {
+				err = fmt.Errorf("%w: receive: %w", ErrUnavailable, err)
+			}
+			c.fail(err)
+			c.s.mu.Unlock()
+			return
+		}
+	}
+}
+
+func (c *conn) take(h *iscsi.BHS) error {
+	switch h.Opcode() {
+	case iscsi.OpDataIn:
+		return c.takeDataIn(h)
+	case iscsi.OpSCSIResponse:
+		return c.takeResponse(h)
+	}
+	head := *h
+	var data []byte
+	if c.r.Left() > 0 {
+		if c.r.Left() > 64<<10 {
+			return fmt.Errorf("%v with %d bytes", head.Opcode(), c.r.Left())
+		}
+		d, err := c.r.Data()
+		if err != nil {
+			return err
+		}
+		data = d
+	}
+	c.s.mu.Lock()
+	defer c.s.mu.Unlock()
+	switch head.Opcode() {
+	case iscsi.OpR2T:
+		c.window(&head)
+		return c.takeR2T(&head)
+	case iscsi.OpNopIn:
+		// A NOP-In that is no answer carries the next StatSN and uses none up.
+		c.window(&head)
+		if head.ITT() != iscsi.NoTag {
+			c.status(&head)
+			c.pinging = false
+		} else if head.TTT() != iscsi.NoTag {
+			if len(c.echoes) >= maxEchoes {
+				return errors.New("too many NOP-Ins at once")
+			}
+			c.echoes = append(c.echoes, echo{head.LUN(), head.TTT(), append([]byte(nil), data[:min(len(data), maxEcho)]...)})
+			c.wanted = true
+		}
+	case iscsi.OpTaskMgmtResp:
+		c.status(&head)
+		c.window(&head)
+		return c.takeAborted(&head)
+	case iscsi.OpLogoutResp:
+		c.status(&head)
+		select {
+		case <-c.loggedOut:
+		default:
+			close(c.loggedOut)
+		}
+		return errors.New("logged out")
+	case iscsi.OpAsync:
+		c.status(&head)
+		c.window(&head)
+		return c.takeAsync(&head)
+	case iscsi.OpReject:
+		return fmt.Errorf("the target rejected a PDU, reason %02Xh", head.Response())
+	default:
+		return fmt.Errorf("unexpected %v", head.Opcode())
+	}
+	return nil
+}
+
+// status takes the StatSN of a PDU that uses one up (RFC 7143 4.2.2.2).
+func (c *conn) status(h *iscsi.BHS) {
+	if next := h.StatSN() + 1; iscsi.SNLess(c.expStatSN, next) {
+		c.expStatSN = next
+	}
+}
+
+// window takes the command window (RFC 7143 4.2.2.1); one that moves back came late.
+func (c *conn) window(h *iscsi.BHS) {
+	exp, last := h.ExpCmdSN(), h.MaxCmdSN()
+	if iscsi.SNLess(last, exp-1) || !iscsi.SNLess(c.maxCmdSN, last) {
+		return
+	}
+	c.maxCmdSN = last
+	if c.s.queue.head != nil {
+		c.wanted = true
+	}
+}
+
+// takeDataIn puts data straight into the caller's buffer.
+func (c *conn) takeDataIn(h *iscsi.BHS) error {
+	n := c.r.Left()
+	final := h.Flags()&iscsi.FlagStatus != 0
+	head := *h
+	c.s.mu.Lock()
+	t := c.find(head.ITT())
+	if t == nil {
+		c.s.mu.Unlock()
+		return fmt.Errorf("Data-In for unknown task %08Xh", head.ITT())
+	}
+	// In order, as was negotiated: so a read with all its bytes has no gap.
+	off := int64(head.BufferOffset())
+	if off != int64(t.Received) || off+int64(n) > int64(len(t.In)) {
+		c.s.mu.Unlock()
+		return fmt.Errorf("Data-In of %d bytes at %d where %d of %d are wanted", n, off, t.Received, len(t.In))
+	}
+	c.s.mu.Unlock()
+	// The caller waits for the answer, and so its buffer stays, until retire.
+	err := c.r.ReadData(t.In[off : off+int64(n)])
+	c.s.mu.Lock()
+	defer c.s.mu.Unlock()
+	if err != nil {
+		return err
+	}
+	t.Received += n
+	if final {
+		c.status(&head)
+		t.Status = head.Status()
+		t.residual(&head)
+		c.finish(t)
+	}
+	c.window(&head)
+	return nil
+}
+
+// takeResponse ends a command with its status and sense.
+func (c *conn) takeResponse(h *iscsi.BHS) error {
+	head := *h
+	data := []byte(nil)
+	if left := c.r.Left(); left > 0 {
+		if left > 64<<10 {
+			return fmt.Errorf("SCSI Response with %d bytes", left)
+		}
+		d, err := c.r.Data()
+		if err != nil {
+			return err
+		}
+		data = d
+	}
+	c.s.mu.Lock()
+	defer c.s.mu.Unlock()
+	t := c.find(head.ITT())
+	if t == nil {
+		return fmt.Errorf("SCSI Response for unknown task %08Xh", head.ITT())
+	}
+	c.status(&head)
+	t.Status = head.Status()
+	t.residual(&head)
+	if head.Response() != iscsi.ResponseCompleted {
+		t.err = fmt.Errorf("%w: the target failed the command, response %02Xh", ErrUnavailable, head.Response())
+	}
+	if len(data) >= 2 {
+		n := min(int(binary.BigEndian.Uint16(data)), len(data)-2, len(t.senseBuf))
+		t.Sense = t.senseBuf[:copy(t.senseBuf[:n], data[2:])]
+	}
+	c.finish(t)
+	c.window(&head)
+	return nil
+}
+
+func (t *Command) residual(h *iscsi.BHS) {
+	if h.Flags()&iscsi.FlagUnderflow != 0 {
+		t.Residual = h.Residual()
+	}
+}
+
+// finish ends a command that was answered.
+func (c *conn) finish(t *Command) {
+	c.retire(t)
+	if c.s.queue.head != nil {
+		c.wanted = true
+	}
+}
+
+func (c *conn) takeR2T(h *iscsi.BHS) error {
+	t := c.find(h.ITT())
+	if t == nil {
+		return fmt.Errorf("R2T for unknown task %08Xh", h.ITT())
+	}
+	off, n := uint64(h.BufferOffset()), uint64(h.DesiredLength())
+	if n == 0 || off+n > uint64(len(t.Out)) {
+		return fmt.Errorf("R2T for %d bytes at %d of %d", n, off, len(t.Out))
+	}
+	if len(c.r2ts)-c.r2tHead >= maxR2T {
+		return errors.New("too many R2Ts at once")
+	}
+	if len(c.r2ts) == cap(c.r2ts) && c.r2tHead > 0 {
+		c.r2ts, c.r2tHead = c.r2ts[:copy(c.r2ts, c.r2ts[c.r2tHead:])], 0
+	}
+	c.r2ts = append(c.r2ts, transfer{itt: h.ITT(), ttt: h.TTT(), off: uint32(off), n: uint32(n)})
+	c.wanted = true
+	return nil
+}
+
+// takeAborted takes the answer to ABORT TASK.
+func (c *conn) takeAborted(h *iscsi.BHS) error {
+	if h.ITT()&0xffff0000 != abortITT {
+		return fmt.Errorf("task management response for unknown task %08Xh", h.ITT())
+	}
+	slot := int(h.ITT() & 0xffff)
+	if slot >= len(c.slots) || c.slots[slot] == nil || !c.slots[slot].aborting {
+		return nil // the task's own answer came first
+	}
+	t := c.slots[slot]
+	switch h.Response() {
+	case iscsi.TMFComplete, iscsi.TMFNoTask:
+		// "No such task" without an answer before it means the task never came
+		// to be, or its answer was given up; either way nothing follows.
+		t.err = t.abortErr
+		c.finish(t)
+		return nil
+	}
+	return fmt.Errorf("the target does not abort a task, response %d", h.Response())
+}
+
+func (c *conn) takeAsync(h *iscsi.BHS) error {
+	switch e := h.AsyncEvent(); e {
+	case iscsi.AsyncLogoutRequest, iscsi.AsyncConnectionDrop, iscsi.AsyncSessionDrop, iscsi.AsyncNegotiate:
+		return fmt.Errorf("the target ends the connection, event %d", e)
+	default:
+		c.s.log.WithField("event", e).Debug("asynchronous message")
+	}
+	return nil
+}
