@@ -83,6 +83,7 @@ func newConn(s *Server, nc net.Conn) *conn {
 		queue: make(chan *task, s.cfg.CommandsPerSession+mostImmediate),
 	}
 	c.r = iscsi.NewReader(nc, readBuffer)
+	c.r.MaxAHS = 0 // until the login is done
 	c.w = iscsi.NewWriter(nc, &c.mu)
 	return c
 }

@@ -47,7 +47,7 @@ func (c *conn) dataOut(h *iscsi.BHS) error {
 	}
 	offset := int(h.BufferOffset())
 	if h.DataSN() != t.outSN {
-		return c.malformed(h, "Data-Out number %d where %d is next", h.DataSN(), t.outSN)
+		return c.lost(t, h)
 	}
 	t.outSN++
 	if h.Final() {
@@ -76,6 +76,20 @@ func (c *conn) dataOut(h *iscsi.BHS) error {
 		t.ttt = 0
 	}
 	return c.take(t, n)
+}
+
+// lost fails a task of whose data a part did not arrive; what still comes of it is
+// dropped (RFC 7143 7.9, 11.4.7.2). c.mu is held.
+func (c *conn) lost(t *task, h *iscsi.BHS) error {
+	if t.claim != nil {
+		if !c.srv.bytes.cancel(t.claim) {
+			return c.malformed(h, "Data-Out number %d where %d is next", h.DataSN(), t.outSN)
+		}
+		t.claim = nil
+		c.claims.Done()
+	}
+	c.finish(t, senseDataLost)
+	return nil
 }
 
 // take reads n bytes of data into the task's memory and goes on with the task when

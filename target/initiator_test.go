@@ -378,3 +378,5 @@ func pattern(n int, seed byte) []byte {
 	}
 	return b
 }
+
+func deadline() time.Time { return time.Now().Add(20 * time.Second) }

@@ -11,6 +11,9 @@ import (
 	"lunshift/iscsi"
 )
 
+// longestAHS is that of a bidirectional command with an extended CDB, in bytes.
+const longestAHS = 256 + 8
+
 var errLoginRefused = errors.New("login refused")
 
 // negotiation is the login of one connection, apart from I/O: requests in,
@@ -254,6 +257,7 @@ func (c *conn) loginSteps(n *negotiation) error {
 			return err
 		}
 		if done {
+			c.r.MaxAHS = longestAHS
 			c.r.HeaderDigest, c.r.DataDigest = c.params.HeaderDigest, c.params.DataDigest
 			return nil
 		}

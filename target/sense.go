@@ -16,6 +16,7 @@ const (
 	keyHardwareError  = 0x4
 	keyIllegalRequest = 0x5
 	keyUnitAttention  = 0x6
+	keyAbortedCommand = 0xb
 	keyMiscompare     = 0xe
 )
 
@@ -37,6 +38,7 @@ var (
 	senseInvalidIU     = sense{keyIllegalRequest, 0x0e, 0x03} // INVALID FIELD IN COMMAND INFORMATION UNIT
 	senseBecomingReady = sense{keyNotReady, 0x04, 0x01}
 	senseInternal      = sense{keyHardwareError, 0x44, 0x00}
+	senseDataLost      = sense{keyAbortedCommand, 0x47, 0x05} // PROTOCOL SERVICE CRC ERROR
 
 	attnPowerOn     = sense{keyUnitAttention, 0x29, 0x00}
 	attnTargetReset = sense{keyUnitAttention, 0x29, 0x02}
