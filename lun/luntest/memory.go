@@ -119,6 +119,11 @@ func (m *Memory) Flush(ctx context.Context) error {
 // Unmap implements lun.Device.
 func (m *Memory) Unmap(ctx context.Context, e lun.Extent) error {
 	if !m.info.Thin {
+		m.mu.Lock()
+		defer m.mu.Unlock()
+		if m.closed {
+			return lun.ErrClosed
+		}
 		return lun.ErrUnsupported
 	}
 	return m.command(ctx, Unmap, e, func() { m.free(e) })
