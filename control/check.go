@@ -158,6 +158,9 @@ func checkVolume(ctx context.Context, service conf.Service, client *Client, serv
 	}
 	record, known := records[v.Name]
 	if known {
+		if record.Phase == removed {
+			return report.refuse("volume %s: %v", v.Name, errRemoved)
+		}
 		report.Phase = proxy.Phase(record.Phase)
 		if report.Phase == proxy.Cutover {
 			return report

@@ -61,8 +61,7 @@ func TestStepsTravelOverTheSocket(t *testing.T) {
 func TestKindsOfFailureKeepTheirExitCodesOverTheSocket(t *testing.T) {
 	ctx := t.Context()
 	v := newFake("db01")
-	client, s := serveFakes(t, v)
-	s.store = nil
+	client, _ := serveFakes(t, v)
 	for _, tc := range []struct {
 		name string
 		do   func() error

@@ -54,9 +54,9 @@ func (e *entry) status() proxy.Status {
 	return volume.Status()
 }
 
-// remove forgets the volume and gives its units up. It tells whether the state is
-// forgotten by this call.
-func (e *entry) remove(ctx context.Context) (bool, error) {
+// remove forgets the volume, leaves the mark and gives the units up. It tells
+// whether that is done by this call.
+func (e *entry) remove(ctx context.Context, mark func() error) (bool, error) {
 	if e.isRemoved() {
 		return false, nil
 	}
@@ -65,6 +65,9 @@ func (e *entry) remove(ctx context.Context) (bool, error) {
 		return false, err
 	}
 	if err := volume.Remove(ctx); err != nil {
+		return false, err
+	}
+	if err := mark(); err != nil {
 		return false, err
 	}
 	e.mu.Lock()

@@ -14,6 +14,7 @@ import (
 
 	"lunshift/conf"
 	"lunshift/proxy"
+	"lunshift/state"
 	"lunshift/target"
 )
 
@@ -104,6 +105,11 @@ func serveFakes(t *testing.T, volumes ...*fakeVolume) (*Client, *Service) {
 	log := logrus.New()
 	log.SetOutput(io.Discard)
 	s := &Service{cfg: &conf.Config{}, log: log}
+	store, err := state.Open(t.TempDir(), state.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.store = store
 	s.running, s.stop = context.WithCancel(context.Background())
 	for _, v := range volumes {
 		s.entries = append(s.entries, &entry{conf: conf.Volume{Name: v.status.Name}, volume: v})
@@ -122,6 +128,9 @@ func serveFakes(t *testing.T, volumes ...*fakeVolume) (*Client, *Service) {
 			t.Error(err)
 		}
 		<-done
+		if err := store.Close(); err != nil {
+			t.Error(err)
+		}
 	})
 	return NewClient(path), s
 }

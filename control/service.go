@@ -62,6 +62,14 @@ type Service struct {
 	stop    context.CancelFunc
 }
 
+// removed is the phase in the record of a volume that was removed while the
+// configuration still had it. Such a volume must not begin anew by itself: its source
+// is stale and its destination in use.
+const removed = "removed"
+
+// errRemoved is why such a volume is not served.
+var errRemoved = errors.New("was cut over and removed; delete its [[volume]] from the configuration")
+
 // LoadConfig reads the configuration of a service and holds the addresses in it
 // against what lun can open.
 func LoadConfig(path string) (*conf.Config, error) {
@@ -196,20 +204,25 @@ func (s *Service) Statuses() []proxy.Status {
 
 // Remove forgets the state of a volume that is cut over, be it in the configuration
 // or only in the state. It tells whether there was anything to forget; a name that is
-// in neither is as good as removed.
+// in neither is as good as removed. While the configuration has the volume, a mark
+// stays that keeps its stale source from being served.
 func (s *Service) Remove(ctx context.Context, name string) (bool, error) {
-	if i := slices.IndexFunc(s.entries, func(e *entry) bool { return e.conf.Name == name }); i >= 0 {
-		removed, err := s.entries[i].remove(ctx)
-		if removed {
-			s.claims.release(name)
-		}
-		return removed, err
-	}
 	record, found, err := s.store.Record(name)
-	if err != nil || !found {
+	if err != nil {
 		return false, err
 	}
-	if phase := proxy.Phase(record.Phase); phase != proxy.Cutover {
+	if i := slices.IndexFunc(s.entries, func(e *entry) bool { return e.conf.Name == name }); i >= 0 {
+		mark := state.Record{Volume: name, SourceID: record.SourceID, DestinationID: record.DestinationID, Phase: removed, CreatedAt: time.Now()}
+		done, err := s.entries[i].remove(ctx, func() error { return s.store.PutRecords(ctx, mark) })
+		if done {
+			s.claims.release(name)
+		}
+		return done, err
+	}
+	if !found {
+		return false, nil
+	}
+	if phase := proxy.Phase(record.Phase); phase != proxy.Cutover && phase != removed {
 		return false, &proxy.PhaseError{Volume: name, Step: "remove", Phase: phase, Hint: "only a volume that is cut over can be forgotten"}
 	}
 	return true, s.store.Forget(name)
@@ -245,7 +258,7 @@ func (s *Service) openAll(ctx context.Context) error {
 	}
 	for _, r := range records {
 		configured := slices.ContainsFunc(s.cfg.Volumes, func(v conf.Volume) bool { return v.Name == r.Volume })
-		if !configured && proxy.Phase(r.Phase) != proxy.Ready {
+		if !configured && r.Phase != removed && proxy.Phase(r.Phase) != proxy.Ready {
 			s.log.Warnf("the state has volume %s in phase %s, which is not in %s: it is not served", r.Volume, r.Phase, s.cfg.Path)
 		}
 	}
@@ -255,6 +268,10 @@ func (s *Service) openAll(ctx context.Context) error {
 	for i, e := range s.entries {
 		group.Go(func() error {
 			err := s.openEntry(ctx, e)
+			if errors.Is(err, errRemoved) {
+				s.log.Warnf("not served: %v", err)
+				return nil
+			}
 			known := slices.ContainsFunc(records, func(r state.Record) bool { return r.Volume == e.conf.Name })
 			if err != nil && known && errors.Is(err, lun.ErrUnavailable) {
 				s.log.WithError(err).Warnf("not served yet, tried again every %s", reopenInterval)
@@ -275,7 +292,7 @@ func (s *Service) openEntry(ctx context.Context, e *entry) error {
 	volume, units, err := s.openVolume(ctx, e.conf)
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	e.failure = err
+	e.failure, e.removed = err, errors.Is(err, errRemoved)
 	if err != nil {
 		e.known = s.knownOf(e.conf, err)
 		return err
@@ -289,10 +306,17 @@ func (s *Service) openVolume(ctx context.Context, v conf.Volume) (_ Volume, unit
 	if err != nil {
 		return nil, nil, fmt.Errorf("volume %s: %w", v.Name, err)
 	}
+	record, _, err := s.store.Record(v.Name)
+	if err != nil {
+		return nil, nil, err
+	}
 	var source, destination lun.Device
 	if needed {
 		source, destination, err = openUnits(ctx, s.cfg.Service, v, s.log, false)
 		units = []lun.Device{source, destination}
+		if record.Phase == removed {
+			err = s.takeAnew(record, source, destination, err)
+		}
 		if err == nil {
 			err = s.claims.take(v.Name, source.Info().ID, destination.Info().ID)
 		}
@@ -313,6 +337,15 @@ func (s *Service) openVolume(ctx context.Context, v conf.Volume) (_ Volume, unit
 		return nil, nil, errors.Join(err, closeUnits(units))
 	}
 	return volume, units, nil
+}
+
+// takeAnew lets the name of a removed volume be used for another pair of units. The
+// same units, or units that cannot be opened, give errRemoved.
+func (s *Service) takeAnew(mark state.Record, source, destination lun.Device, failure error) error {
+	if failure != nil || source.Info().ID == mark.SourceID || destination.Info().ID == mark.DestinationID {
+		return fmt.Errorf("volume %s: %w", mark.Volume, errRemoved)
+	}
+	return s.store.Forget(mark.Volume)
 }
 
 // reopen tries the volumes that are not open until the service stops.

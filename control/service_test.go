@@ -267,6 +267,54 @@ func TestServiceThatCannotStartSaysWhyAndLetsGo(t *testing.T) {
 	}
 }
 
+// With autostart and overwrite a removed volume that began anew would copy the stale
+// source over the destination that its initiators use by then.
+func TestRemovedVolumeDoesNotBeginAnew(t *testing.T) {
+	ctx := t.Context()
+	dir := t.TempDir()
+	destination := unitFile(t, dir, "new", 4<<20, 0)
+	cfg := configFor(t, dir, unitFile(t, dir, "old", 4<<20, 4<<20), destination, "autostart = true\noverwrite = true")
+	first := start(t, cfg)
+	if _, err := first.client.CutoverWhenSynced(ctx, "db01"); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := first.client.Remove(ctx, "db01"); err != nil {
+		t.Fatal(err)
+	}
+	if err := first.stop(); err != nil {
+		t.Fatal(err)
+	}
+	inUse := bytes.Repeat([]byte{0x77}, 4<<20)
+	if err := os.WriteFile(destination, inUse, 0o600); err != nil {
+		t.Fatal(err)
+	}
+
+	if report, err := Check(ctx, cfg, quiet()); err != nil || report.Refused() == nil || !strings.Contains(report.Refused().Error(), "delete its [[volume]]") {
+		t.Errorf("check: %v, %v", report.Refused(), err)
+	}
+	second := start(t, cfg)
+	if all, err := second.client.Statuses(ctx); err != nil || len(all) != 0 {
+		t.Errorf("served: %+v, %v", all, err)
+	}
+	if _, err := lun.Open(ctx, "iscsi://"+second.info.Portals[0]+"/iqn.2026-11.net.example:db01/0", lun.Options{LoginTimeout: time.Second}); err == nil {
+		t.Error("initiators find the removed volume")
+	}
+	if err := second.stop(); err != nil {
+		t.Fatal(err)
+	}
+	if got, err := os.ReadFile(destination); err != nil || !bytes.Equal(got, inUse) {
+		t.Errorf("the destination was overwritten (%v)", err)
+	}
+
+	// The name is free for another pair.
+	cfg.Volumes[0].Source.Address = unitFile(t, dir, "old2", 4<<20, 0)
+	cfg.Volumes[0].Destination.Address = unitFile(t, dir, "new2", 4<<20, 0)
+	third := start(t, cfg)
+	if _, err := third.client.Wait(ctx, "db01", proxy.Synced, 20*time.Second); err != nil {
+		t.Errorf("another pair: %v", err)
+	}
+}
+
 func TestUnitUnderTwoAddressesBelongsToOneVolume(t *testing.T) {
 	dir := t.TempDir()
 	shared := unitFile(t, dir, "shared", 1<<20, 0)

@@ -11,8 +11,8 @@ func (a *app) removeCommand() *cobra.Command {
 		Use:   "remove VOLUME",
 		Short: "Forget the state of a volume that is cut over",
 		Long: `Forget the state of a volume that is cut over. Delete its [[volume]] from the
-configuration as well: with it, the next start of the service would offer the
-source to initiators again.`,
+configuration as well; until then the volume is not served again, because its source is
+stale. Done already, it changes nothing.`,
 		Args: cobra.ExactArgs(1),
 		RunE: func(c *cobra.Command, args []string) error {
 			client, err := a.client()
@@ -26,7 +26,7 @@ source to initiators again.`,
 			if a.json {
 				return a.print(report)
 			}
-			text := "%s: removed; delete its [[volume]] from the configuration before the service starts again\n"
+			text := "%s: removed; delete its [[volume]] from the configuration\n"
 			if !report.Removed {
 				text = "%s: nothing to remove\n"
 			}
