@@ -172,9 +172,6 @@ func (c *CHAPTarget) Verify(in []Pair) ([]Pair, error) {
 	if err != nil {
 		return nil, err
 	}
-	if hmac.Equal(challenge, c.challenge) {
-		return nil, ErrReflection
-	}
 	id, err := chapNumber(in, "CHAP_I", 255)
 	if err != nil {
 		return nil, err

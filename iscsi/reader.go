@@ -38,6 +38,8 @@ type Reader struct {
 	HeaderDigest, DataDigest bool
 	// MaxData is the longest data segment accepted, in bytes.
 	MaxData int
+	// MaxAHS is the most additional header accepted, in bytes.
+	MaxAHS int
 
 	r          io.Reader
 	buf        []byte
@@ -52,7 +54,7 @@ type Reader struct {
 // NewReader makes a Reader with a buffer of size bytes, at least 4096. It accepts
 // data segments of 8192 bytes, as a login may use, until MaxData is changed.
 func NewReader(r io.Reader, size int) *Reader {
-	return &Reader{r: r, buf: make([]byte, max(size, 4096)), MaxData: 8192}
+	return &Reader{r: r, buf: make([]byte, max(size, 4096)), MaxData: 8192, MaxAHS: maxAHS}
 }
 
 // Next reads the next header and gives it; the data segment of the one before is
@@ -70,8 +72,8 @@ func (r *Reader) Next() (*BHS, error) {
 	}
 	copy(r.bhs[:], r.buf[r.start:])
 	n := r.bhs.AHSLength()
-	if n > maxAHS {
-		return nil, ErrAHS
+	if n > r.MaxAHS {
+		return nil, fmt.Errorf("%v with %d bytes: %w", r.bhs.Opcode(), n, ErrAHS)
 	}
 	head := BHSLength + n
 	whole := head
