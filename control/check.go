@@ -5,7 +5,9 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"os"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -183,6 +185,9 @@ func checkVolume(ctx context.Context, service conf.Service, client *Client, serv
 	if s, d := report.Source.ID, report.Destination.ID; known && report.Phase != proxy.Ready && (s != record.SourceID || d != record.DestinationID) {
 		report = report.refuse("volume %s: its state belongs to source %s and destination %s, but the configuration names source %s and destination %s: correct the configuration, or give the new pair another name",
 			v.Name, record.SourceID, record.DestinationID, s, d)
+	}
+	if err := foreign(slices.Collect(maps.Values(records)), v.Name, report.Source.ID, report.Destination.ID); err != nil {
+		report = report.refuse("%v", err)
 	}
 	return report.close(v, source, destination)
 }

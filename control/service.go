@@ -318,6 +318,9 @@ func (s *Service) openVolume(ctx context.Context, v conf.Volume) (_ Volume, unit
 			err = s.takeAnew(record, source, destination, err)
 		}
 		if err == nil {
+			err = s.foreign(v.Name, source.Info().ID, destination.Info().ID)
+		}
+		if err == nil {
 			err = s.claims.take(v.Name, source.Info().ID, destination.Info().ID)
 		}
 		if err != nil {
@@ -346,6 +349,39 @@ func (s *Service) takeAnew(mark state.Record, source, destination lun.Device, fa
 		return fmt.Errorf("volume %s: %w", mark.Volume, errRemoved)
 	}
 	return s.store.Forget(mark.Volume)
+}
+
+func (s *Service) foreign(name, source, destination string) error {
+	records, err := s.store.Records()
+	if err != nil {
+		return err
+	}
+	return foreign(records, name, source, destination)
+}
+
+// foreign refuses units whose migration the state has under another name: a volume
+// that was renamed would otherwise begin anew with a stale source. The destination
+// of a volume that is cut over may move on, as the source of another.
+func foreign(records []state.Record, name, source, destination string) error {
+	for _, r := range records {
+		phase := proxy.Phase(r.Phase)
+		if r.Volume == name || phase == proxy.Ready {
+			continue
+		}
+		moving := phase == proxy.Migrating || phase == proxy.Synced
+		switch {
+		case source == r.SourceID || destination == r.DestinationID:
+		case moving && (source == r.DestinationID || destination == r.SourceID):
+		default:
+			continue
+		}
+		hint := fmt.Sprintf("forget that one first (lunshift remove %s)", r.Volume)
+		if moving {
+			hint = "give the volume its name back"
+		}
+		return fmt.Errorf("volume %s: the state has volume %s with these logical units in phase %s: %s", name, r.Volume, r.Phase, hint)
+	}
+	return nil
 }
 
 // reopen tries the volumes that are not open until the service stops.

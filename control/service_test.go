@@ -351,9 +351,10 @@ destination = "`+unitFile(t, dir, "new", 1<<20, 0)+`"
 	}
 }
 
-func TestOrphanOfTheStateIsNotForgottenInMidMigration(t *testing.T) {
+func TestRenamedVolumeDoesNotBeginAnew(t *testing.T) {
 	dir := t.TempDir()
-	cfg := configFor(t, dir, unitFile(t, dir, "old", 1<<20, 0), unitFile(t, dir, "new", 1<<20, 0), "")
+	old, moved := unitFile(t, dir, "old", 1<<20, 4096), unitFile(t, dir, "new", 1<<20, 0)
+	cfg := configFor(t, dir, old, moved, "overwrite = true")
 	first := start(t, cfg)
 	if _, err := first.client.Start(t.Context(), "db01"); err != nil {
 		t.Fatal(err)
@@ -362,11 +363,45 @@ func TestOrphanOfTheStateIsNotForgottenInMidMigration(t *testing.T) {
 		t.Fatal(err)
 	}
 	cfg.Volumes[0].Name = "db02"
-	cfg.Volumes[0].Overwrite = true
-	cfg.Volumes[0].Source.Address = unitFile(t, dir, "other", 1<<20, 0)
-	second := start(t, cfg)
-	if _, err := second.client.Remove(t.Context(), "db01"); KindOf(err) != WrongPhase {
-		t.Errorf("remove in mid migration: %v", err)
+	refused := func(want string) {
+		t.Helper()
+		_, err := New(t.Context(), cfg, Options{Log: quiet()})
+		if err == nil || !strings.Contains(err.Error(), want) || strings.Contains(err.Error(), "\n") {
+			t.Errorf("got %v, want one line with %q", err, want)
+		}
+		report, err := Check(t.Context(), cfg, quiet())
+		if err != nil || report.Refused() == nil || !strings.Contains(report.Refused().Error(), want) {
+			t.Errorf("check: %v, %v, want %q", report.Refused(), err, want)
+		}
+	}
+	refused("the state has volume db01 with these logical units in phase")
+	cfg.Volumes[0].Source.Address, cfg.Volumes[0].Destination.Address = moved, old
+	refused("give the volume its name back")
+
+	// What is in mid-migration is not forgotten, even where nothing serves it.
+	cfg.Volumes[0].Source.Address, cfg.Volumes[0].Destination.Address = unitFile(t, dir, "a", 1<<20, 0), unitFile(t, dir, "b", 1<<20, 0)
+	other := start(t, cfg)
+	if _, err := other.client.Remove(t.Context(), "db01"); KindOf(err) != WrongPhase {
+		t.Errorf("remove in mid-migration: %v", err)
+	}
+	if err := other.stop(); err != nil {
+		t.Fatal(err)
+	}
+
+	cfg.Volumes[0].Name = "db01"
+	cfg.Volumes[0].Source.Address, cfg.Volumes[0].Destination.Address = old, moved
+	again := start(t, cfg)
+	if _, err := again.client.CutoverWhenSynced(t.Context(), "db01"); err != nil {
+		t.Fatal(err)
+	}
+	if err := again.stop(); err != nil {
+		t.Fatal(err)
+	}
+	cfg.Volumes[0].Name = "db03"
+	refused("lunshift remove db01")
+	cfg.Volumes[0].Source.Address, cfg.Volumes[0].Destination.Address = moved, unitFile(t, dir, "third", 1<<20, 0)
+	if _, err := start(t, cfg).client.CutoverWhenSynced(t.Context(), "db03"); KindOf(err) != WrongPhase {
+		t.Errorf("the destination moves on: %v", err)
 	}
 }
 
