@@ -378,7 +378,8 @@ func (v *Volume) Shutdown(ctx context.Context) error {
 	} else {
 		v.gate.release()
 	}
-	return errors.Join(err, v.save(ctx, func(*state.Record) {}))
+	// Written down even where the commands in flight used up the time.
+	return errors.Join(err, v.save(context.WithoutCancel(ctx), func(*state.Record) {}))
 }
 
 func (v *Volume) notAllowed(step, hint string) error {
