@@ -172,14 +172,14 @@ func (c *conn) drain() {
 func (c *conn) finishRunning() {
 	all := make(chan struct{})
 	c.mu.Lock()
-	b := &barrier{then: func() { close(all) }}
+	b := &barrier{}
 	for _, t := range c.tasks {
 		t.join(b)
 		if !t.running {
 			t.abort()
 		}
 	}
-	b.arm()
+	b.arm(func() { close(all) })
 	c.mu.Unlock()
 	<-all
 	c.mu.Lock()
@@ -413,12 +413,12 @@ func (c *conn) logout(h *iscsi.BHS) error {
 	}
 	ended := make(chan struct{})
 	if response == iscsi.LogoutOK {
-		b := &barrier{then: func() { close(ended) }}
+		b := &barrier{}
 		for _, t := range c.tasks {
 			t.join(b)
 			t.abort()
 		}
-		b.arm()
+		b.arm(func() { close(ended) })
 		c.unlocked(func() { <-ended })
 	}
 	r, data := c.w.Frame(0)

@@ -493,6 +493,9 @@ func (s *Server) Retire(ctx context.Context, iqn string, lun uint64) error {
 	select {
 	case <-u.gate.drained:
 	case <-ctx.Done():
+		if !live {
+			s.dropTarget(n)
+		}
 		return ctx.Err()
 	}
 	if live {
@@ -510,16 +513,23 @@ func (s *Server) Retire(ctx context.Context, iqn string, lun uint64) error {
 		select {
 		case <-c.done:
 		case <-ctx.Done():
-			for _, o := range left {
-				o.close(fmt.Errorf("target %s removed", iqn))
-			}
-			for _, o := range left {
-				<-o.done
-			}
+			s.dropTarget(n)
 			return ctx.Err()
 		}
 	}
 	return nil
+}
+
+// dropTarget ends the sessions of a target and waits until they are gone.
+func (s *Server) dropTarget(n *node) {
+	left := s.sessions(n.iqn)
+	left = slices.DeleteFunc(left, func(c *conn) bool { return c.node != n })
+	for _, c := range left {
+		c.close(fmt.Errorf("target %s removed", n.iqn))
+	}
+	for _, c := range left {
+		<-c.done
+	}
 }
 
 // Sessions lists the sessions of a target, oldest first.

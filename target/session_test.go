@@ -5,12 +5,13 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
 	"lunshift/iscsi"
-	"lunshift/lun"
 )
 
 var tur = []byte{0, 0, 0, 0, 0, 0}
@@ -486,6 +487,9 @@ func TestRetiredUnitServesNothingAndSessionsLeave(t *testing.T) {
 	if r := i.do2(t, h.ITT(), rw16(0x88, 0, 1)); !r.is(senseBecomingReady) {
 		t.Errorf("a command after: %v", r)
 	}
+	if r := i.do2(t, h.ITT(), []byte{0x12, 0, 0, 0, 36, 0}); r.status != 0 {
+		t.Errorf("INQUIRY after: %v", r)
+	}
 	close(hold)
 	if r := i.finish(h.ITT(), nil); r.status != 0 {
 		t.Errorf("the command in flight: %v", r)
@@ -651,5 +655,90 @@ func TestUnitsComeAndGoWhileServing(t *testing.T) {
 		t.Fatal(err)
 	}
 	i.expectClosed()
-	_ = lun.LBA(0)
+}
+
+func TestRetireCancelsWhatDoesNotEnd(t *testing.T) {
+	m := newMemory(512, 64)
+	s, addr := begin(t, Config{}, Unit{IQN: iqn, Device: m})
+	i := login(t, addr, loginOptions{})
+	m.set(make(chan struct{}), nil)
+	i.start(i.command(rw16(0x8a, 0, 1), iscsi.FlagWrite, 512), pattern(512, 1))
+	<-m.entered
+	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+	defer cancel()
+	if err := s.Retire(ctx, iqn, 0); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("Retire gave %v", err)
+	}
+	i.expectClosed()
+}
+
+// TestNothingHangsUnderResetsAndLostConnections drives sessions with large and small
+// commands while others reset the unit, drop connections and change the units.
+func TestNothingHangsUnderResetsAndLostConnections(t *testing.T) {
+	m := newMemory(512, 1<<15)
+	s, addr := begin(t, Config{BytesInFlight: 64 << 20}, Unit{IQN: iqn, Device: quick{m}})
+	end := time.Now().Add(time.Second)
+	var wg sync.WaitGroup
+	for k := range 4 {
+		wg.Go(func() {
+			rnd := rand.New(rand.NewPCG(uint64(k), 1))
+			for time.Now().Before(end) {
+				i, status := tryLogin(t, addr, loginOptions{isid: iscsi.ISID{byte(k)}})
+				if status != 0 {
+					t.Errorf("login status %04X", status)
+					return
+				}
+				for range rnd.IntN(30) {
+					n := 1 + rnd.IntN(600)
+					lba := uint64(rnd.IntN(1 << 14))
+					switch rnd.IntN(8) {
+					case 0:
+						i.tmf([]byte{iscsi.TMFAbortTaskSet, iscsi.TMFClearTaskSet, iscsi.TMFLUNReset, iscsi.TMFTargetWarmReset}[rnd.IntN(4)], 0)
+					case 1, 2, 3:
+						i.start(i.command(rw16(0x88, lba, uint32(n)), iscsi.FlagRead, n*512), nil)
+					default:
+						out := make([]byte, n*512)
+						i.start(i.command(rw16(0x8a, lba, uint32(n)), iscsi.FlagWrite, len(out)), out)
+					}
+				}
+				if rnd.IntN(2) == 0 {
+					i.nc.Close()
+					continue
+				}
+				var h iscsi.BHS
+				h.SetOpcode(iscsi.OpLogout)
+				h.SetImmediate()
+				h.SetFlags(iscsi.FlagFinal)
+				h.SetCmdSN(i.cmdSN)
+				i.send(&h, nil)
+				for {
+					if p, err := i.next(); err != nil {
+						t.Errorf("no answer to a logout: %v", err)
+						break
+					} else if p.Opcode() == iscsi.OpLogoutResp {
+						break
+					}
+				}
+				i.nc.Close()
+			}
+		})
+	}
+	wg.Go(func() {
+		for time.Now().Before(end) {
+			if err := s.AddUnit(Unit{IQN: iqn, LUN: 7, Device: m}); err != nil {
+				t.Error(err)
+			}
+			s.Sessions(iqn)
+			if err := s.RemoveUnit(iqn, 7); err != nil {
+				t.Error(err)
+			}
+		}
+	})
+	wg.Wait()
+	s.Close()
+	s.bytes.mu.Lock()
+	defer s.bytes.mu.Unlock()
+	if s.bytes.free != s.cfg.BytesInFlight || len(s.bytes.waiting) > 0 {
+		t.Errorf("%d of %d bytes came back", s.bytes.free, s.cfg.BytesInFlight)
+	}
 }

@@ -72,8 +72,7 @@ var taskPool = sync.Pool{New: func() any { return new(task) }}
 type barrier struct {
 	mu   sync.Mutex // protects what follows
 	n    int
-	set  bool
-	then func()
+	then func() // set by arm
 }
 
 // join makes b wait for t. conn.mu is held.
@@ -84,15 +83,18 @@ func (t *task) join(b *barrier) {
 	t.waiters = append(t.waiters, b)
 }
 
-// arm says that no further task joins.
-func (b *barrier) arm() { b.step(0, true) }
+// arm says that no further task joins; then is called once, here if nothing is
+// waited for.
+func (b *barrier) arm(then func()) { b.step(0, then) }
 
-func (b *barrier) step(n int, set bool) {
+func (b *barrier) step(n int, then func()) {
 	b.mu.Lock()
 	b.n -= n
-	b.set = b.set || set
-	call := b.set && b.n == 0 && b.then != nil
-	then := b.then
+	if then != nil {
+		b.then = then
+	}
+	then = b.then
+	call := b.n == 0 && then != nil
 	if call {
 		b.then = nil
 	}
@@ -145,7 +147,7 @@ func (c *conn) leave(t *task) {
 // dispose gives back what the task holds.
 func (c *conn) dispose(t *task) {
 	for _, b := range t.waiters {
-		b.step(1, false)
+		b.step(1, nil)
 	}
 	for _, b := range [...]*buffer{t.outBuf, t.inBuf, t.early} {
 		if b != nil {
@@ -211,8 +213,8 @@ func (t *task) perform() (err error) {
 			err = senseInternal
 		}
 	}()
-	if t.u == nil {
-		return t.op.handle(t)
+	if t.u == nil || t.op.noAttention {
+		return t.op.handle(t) // reaches no device
 	}
 	if !t.u.gate.enter() {
 		return senseBecomingReady

@@ -90,7 +90,7 @@ func (c *conn) manage(head *iscsi.BHS) {
 		c.log.WithField("function", tmfName(head.Function())).Info("task management")
 	}
 	c.claims.Add(1)
-	b.then = func() {
+	b.arm(func() {
 		// The barrier may fall under another connection's lock.
 		go func() {
 			defer c.claims.Done()
@@ -110,8 +110,7 @@ func (c *conn) manage(head *iscsi.BHS) {
 				after()
 			}
 		}()
-	}
-	b.arm()
+	})
 }
 
 // abortTask aborts the one task that is referred to.
