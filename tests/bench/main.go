@@ -45,11 +45,12 @@ func run() error {
 	short := flag.Bool("short", false, "one short round of each")
 	only := flag.String("only", "", "comma-separated parts to run: files, perf, arrays, slow, copy")
 	dir := flag.String("dir", "/dev/shm", "where the LUNs' files are; about 3 GiB")
+	state := flag.String("state", os.TempDir(), "where lunshift's state is; a disk, as in service")
 	flag.Parse()
 	ctx, cancel := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer cancel()
 
-	b := &bench{ctx: ctx, rounds: 3, span: 1500 * time.Millisecond}
+	b := &bench{ctx: ctx, rounds: 3, span: 1200 * time.Millisecond}
 	if *short {
 		b.rounds, b.span = 1, 500*time.Millisecond
 	}
@@ -58,6 +59,10 @@ func run() error {
 		return err
 	}
 	defer os.RemoveAll(b.dir)
+	if b.state, err = os.MkdirTemp(*state, "lunshift-bench"); err != nil {
+		return err
+	}
+	defer os.RemoveAll(b.state)
 	if b.self, err = os.Executable(); err != nil {
 		return err
 	}
@@ -85,6 +90,7 @@ func run() error {
 type bench struct {
 	ctx    context.Context
 	dir    string
+	state  string
 	self   string // this program
 	rounds int
 	span   time.Duration // of one round of one workload
@@ -120,10 +126,10 @@ func (b *bench) endAll() error {
 	return err
 }
 
-// subdir makes a directory of its own.
+// subdir makes a directory of its own, for what is not a LUN.
 func (b *bench) subdir() (string, error) {
 	b.made++
-	dir := filepath.Join(b.dir, fmt.Sprint(b.made))
+	dir := filepath.Join(b.state, fmt.Sprint(b.made))
 	return dir, os.Mkdir(dir, 0o700)
 }
 

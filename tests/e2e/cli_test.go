@@ -78,6 +78,7 @@ func TestCommandsAreIdempotentAndKeepToThePhase(t *testing.T) {
 	s.run("cutover", "db01", "--wait")
 
 	// cutover
+	s.run("status", "db01", "--watch") // which ends by itself now
 	s.run("wait", "db01", "--for", "cutover")
 	s.fails(wrongPhase, []string{"db01", "cutover"}, "start", "db01")
 	s.fails(wrongPhase, []string{"db01", "cutover"}, "pause", "db01")

@@ -6,6 +6,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"lunshift/tests/peer"
 )
@@ -211,6 +212,22 @@ func TestArrayThatGoesAwayInMidCopyIsWaitedFor(t *testing.T) {
 		m.write(0x77, 16*mib, 64*kib)
 		m.churn(ctx, host, rng, 0, p.size, 5)
 	}
+	// An array that hangs, then answers: nobody notices but by the time it takes.
+	must(t, p.new.Stop())
+	hung := make(chan error, 1)
+	go func() {
+		_, err := host.Do(ctx, peer.Write(0x99, 24*mib, 64*kib))
+		hung <- err
+	}()
+	select {
+	case err := <-hung:
+		t.Errorf("a write ended while the destination hung: %v", err)
+		hung <- err
+	case <-time.After(300 * time.Millisecond):
+	}
+	must(t, p.new.Continue())
+	must(t, <-hung)
+	m.write(0x99, 24*mib, 64*kib)
 	s.until("db01", "migrating with both arrays", func(st status) bool {
 		return st.Phase == "migrating" && st.Source.State == "online" && st.Destination.State == "online"
 	})
