@@ -57,7 +57,7 @@ func TestCompareAndWrite(t *testing.T) {
 	cdb[0], cdb[9], cdb[13] = 0x89, 5, 2
 	old, now := make([]byte, 1024), pattern(1024, 3)
 	i.good(cdb, append(bytes.Clone(old), now...), 0)
-	if !bytes.Equal(m.data[5*512:7*512], now) {
+	if !bytes.Equal(m.bytes()[5*512:7*512], now) {
 		t.Fatal("equal blocks were not replaced")
 	}
 	wrong := bytes.Clone(now)
@@ -66,27 +66,27 @@ func TestCompareAndWrite(t *testing.T) {
 	if r.key != keyMiscompare || r.asc != 0x1d || r.info != 700 {
 		t.Errorf("%v, INFORMATION %d", r, r.info)
 	}
-	if !bytes.Equal(m.data[5*512:7*512], now) {
+	if !bytes.Equal(m.bytes()[5*512:7*512], now) {
 		t.Error("blocks were replaced though they differ")
 	}
 }
 
 func TestVerifyComparesWithTheMedium(t *testing.T) {
 	m := newMemory(512, 8192)
-	copy(m.data, pattern(len(m.data), 1))
+	copy(m.data, pattern(len(m.bytes()), 1))
 	_, addr := begin(t, Config{}, Unit{IQN: iqn, Device: m})
 	i := login(t, addr, loginOptions{})
 	cdb := rw16(0x8f, 8, 5000) // beyond one chunk
 	i.good(cdb, nil, 0)
 	cdb[1] = 0x02
-	data := bytes.Clone(m.data[8*512:][:5000*512])
+	data := bytes.Clone(m.bytes()[8*512:][:5000*512])
 	i.good(cdb, data, 0)
 	data[4999*512]++
 	if r := i.do(cdb, data, 0); r.key != keyMiscompare || r.info != 4999*512 {
 		t.Errorf("%v at %d", r, r.info)
 	}
 	cdb[1] = 0x06
-	if r := i.do(cdb, m.data[8*512:][:512], 0); r.key != keyMiscompare {
+	if r := i.do(cdb, m.bytes()[8*512:][:512], 0); r.key != keyMiscompare {
 		t.Error(r)
 	}
 	cdb[1] = 0x04
@@ -100,7 +100,7 @@ func TestFUAReachesStableStorage(t *testing.T) {
 	_, addr := begin(t, Config{}, Unit{IQN: iqn, Device: quick{m}})
 	i := login(t, addr, loginOptions{})
 	for _, op := range []byte{0x8a, 0x88} {
-		before := m.flushes
+		before := m.flushed()
 		cdb := rw16(op, 0, 1)
 		cdb[1] = fua
 		if op == 0x8a {
@@ -108,8 +108,8 @@ func TestFUAReachesStableStorage(t *testing.T) {
 		} else {
 			i.good(cdb, nil, 512)
 		}
-		if m.flushes != before+1 {
-			t.Errorf("opcode %02X with FUA: %d flushes", op, m.flushes-before)
+		if m.flushed() != before+1 {
+			t.Errorf("opcode %02X with FUA: %d flushes", op, m.flushed()-before)
 		}
 	}
 }
@@ -164,12 +164,12 @@ func TestProvisioningIsToldAsItIs(t *testing.T) {
 	}
 	// Nothing happens when one descriptor is out of range.
 	cdb, list = unmapCDB(lun.Extent{Start: 0, Blocks: 1}, lun.Extent{Start: 4095, Blocks: 2})
-	if r := i.do(cdb, list, 0); !r.is(senseLBARange) || !m.alloc[0] {
+	if r := i.do(cdb, list, 0); !r.is(senseLBARange) || m.alloc[0] == 0 {
 		t.Error(r)
 	}
 	ws := rw16(0x93, 0, 3000)
 	i.good(ws, pattern(512, 9), 0)
-	if !bytes.Equal(m.data[2999*512:3000*512], pattern(512, 9)) {
+	if !bytes.Equal(m.bytes()[2999*512:3000*512], pattern(512, 9)) {
 		t.Error("WRITE SAME did not reach the last block")
 	}
 	ws = rw16(0x93, 1, 10)
@@ -219,9 +219,11 @@ func TestResidualsSayWhatWasNotMoved(t *testing.T) {
 		residual int
 		written  int
 	}{{1024, 0, 0, 1024}, {600, iscsi.FlagOverflow, 424, 512}, {5000, iscsi.FlagUnderflow, 3976, 1024}, {100, iscsi.FlagOverflow, 924, 0}} {
+		m.mu.Lock()
 		clear(m.data)
+		m.mu.Unlock()
 		r := i.good(rw16(0x8a, 0, 2), bytes.Repeat([]byte{7}, c.out), 0)
-		if n := bytes.Count(m.data, []byte{7}); r.flags != c.flags || r.residual != c.residual || n != c.written {
+		if n := bytes.Count(m.bytes(), []byte{7}); r.flags != c.flags || r.residual != c.residual || n != c.written {
 			t.Errorf("write of %d bytes: flags %02X residual %d, %d written", c.out, r.flags, r.residual, n)
 		}
 	}
@@ -232,10 +234,10 @@ func TestResidualsSayWhatWasNotMoved(t *testing.T) {
 
 func TestLargeReadsComeWhole(t *testing.T) {
 	m := newMemory(512, 1<<16)
-	copy(m.data, pattern(len(m.data), 5))
+	copy(m.data, pattern(len(m.bytes()), 5))
 	_, addr := begin(t, Config{}, Unit{IQN: iqn, Device: m})
 	i := login(t, addr, loginOptions{want: func(p *iscsi.Params) { p.MaxRecv = 70000; p.MaxBurstLength = 300000 }})
-	if r := i.good(rw16(0x88, 0, 1<<15), nil, 16<<20); !bytes.Equal(r.data, m.data[:16<<20]) {
+	if r := i.good(rw16(0x88, 0, 1<<15), nil, 16<<20); !bytes.Equal(r.data, m.bytes()[:16<<20]) {
 		t.Error("16 MiB differ")
 	}
 	if r := i.do(rw16(0x88, 0, maxTransfer/512+1), nil, 512); !r.is(senseLBARange) && !r.is(senseInvalidField) {
@@ -277,7 +279,7 @@ func TestReadsSeeTheLastWrite(t *testing.T) {
 	_, addr := begin(t, Config{}, Unit{IQN: iqn, Device: quick{m}})
 	i := login(t, addr, loginOptions{})
 	rapid.Check(t, func(rt *rapid.T) {
-		model := bytes.Clone(m.data)
+		model := m.bytes()
 		for range rapid.IntRange(1, 8).Draw(rt, "commands") {
 			lba := rapid.IntRange(0, 250).Draw(rt, "lba")
 			n := rapid.IntRange(1, 256-lba).Draw(rt, "blocks")
@@ -310,7 +312,7 @@ func TestReadsSeeTheLastWrite(t *testing.T) {
 				i.good(cdb, out, 0)
 			}
 		}
-		if !bytes.Equal(model, m.data) {
+		if !bytes.Equal(model, m.bytes()) {
 			rt.Fatal("the device differs from the model")
 		}
 	})

@@ -151,9 +151,10 @@ func (c *conn) close(cause error) {
 	if !c.closing {
 		c.closing = true
 		c.cause = cause
-		for _, t := range c.tasks {
-			t.abort()
-		}
+	}
+	// Every time: the reader may have begun a task since.
+	for _, t := range c.tasks {
+		t.abort()
 	}
 	c.mu.Unlock()
 	c.nc.Close()

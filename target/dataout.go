@@ -45,6 +45,9 @@ func (c *conn) dataOut(h *iscsi.BHS) error {
 		// The rest of a transfer whose task has ended.
 		return nil
 	}
+	if t.reading { // its R2T is not even on its way
+		return c.malformed(h, "Data-Out that was not asked for")
+	}
 	offset := int(h.BufferOffset())
 	if h.DataSN() != t.outSN {
 		return c.lost(t, h)

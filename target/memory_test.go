@@ -21,7 +21,7 @@ import (
 type memory struct {
 	mu    sync.RWMutex // protects what follows
 	data  []byte
-	alloc []bool
+	alloc []byte // 1 per block that is allocated
 	info  lun.Info
 	fail  error
 
@@ -35,7 +35,7 @@ type memory struct {
 
 func newMemory(bs uint32, blocks uint64) *memory {
 	return &memory{
-		data: make([]byte, uint64(bs)*blocks), alloc: make([]bool, blocks),
+		data: make([]byte, uint64(bs)*blocks), alloc: make([]byte, blocks),
 		info: lun.Info{BlockSize: bs, Blocks: blocks, ID: "memory:1", Thin: true, UnmapZeroes: true,
 			ReportsAllocation: true, VolatileCache: true, PhysicalExponent: 0},
 		entered: make(chan struct{}, 1000),
@@ -71,6 +71,19 @@ func (m *memory) set(hold chan struct{}, fail error) {
 	m.mu.Unlock()
 }
 
+// bytes is a copy of the blocks.
+func (m *memory) bytes() []byte {
+	m.mu.RLock()
+	defer m.mu.RUnlock()
+	return bytes.Clone(m.data)
+}
+
+func (m *memory) flushed() int {
+	m.mu.RLock()
+	defer m.mu.RUnlock()
+	return m.flushes
+}
+
 func (m *memory) extent(p []byte, start lun.LBA) lun.Extent {
 	return lun.Extent{Start: start, Blocks: uint64(len(p)) / uint64(m.info.BlockSize)}
 }
@@ -103,9 +116,7 @@ func (m *memory) WriteAt(ctx context.Context, p []byte, start lun.LBA) error {
 
 func (m *memory) put(p []byte, e lun.Extent) {
 	copy(m.at(e), p)
-	for i := range e.Blocks {
-		m.alloc[uint64(e.Start)+i] = true
-	}
+	copy(m.alloc[e.Start:e.End()], bytes.Repeat([]byte{1}, int(e.Blocks)))
 }
 
 func (m *memory) Flush(ctx context.Context) error {
@@ -127,9 +138,7 @@ func (m *memory) WriteZeroes(ctx context.Context, e lun.Extent) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	clear(m.at(e))
-	for i := range e.Blocks {
-		m.alloc[uint64(e.Start)+i] = false
-	}
+	clear(m.alloc[e.Start:e.End()])
 	return nil
 }
 
@@ -140,13 +149,14 @@ func (m *memory) Extents(ctx context.Context, e lun.Extent) ([]lun.Allocation, e
 	m.mu.RLock()
 	defer m.mu.RUnlock()
 	var out []lun.Allocation
-	for i := e.Start; i < min(e.End(), e.Start+4096); i++ {
-		a := m.alloc[i]
-		if n := len(out); n > 0 && out[n-1].Allocated == a {
-			out[n-1].Blocks++
-			continue
+	for at := e.Start; at < e.End() && len(out) < 100; {
+		a := m.alloc[at]
+		n := bytes.IndexByte(m.alloc[at:e.End()], 1-a)
+		if n < 0 {
+			n = int(e.End() - at)
 		}
-		out = append(out, lun.Allocation{Extent: lun.Extent{Start: i, Blocks: 1}, Allocated: a})
+		out = append(out, lun.Allocation{Extent: lun.Extent{Start: at, Blocks: uint64(n)}, Allocated: a == 1})
+		at += lun.LBA(n)
 	}
 	return out, nil
 }

@@ -112,7 +112,7 @@ func TestAbortedTaskEndsAndIsNotAnswered(t *testing.T) {
 	m.set(nil, nil)
 	// The next thing answered is the next command: the aborted one never is.
 	i.good(tur, nil, 0)
-	if m.data[0] != 0 {
+	if m.bytes()[0] != 0 {
 		t.Error("the aborted write was done")
 	}
 	ref = i.tmf(iscsi.TMFAbortTask, h.ITT())
@@ -138,7 +138,7 @@ func TestAbortWhileDataIsMissing(t *testing.T) {
 	}
 	i.dataOut(&r2t.BHS, r2t.TTT(), out, 0, len(out)) // still on its way
 	i.good(tur, nil, 0)
-	if m.data[0] != 0 {
+	if m.bytes()[0] != 0 {
 		t.Error("the aborted write was done")
 	}
 }
@@ -205,7 +205,7 @@ func TestReinstatementEndsTheFormerSessionsTasks(t *testing.T) {
 	m.set(nil, nil)
 	a.expectClosed()
 	b.good(rw16(0x88, 0, 1), nil, 512)
-	if m.data[0] != 0 {
+	if m.bytes()[0] != 0 {
 		t.Error("a task of the former session outlived it")
 	}
 	if n := len(s.Sessions(iqn)); n != 1 {

@@ -45,8 +45,8 @@ func TestQEMUReadsWhatItWrote(t *testing.T) {
 				if strings.Contains(out, "failed") || strings.Contains(strings.ToLower(out), "error") {
 					t.Error(out)
 				}
-				if m.data[5<<20] != 0x33 || m.flushes == 0 {
-					t.Errorf("the device holds %#x, %d flushes", m.data[5<<20], m.flushes)
+				if m.bytes()[5<<20] != 0x33 || m.flushed() == 0 {
+					t.Errorf("the device holds %#x, %d flushes", m.bytes()[5<<20], m.flushed())
 				}
 			})
 		}
