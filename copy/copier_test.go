@@ -124,14 +124,14 @@ func TestThrottleKeepsToItsRate(t *testing.T) {
 	}
 	ctx := context.Background()
 	began := time.Now()
-	for range 5 {
+	for range 6 {
 		if err := th.Wait(ctx, 256<<10); err != nil {
 			t.Fatal(err)
 		}
 	}
-	// The first 256 KiB are the burst; the other MiB takes a quarter of a second.
-	if took := time.Since(began); took < 200*time.Millisecond {
-		t.Errorf("1.25 MiB at 4 MiB/s took %v", took)
+	// A tenth of a second's worth goes at once; the other 1.1 MiB take their time.
+	if took := time.Since(began); took < 250*time.Millisecond {
+		t.Errorf("1.5 MiB at 4 MiB/s took %v", took)
 	}
 	th.Set(0)
 	began = time.Now()

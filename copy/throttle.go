@@ -31,6 +31,9 @@ func (t *Throttle) Set(bytesPerSecond uint64) {
 		limit = rate.Limit(bytesPerSecond)
 	}
 	t.limiter.SetLimit(limit)
+	// A tenth of a second may be caught up on, so that workers that were busy
+	// writing do not lose what they could have read meanwhile.
+	t.limiter.SetBurst(int(min(max(bytesPerSecond/10, sliceBytes), 1<<30)))
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	close(t.changed)
