@@ -262,8 +262,8 @@ func TestIdleSessionIsKeptAlive(t *testing.T) {
 	log := logrus.New()
 	var out bytes.Buffer
 	log.SetOutput(&out)
-	dev := openPath(t, serve(t, d, 2<<20, peer.Unit{}).URL(), lun.Options{PingInterval: 20 * time.Millisecond, Log: log})
-	time.Sleep(300 * time.Millisecond) // many intervals in which only pings are sent
+	dev := openPath(t, serve(t, d, 2<<20, peer.Unit{}).URL(), lun.Options{PingInterval: 200 * time.Millisecond, Log: log})
+	time.Sleep(1200 * time.Millisecond) // many intervals in which only pings are sent
 	if err := dev.ReadAt(t.Context(), make([]byte, 512), 0); err != nil {
 		t.Fatal(err)
 	}
