@@ -22,6 +22,7 @@ type memory struct {
 	mu    sync.RWMutex // protects what follows
 	data  []byte
 	alloc []byte // 1 per block that is allocated
+	ones  []byte // what alloc is filled with
 	info  lun.Info
 	fail  error
 
@@ -35,7 +36,7 @@ type memory struct {
 
 func newMemory(bs uint32, blocks uint64) *memory {
 	return &memory{
-		data: make([]byte, uint64(bs)*blocks), alloc: make([]byte, blocks),
+		data: make([]byte, uint64(bs)*blocks), alloc: make([]byte, blocks), ones: bytes.Repeat([]byte{1}, int(blocks)),
 		info: lun.Info{BlockSize: bs, Blocks: blocks, ID: "memory:1", Thin: true, UnmapZeroes: true,
 			ReportsAllocation: true, VolatileCache: true, PhysicalExponent: 0},
 		entered: make(chan struct{}, 1000),
@@ -116,7 +117,7 @@ func (m *memory) WriteAt(ctx context.Context, p []byte, start lun.LBA) error {
 
 func (m *memory) put(p []byte, e lun.Extent) {
 	copy(m.at(e), p)
-	copy(m.alloc[e.Start:e.End()], bytes.Repeat([]byte{1}, int(e.Blocks)))
+	copy(m.alloc[e.Start:e.End()], m.ones)
 }
 
 func (m *memory) Flush(ctx context.Context) error {
