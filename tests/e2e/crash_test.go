@@ -21,12 +21,13 @@ import (
 type oracle struct {
 	from, blocks uint64
 	block        uint64
+	span         uint64 // writes stay within the first blocks of the range
 	acked        []byte // the pattern last acknowledged; 0 is the content before
 	maybe        []byte // a pattern issued later and not answered; 0 is none
 }
 
 func newOracle(from, blocks, block uint64) *oracle {
-	return &oracle{from, blocks, block, make([]byte, blocks), make([]byte, blocks)}
+	return &oracle{from, blocks, block, blocks, make([]byte, blocks), make([]byte, blocks)}
 }
 
 // host is an initiator: it writes a pattern over a range of bytes, or fails unless it
@@ -74,8 +75,7 @@ func (h deviceHost) expect(ctx context.Context, pattern byte, offset, length uin
 func (o *oracle) client(ctx, load context.Context, h host, rng *rand.Rand, acks *atomic.Int64) error {
 	for load.Err() == nil {
 		n := uint64(1 + rng.IntN(16))
-		// Within an eighth of the range, so that there is always something left to copy.
-		at := rng.Uint64N(o.blocks/8 - n)
+		at := rng.Uint64N(o.span - n + 1)
 		if rng.IntN(3) == 0 {
 			if o.acked[at] == 0 || o.maybe[at] != 0 {
 				continue
@@ -179,6 +179,7 @@ func killInMidCopy(t *testing.T, p *pair, clients int, connect func(*service) fu
 	for i := range clients {
 		share := p.size / uint64(clients) / block
 		o := newOracle(uint64(i)*share, share, block)
+		o.span = share / 8 // so that there is always something left to copy
 		oracles = append(oracles, o)
 		h := newHost()
 		running.Go(func() {
@@ -257,5 +258,73 @@ func killInMidCopy(t *testing.T, p *pair, clients int, connect func(*service) fu
 	}
 	if at, same := sameImages(t, before, p.sourcePath, p.size); !same {
 		t.Errorf("the source was written, at byte %d", at)
+	}
+}
+
+// TestWritesThatRaceTheCopyWin has many writes in flight while the copy goes as fast
+// as it can, most of it over holes.
+func TestWritesThatRaceTheCopyWin(t *testing.T) {
+	needTools(t)
+	ctx := t.Context()
+	const clients = 32
+	for _, share := range []float64{0.1, 1} {
+		dir := t.TempDir()
+		const size = 64 * mib
+		from := sparseFile(t, dir, "old.img", size, share, 8)
+		before := from + ".before"
+		clone(t, from, before)
+		to := emptyFile(t, dir, "new.img", size)
+		a := newArray(t, "new", peer.Unit{Path: to, Thin: true})
+		s := newService(t, volume{name: "db01", source: from, destination: a.unit(1).URL(), more: "region_size = \"64KiB\"\n"})
+		s.start()
+		s.run("start", "db01")
+		s.run("pause", "db01")
+		dev, err := lun.Open(ctx, s.front("db01").URL(), lun.Options{})
+		must(t, err)
+		t.Cleanup(func() { dev.Close() })
+		var acks atomic.Int64
+		load, stop := context.WithCancel(ctx)
+		defer stop()
+		var running sync.WaitGroup
+		var oracles []*oracle
+		faults := make(chan error, clients)
+		seed := uint64(time.Now().UnixNano())
+		t.Logf("seed %d", seed)
+		for i := range clients {
+			blocks := uint64(size / clients / 512)
+			o := newOracle(uint64(i)*blocks, blocks, 512)
+			oracles = append(oracles, o)
+			running.Go(func() {
+				if err := o.client(ctx, load, deviceHost{dev}, rand.New(rand.NewPCG(seed, uint64(i))), &acks); err != nil {
+					faults <- err
+				}
+			})
+		}
+		s.run("resume", "db01")
+		s.run("wait", "db01", "--for", "synced", "--timeout", "60s")
+		during := acks.Load()
+		stop()
+		running.Wait()
+		select {
+		case err := <-faults:
+			t.Fatal(err)
+		default:
+		}
+		t.Logf("%d writes during the copy", during)
+		if during < clients {
+			t.Errorf("no load worth the name: %d writes", during)
+		}
+		must(t, dev.Close())
+		s.run("cutover", "db01")
+		s.stop()
+		image, err := os.Open(to)
+		must(t, err)
+		old, err := os.Open(before)
+		must(t, err)
+		for _, o := range oracles {
+			o.check(t, image, old)
+		}
+		must(t, image.Close())
+		must(t, old.Close())
 	}
 }

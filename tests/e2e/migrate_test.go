@@ -185,7 +185,7 @@ func TestArrayThatGoesAwayInMidCopyIsWaitedFor(t *testing.T) {
 	m := newModel(t, p.sourcePath, p.block)
 	s := newService(t, p.volume("db01"))
 	s.start()
-	s.run("throttle", "db01", "--rate", "1MiB")
+	s.run("throttle", "db01", "--rate", "4MiB")
 	s.run("start", "db01")
 	host := shell(t, s.front("db01"))
 	rng := rand.New(rand.NewPCG(5, 5))
