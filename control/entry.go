@@ -98,8 +98,12 @@ func (e *entry) close(ctx context.Context) error {
 // could not.
 func openUnits(ctx context.Context, service conf.Service, v conf.Volume, log logrus.FieldLogger, readOnly bool) (source, destination lun.Device, err error) {
 	open := func(side string, u conf.Unit) (lun.Device, error) {
+		key := v.Name + "/" + side
+		if readOnly { // beside the service, whose sessions stay
+			key = ""
+		}
 		device, err := lun.Open(ctx, u.Address, lun.Options{
-			ReadOnly: readOnly, BlockSize: v.FileBlockSize,
+			ReadOnly: readOnly, SessionKey: key, BlockSize: v.FileBlockSize,
 			InitiatorName: service.InitiatorName, Secret: u.Secret.Reveal(), TargetSecret: u.TargetSecret.Reveal(),
 			Sessions: v.Sessions, HeaderDigest: v.Digests, DataDigest: v.Digests,
 			LoginTimeout: service.LoginTimeout, IOTimeout: service.IOTimeout,

@@ -54,15 +54,23 @@ type Ledger interface {
 	// NextMissing is the first region from from on of which not all blocks are
 	// valid.
 	NextMissing(from uint64) (region uint64, ok bool)
-	// Begin is called before anything of e is read or looked at.
-	Begin(e lun.Extent)
+	// Begin is called before anything of e is read or looked at. The era it gives
+	// goes with what is copied then.
+	Begin(e lun.Extent) (era uint64)
 	// Invalid gives the runs of e that are not valid, in rising order.
 	Invalid(e lun.Extent) []lun.Extent
 	// Exclude keeps initiators' writes out of e until release is called.
 	Exclude(ctx context.Context, e lun.Extent) (release func(), err error)
 	// Commit flushes the destination and flags the blocks; when it returns nil
-	// they are valid and that is on stable storage.
-	Commit(ctx context.Context, done []lun.Extent) error
+	// they are valid and that is on stable storage, but for those of an era in
+	// which the destination lost its cache: they stay as they are.
+	Commit(ctx context.Context, done []Copied) error
+}
+
+// Copied is an extent that the destination holds, but for the flush.
+type Copied struct {
+	lun.Extent
+	Era uint64
 }
 
 // Options is what a Copier works on.
@@ -121,6 +129,7 @@ type job struct {
 // done is a job whose blocks the destination holds, but for the flush.
 type done struct {
 	job
+	era             uint64
 	extents         []lun.Extent
 	copied, skipped uint64
 }
@@ -321,8 +330,7 @@ func (c *Copier) extent(j job) lun.Extent {
 // copy brings the blocks of a job that are not valid onto the destination.
 func (c *Copier) copy(ctx context.Context, j job) (done, error) {
 	e := c.extent(j)
-	c.Ledger.Begin(e)
-	d := done{job: j}
+	d := done{job: j, era: c.Ledger.Begin(e)}
 	var err error
 	if j.hole {
 		err = c.copyHole(ctx, e, &d)
@@ -539,11 +547,13 @@ func (c *Copier) finish(ctx context.Context, finished <-chan done) {
 				more = false
 			}
 		}
-		var extents []lun.Extent
+		var copied []Copied
 		for _, d := range batch {
-			extents = append(extents, d.extents...)
+			for _, e := range d.extents {
+				copied = append(copied, Copied{e, d.era})
+			}
 		}
-		err := c.Ledger.Commit(ctx, extents)
+		err := c.Ledger.Commit(ctx, copied)
 		for _, d := range batch {
 			if err == nil {
 				c.copied.Add(d.copied)

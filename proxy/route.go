@@ -6,6 +6,7 @@ import (
 
 	"golang.org/x/sync/errgroup"
 
+	copier "lunshift/copy"
 	"lunshift/lun"
 	"lunshift/state"
 )
@@ -13,6 +14,10 @@ import (
 // splitDepth is how many parts of one command that spans both sides are under way
 // at a time.
 const splitDepth = 16
+
+// mostRepeats is how often one write is done again because the destination lost its
+// cache.
+const mostRepeats = 5
 
 // errRetired is what a command gets that meets a volume that is cut over. It makes
 // initiators try again, by then on the path to the destination.
@@ -206,10 +211,7 @@ func (v *Volume) write(ctx context.Context, e lun.Extent, do func(*unit) error) 
 	// Only a holder of the range or the copier's commit makes blocks valid, so
 	// what is valid here stays so.
 	fresh := !v.flags.All(state.Valid, run(e))
-	err := do(v.destination)
-	if err == nil && fresh && v.destination.Info().VolatileCache {
-		err = v.destinationFlush.Flush(ctx)
-	}
+	err := v.writeStable(ctx, fresh, do)
 	if err == nil {
 		if err = v.flags.Set(ctx, state.Valid|state.Dirty, run(e)); ctx.Err() == nil {
 			v.fault("state", err)
@@ -219,6 +221,26 @@ func (v *Volume) write(ctx context.Context, e lun.Extent, do func(*unit) error) 
 		v.suspect(e)
 	}
 	return err
+}
+
+// writeStable has do change the destination and, where stable asks for it and the
+// destination's cache is volatile, flushes it. If the destination lost its cache
+// between the two the flush proves nothing, and both are done again.
+func (v *Volume) writeStable(ctx context.Context, stable bool, do func(*unit) error) error {
+	stable = stable && v.destination.Info().VolatileCache
+	for range mostRepeats {
+		era := v.destination.Resets()
+		if err := do(v.destination); err != nil || !stable {
+			return err
+		}
+		if err := v.destinationFlush.Flush(ctx); err != nil {
+			return err
+		}
+		if v.destination.Resets() == era {
+			return nil
+		}
+	}
+	return fmt.Errorf("destination: lost its cache %d times during one write: %w", mostRepeats, lun.ErrUnavailable)
 }
 
 // suspect keeps blocks whose write failed from being flagged by a copy made before
@@ -253,10 +275,11 @@ func (l *ledger) NextMissing(from uint64) (uint64, bool) {
 
 // Begin clears the suspicion of e: what is copied from here on is newer than the
 // write that failed.
-func (l *ledger) Begin(e lun.Extent) {
+func (l *ledger) Begin(e lun.Extent) (era uint64) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.suspects = subtract(l.suspects, e)
+	return l.destination.Resets()
 }
 
 func (l *ledger) Invalid(e lun.Extent) []lun.Extent {
@@ -279,13 +302,21 @@ func (l *ledger) Exclude(ctx context.Context, e lun.Extent) (func(), error) {
 }
 
 // Commit flags copied blocks in the order of the write rule.
-func (l *ledger) Commit(ctx context.Context, done []lun.Extent) error {
-	if len(done) == 0 {
+func (l *ledger) Commit(ctx context.Context, copied []copier.Copied) error {
+	if len(copied) == 0 {
 		return nil
 	}
-	if l.destination.Info().VolatileCache {
+	volatile := l.destination.Info().VolatileCache
+	if volatile {
 		if err := l.destinationFlush.Flush(ctx); err != nil {
 			return err
+		}
+	}
+	era := l.destination.Resets()
+	var done []lun.Extent
+	for _, c := range copied {
+		if !volatile || c.Era == era {
+			done = append(done, c.Extent)
 		}
 	}
 	l.commits.Lock()

@@ -85,6 +85,15 @@ func (u *unit) TryReadAt(p []byte, start lun.LBA) (bool, error) {
 	return done, u.note(err)
 }
 
+// Resets implements lun.Resetter; a device that is none never loses its cache
+// unnoticed.
+func (u *unit) Resets() uint64 {
+	if d, ok := u.Device.(lun.Resetter); ok {
+		return d.Resets()
+	}
+	return 0
+}
+
 // discard makes e read as zeroes, freeing the blocks where the unit can.
 func (u *unit) discard(ctx context.Context, e lun.Extent) error {
 	if info := u.Info(); info.Thin && info.UnmapZeroes {

@@ -234,9 +234,15 @@ func TestFirstWriteSurvivesPowerLossOfTheDestination(t *testing.T) {
 		}
 		return nil
 	}
+	// The copier stands still at its first read, a region at the most.
+	r.source.Before = func(ctx context.Context, op luntest.Op, e lun.Extent) error {
+		if op == luntest.Read && e.Blocks > 1 && e.Blocks <= testRegion/testBlock {
+			<-ctx.Done()
+		}
+		return ctx.Err()
+	}
 	v := r.open(t)
 	defer r.close(t)
-	must(t, v.Throttle(context.Background(), 1)) // the copier hardly moves
 	must(t, v.Start(context.Background()))
 	written := lun.Extent{Start: 900, Blocks: 7}
 	fill(t, v, written, 2)
@@ -251,6 +257,42 @@ func TestFirstWriteSurvivesPowerLossOfTheDestination(t *testing.T) {
 	}
 	expect(t, v, lun.Extent{Start: 950, Blocks: 1}, 1)
 	failing.Store(false)
+}
+
+// The destination restarts after it took a block and before it is flushed: the flush
+// succeeds, and the block is gone. It fails when Resets is not looked at.
+func TestCacheLostBetweenWriteAndFlushIsNoticed(t *testing.T) {
+	r := newRig(t, 1024)
+	all := lun.Extent{Blocks: 1024}
+	fill(t, r.source, all, 1)
+	var losses, after atomic.Int32
+	after.Store(-1)
+	r.destination.Before = func(_ context.Context, op luntest.Op, _ lun.Extent) error {
+		if op == luntest.Flush && after.Add(-1) == 0 {
+			losses.Add(1)
+			r.destination.PowerLoss()
+		}
+		return nil
+	}
+	v := r.open(t)
+	defer r.close(t)
+	must(t, v.Throttle(context.Background(), 1))
+	must(t, v.Start(context.Background()))
+	after.Store(1)
+	fill(t, v, lun.Extent{Start: 1000, Blocks: 4}, 2)
+	if losses.Load() != 1 {
+		t.Fatalf("%d losses before the write was acknowledged", losses.Load())
+	}
+	expect(t, v, lun.Extent{Start: 1000, Blocks: 4}, 2)
+	after.Store(1) // the copier's commit
+	must(t, v.Throttle(context.Background(), 0))
+	waitFor(t, v, Synced)
+	if losses.Load() != 2 {
+		t.Fatalf("%d losses in all", losses.Load())
+	}
+	r.destination.PowerLoss()
+	expect(t, v, lun.Extent{Blocks: 1000}, 1)
+	expect(t, v, lun.Extent{Start: 1000, Blocks: 4}, 2)
 }
 
 // It fails when the start does not wait for the gate to drain.

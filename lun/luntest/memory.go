@@ -36,6 +36,7 @@ type Memory struct {
 	blocks map[lun.LBA][]byte // allocated blocks, as reads see them
 	stable map[lun.LBA][]byte // as they would be after a power loss
 	counts map[Op]int
+	resets uint64
 }
 
 // NewMemory makes a blank Memory. Zero fields of info that must not be are filled in.
@@ -61,6 +62,14 @@ func (m *Memory) PowerLoss() {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.blocks = maps.Clone(m.stable)
+	m.resets++
+}
+
+// Resets implements lun.Resetter: it counts the power losses.
+func (m *Memory) Resets() uint64 {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.resets
 }
 
 // Reopen is the device after a restart of its user: Close undone.
