@@ -7,8 +7,11 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
+	"runtime"
 	"syscall"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"lunshift/lun"
 	"lunshift/target"
@@ -17,31 +20,62 @@ import (
 // slow is a device each of whose reads and writes takes a time of its own more.
 type slow struct {
 	lun.Updater
-	delay time.Duration
+	delay *delay
 }
 
 func (s *slow) ReadAt(ctx context.Context, p []byte, start lun.LBA) error {
-	if err := s.pause(ctx); err != nil {
+	if err := s.delay.wait(ctx); err != nil {
 		return err
 	}
 	return s.Updater.ReadAt(ctx, p, start)
 }
 
 func (s *slow) WriteAt(ctx context.Context, p []byte, start lun.LBA) error {
-	if err := s.pause(ctx); err != nil {
+	if err := s.delay.wait(ctx); err != nil {
 		return err
 	}
 	return s.Updater.WriteAt(ctx, p, start)
 }
 
-func (s *slow) pause(ctx context.Context) error {
-	t := time.NewTimer(s.delay)
-	defer t.Stop()
-	select {
-	case <-t.C:
-		return nil
-	case <-ctx.Done():
-		return ctx.Err()
+// delay is a fixed time that many wait for at once. A thread of its own keeps it: timers of the Go runtime fire up to a
+// millisecond late and many together, as no disk answers.
+type delay struct {
+	span  time.Duration
+	queue chan waiter
+}
+
+type waiter struct {
+	until time.Time
+	over  chan struct{}
+}
+
+// newDelay starts the thread, which lives as long as the process.
+func newDelay(span time.Duration) *delay {
+	d := &delay{span, make(chan waiter, 1024)}
+	go d.run()
+	return d
+}
+
+func (d *delay) wait(ctx context.Context) error {
+	w := waiter{time.Now().Add(d.span), make(chan struct{})}
+	d.queue <- w
+	<-w.over
+	return ctx.Err()
+}
+
+// run wakes the waiters in the order in which they came, which is that of their times.
+func (d *delay) run() {
+	runtime.LockOSThread()
+	const slack = 1000 // ns that the kernel may be late
+	if err := unix.Prctl(unix.PR_SET_TIMERSLACK, slack, 0, 0, 0); err != nil {
+		fmt.Fprintln(os.Stderr, "bench: the slow array is a little slower:", err)
+	}
+	for w := range d.queue {
+		for left := time.Until(w.until); left > 0; left = time.Until(w.until) {
+			ts := unix.NsecToTimespec(left.Nanoseconds())
+			unix.Nanosleep(&ts, nil) // an interrupted sleep goes on
+		}
+		close(w.over)
 	}
 }
 
@@ -49,11 +83,14 @@ func (s *slow) pause(ctx context.Context) error {
 // per file from LUN 1 on. It tells its portal on its first line.
 func runArray(args []string) error {
 	flags := flag.NewFlagSet("array", flag.ContinueOnError)
-	delay := flags.Duration("delay", time.Millisecond, "of each read and write")
+	span := flags.Duration("delay", time.Millisecond, "of each read and write")
 	iqn := flags.String("iqn", "", "target name")
 	if err := flags.Parse(args); err != nil {
 		return err
 	}
+	// The sleeping thread keeps one processor of the Go runtime to itself.
+	runtime.GOMAXPROCS(runtime.NumCPU() + 1)
+	pace := newDelay(*span)
 	ctx, cancel := signal.NotifyContext(context.Background(), syscall.SIGTERM)
 	defer cancel()
 	server, err := target.New(target.Config{Portals: []string{"127.0.0.1:0"}})
@@ -66,7 +103,7 @@ func runArray(args []string) error {
 			return err
 		}
 		defer dev.Close()
-		unit := target.Unit{IQN: *iqn, LUN: uint64(i + 1), Device: &slow{lun.Serialize(dev), *delay}}
+		unit := target.Unit{IQN: *iqn, LUN: uint64(i + 1), Device: &slow{lun.Serialize(dev), pace}}
 		if err := server.AddUnit(unit); err != nil {
 			return err
 		}
