@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"lunshift/proxy"
+	"lunshift/state"
 )
 
 // Volume is what the service needs of a volume; *proxy.Volume is one.
@@ -25,7 +26,7 @@ type Volume interface {
 	Throttle(ctx context.Context, rate uint64) error
 	Cutover(ctx context.Context) error
 	Wait(ctx context.Context, p proxy.Phase) error
-	Remove(ctx context.Context) error
+	Remove(ctx context.Context, instead ...state.Record) error
 	Shutdown(ctx context.Context) error
 }
 

@@ -13,6 +13,7 @@ import (
 	"lunshift/conf"
 	"lunshift/lun"
 	"lunshift/proxy"
+	"lunshift/state"
 )
 
 // entry is a volume of the configuration.
@@ -56,7 +57,7 @@ func (e *entry) status() proxy.Status {
 
 // remove forgets the volume, leaves the mark and gives the units up. It tells
 // whether that is done by this call.
-func (e *entry) remove(ctx context.Context, mark func() error) (bool, error) {
+func (e *entry) remove(ctx context.Context, mark state.Record) (bool, error) {
 	if e.isRemoved() {
 		return false, nil
 	}
@@ -64,10 +65,7 @@ func (e *entry) remove(ctx context.Context, mark func() error) (bool, error) {
 	if err != nil {
 		return false, err
 	}
-	if err := volume.Remove(ctx); err != nil {
-		return false, err
-	}
-	if err := mark(); err != nil {
+	if err := volume.Remove(ctx, mark); err != nil {
 		return false, err
 	}
 	e.mu.Lock()

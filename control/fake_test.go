@@ -79,7 +79,7 @@ func (f *fakeVolume) Throttle(_ context.Context, rate uint64) error {
 func (f *fakeVolume) Cutover(context.Context) error {
 	return f.step(proxy.Synced, "cutover", func(s *proxy.Status) { s.Phase = proxy.Cutover })
 }
-func (f *fakeVolume) Remove(context.Context) error {
+func (f *fakeVolume) Remove(context.Context, ...state.Record) error {
 	return f.step(proxy.Cutover, "remove", func(*proxy.Status) {})
 }
 func (f *fakeVolume) Shutdown(context.Context) error { return nil }

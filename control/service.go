@@ -213,7 +213,7 @@ func (s *Service) Remove(ctx context.Context, name string) (bool, error) {
 	}
 	if i := slices.IndexFunc(s.entries, func(e *entry) bool { return e.conf.Name == name }); i >= 0 {
 		mark := state.Record{Volume: name, SourceID: record.SourceID, DestinationID: record.DestinationID, Phase: removed, CreatedAt: time.Now()}
-		done, err := s.entries[i].remove(ctx, func() error { return s.store.PutRecords(ctx, mark) })
+		done, err := s.entries[i].remove(ctx, mark)
 		if done {
 			s.claims.release(name)
 		}

@@ -2,6 +2,7 @@ package copier
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"slices"
 	"sort"
@@ -33,6 +34,9 @@ func survey(ctx context.Context, dev lun.Device, of lun.Extent, seen func(uint64
 	gap := uint64(0) // gaps up to this long are bridged
 	for rest := of; !rest.Empty(); {
 		list, err := dev.Extents(ctx, rest)
+		if cannotTell(err) {
+			list, err = []lun.Allocation{{Extent: rest, Allocated: true}}, nil
+		}
 		if err != nil {
 			return nil, fmt.Errorf("read the allocation of %v: %w", rest, err)
 		}
@@ -60,6 +64,14 @@ func survey(ctx context.Context, dev lun.Device, of lun.Extent, seen func(uint64
 	}
 	m.runs = slices.Clip(m.runs)
 	return m, nil
+}
+
+// cannotTell tells whether the device refused to say what is allocated, now and
+// for ever.
+func cannotTell(err error) bool {
+	const illegalRequest = 0x5 // SPC-4 table 49
+	var sense *lun.SenseError
+	return errors.Is(err, lun.ErrUnsupported) || errors.As(err, &sense) && sense.Key == illegalRequest
 }
 
 // Allocated is how many blocks count as allocated.

@@ -30,9 +30,6 @@ const (
 	// sliceBytes is the most that is written under one lock, so the longest that
 	// a write of an initiator waits for the copier.
 	sliceBytes = 256 << 10
-	// holeStepBytes is the most that is made zero under one lock where the
-	// destination needs no data transfer for it.
-	holeStepBytes = 16 << 20
 	// holeSpanRegions is how many wholly unallocated regions are one job.
 	holeSpanRegions = 4096
 	// readGapBytes is the longest run of blocks nobody needs that is read along, to
@@ -61,6 +58,9 @@ type Ledger interface {
 	Invalid(e lun.Extent) []lun.Extent
 	// Exclude keeps initiators' writes out of e until release is called.
 	Exclude(ctx context.Context, e lun.Extent) (release func(), err error)
+	// TryExclude is Exclude where no write to e is under way; otherwise it reports
+	// false at once.
+	TryExclude(e lun.Extent) (release func(), ok bool)
 	// Commit flushes the destination and flags the blocks; when it returns nil
 	// they are valid and that is on stable storage, but for those of an era in
 	// which the destination lost its cache: they stay as they are.
@@ -93,7 +93,8 @@ type Options struct {
 
 // Progress counts what a Copier did since it was made, in bytes.
 type Progress struct {
-	// Copied was written to the destination as data.
+	// Copied was written to the destination as data. What had to be copied again
+	// counts again.
 	Copied uint64
 	// Skipped needed no data: unallocated, or zeroes.
 	Skipped uint64
@@ -101,6 +102,8 @@ type Progress struct {
 	// Surveyed tells whether it has come to the end.
 	Allocated uint64
 	Surveyed  bool
+	// Read was read from the source; Left is what is still to be read, at the most.
+	Read, Left uint64
 }
 
 // Copier copies one volume. Run may be called again after it returned; calls to Run
@@ -110,13 +113,21 @@ type Copier struct {
 	info lun.Info // of the source
 	pool sync.Pool
 
-	copied, skipped, allocated atomic.Uint64
-	allocation                 atomic.Pointer[AllocationMap]
+	copied, skipped, allocated, bytesRead, left atomic.Uint64
+	allocation                                  atomic.Pointer[AllocationMap]
 
 	mu       sync.Mutex // protects the fields below
-	cond     *sync.Cond // signalled when inFlight shrinks, or Run ends
+	cond     *sync.Cond // signalled when a region may be free, or Run ends
 	inFlight map[uint64]struct{}
-	cursor   uint64
+	failing  map[uint64]failure // by region
+	partial  uint64             // where to look for the next partial region
+	missing  uint64             // and for the next of the others
+}
+
+// failure is a region whose copy failed; it rests for a while, and the others go on.
+type failure struct {
+	until time.Time
+	wait  time.Duration
 }
 
 // job is a run of regions that one worker deals with. Hole jobs hold no allocated
@@ -136,7 +147,7 @@ type done struct {
 
 // New makes a Copier; nothing happens before Run.
 func New(o Options) *Copier {
-	c := &Copier{Options: o, info: o.Source.Info(), inFlight: make(map[uint64]struct{})}
+	c := &Copier{Options: o, info: o.Source.Info(), inFlight: make(map[uint64]struct{}), failing: make(map[uint64]failure)}
 	c.cond = sync.NewCond(&c.mu)
 	c.pool.New = func() any {
 		p := make([]byte, o.RegionBlocks*uint64(c.info.BlockSize))
@@ -152,6 +163,8 @@ func (c *Copier) Progress() Progress {
 		Skipped:   c.skipped.Load(),
 		Allocated: c.allocated.Load(),
 		Surveyed:  c.allocation.Load() != nil,
+		Read:      c.bytesRead.Load(),
+		Left:      c.left.Load(),
 	}
 }
 
@@ -169,11 +182,7 @@ func (c *Copier) Run(ctx context.Context) error {
 		defer close(finisher)
 		c.finish(ctx, finished)
 	}()
-	stop := context.AfterFunc(ctx, func() {
-		c.mu.Lock()
-		defer c.mu.Unlock()
-		c.cond.Broadcast()
-	})
+	stop := context.AfterFunc(ctx, c.wake)
 	defer stop()
 
 	var workers sync.WaitGroup
@@ -196,22 +205,46 @@ func (c *Copier) survey(ctx context.Context) error {
 			c.allocated.Store(blocks * uint64(c.info.BlockSize))
 		})
 		if err == nil {
+			c.measure(m)
 			c.allocation.Store(m)
 			c.Fault(nil)
 			return nil
 		}
-		if err := c.retry(ctx, err, &wait); err != nil {
+		if ctx.Err() != nil {
+			return ctx.Err()
+		}
+		c.Fault(err)
+		if err := c.rest(ctx, &wait); err != nil {
 			return err
 		}
 	}
 }
 
-// retry tells of err and waits; it returns ctx's error when that ends.
-func (c *Copier) retry(ctx context.Context, err error, wait *time.Duration) error {
-	if ctx.Err() != nil {
-		return ctx.Err()
+// measure counts what is left to read: what is allocated in regions that are not
+// valid as a whole.
+func (c *Copier) measure(m *AllocationMap) {
+	var left uint64
+	for at, ok := m.NextAllocated(0); ok; {
+		r, missing := c.Ledger.NextMissing(uint64(at) / c.RegionBlocks)
+		if !missing {
+			break
+		}
+		left += c.bytes(m.Within(c.extent(job{first: r, count: 1})))
+		at, ok = m.NextAllocated(lun.LBA((r + 1) * c.RegionBlocks))
 	}
-	c.Fault(err)
+	c.left.Store(left)
+}
+
+func (c *Copier) bytes(runs []lun.Extent) (n uint64) {
+	for _, e := range runs {
+		n += c.info.Bytes(e)
+	}
+	return n
+}
+
+// rest waits before another attempt, each time longer; it returns ctx's error when
+// that ends.
+func (c *Copier) rest(ctx context.Context, wait *time.Duration) error {
 	t := time.NewTimer(*wait)
 	defer t.Stop()
 	*wait = min(2**wait, lastRetry)
@@ -232,40 +265,33 @@ func (c *Copier) work(ctx context.Context, finished chan<- done) {
 		}
 		d, err := c.copy(ctx, j)
 		if err != nil {
-			c.release(j)
-			if c.retry(ctx, err, &wait) != nil {
+			c.release(ctx, j, err)
+			if c.rest(ctx, &wait) != nil {
 				return
 			}
 			continue
 		}
-		if wait != firstRetry {
-			wait = firstRetry
-			c.Fault(nil)
-		}
+		wait = firstRetry
 		finished <- d
 	}
 }
 
 // take hands out the next job: partial regions first, then in rising order, and
-// round again for what failed. It waits while all that is left is in
-// flight; false means that nothing is left, or ctx ended.
+// round again for what failed. It waits while all that is left is in flight or
+// rests after a failure; false means that nothing is left, or ctx ended.
 func (c *Copier) take(ctx context.Context) (job, bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	for ctx.Err() == nil {
-		if r, ok := c.free(c.Ledger.NextPartial, 0); ok {
+		if r, ok := c.free(c.Ledger.NextPartial, &c.partial); ok {
 			return c.claim(r, 1, false), true
 		}
-		r, ok := c.free(c.Ledger.NextMissing, c.cursor)
-		if !ok {
-			r, ok = c.free(c.Ledger.NextMissing, 0)
-		}
-		if ok {
+		if r, ok := c.free(c.Ledger.NextMissing, &c.missing); ok {
 			count, hole := c.holeSpan(r)
-			c.cursor = r + count
+			c.missing = r + count
 			return c.claim(r, count, hole), true
 		}
-		if len(c.inFlight) == 0 {
+		if _, any := c.Ledger.NextMissing(0); !any && len(c.inFlight) == 0 {
 			return job{}, false
 		}
 		c.cond.Wait()
@@ -273,18 +299,27 @@ func (c *Copier) take(ctx context.Context) (job, bool) {
 	return job{}, false
 }
 
-// free is the first region from from on that next gives and nobody works on.
-func (c *Copier) free(next func(uint64) (uint64, bool), from uint64) (uint64, bool) {
-	for {
-		r, ok := next(from)
-		if !ok {
-			return 0, false
+// free is the next region that next gives and that may be worked on, from cursor on
+// and then from the beginning; the cursor moves past it.
+func (c *Copier) free(next func(uint64) (uint64, bool), cursor *uint64) (uint64, bool) {
+	for _, from := range [...]uint64{*cursor, 0} {
+		for r, ok := next(from); ok; r, ok = next(r + 1) {
+			if c.mayCopy(r) {
+				*cursor = r + 1
+				return r, true
+			}
 		}
-		if _, busy := c.inFlight[r]; !busy {
-			return r, true
-		}
-		from = r + 1
 	}
+	return 0, false
+}
+
+// mayCopy tells whether nobody works on the region and it does not rest.
+func (c *Copier) mayCopy(r uint64) bool {
+	if _, busy := c.inFlight[r]; busy {
+		return false
+	}
+	f, failed := c.failing[r]
+	return !failed || !time.Now().Before(f.until)
 }
 
 // holeSpan is how many regions from r on hold no allocated block, and whether r is
@@ -299,7 +334,7 @@ func (c *Copier) holeSpan(r uint64) (count uint64, hole bool) {
 		return 1, false
 	}
 	for count < holeSpanRegions && r+count < end {
-		if m, ok := c.free(c.Ledger.NextMissing, r+count); !ok || m != r+count {
+		if m, ok := c.Ledger.NextMissing(r + count); !ok || m != r+count || !c.mayCopy(m) {
 			break
 		}
 		count++
@@ -314,12 +349,38 @@ func (c *Copier) claim(first, count uint64, hole bool) job {
 	return job{first, count, hole}
 }
 
-func (c *Copier) release(j job) {
+// release gives a job's regions back; err is why it failed, nil if it did not. The
+// regions of a job that failed rest, each time longer; once there are none the fault
+// is over.
+func (c *Copier) release(ctx context.Context, j job, err error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	defer c.cond.Broadcast()
+	failed := len(c.failing) > 0
 	for r := j.first; r < j.first+j.count; r++ {
 		delete(c.inFlight, r)
+		if err == nil {
+			delete(c.failing, r)
+		}
 	}
+	switch {
+	case ctx.Err() != nil: // stopped, which is no fault of the region
+	case err != nil:
+		f := failure{wait: min(max(2*c.failing[j.first].wait, firstRetry), lastRetry)}
+		f.until = time.Now().Add(f.wait)
+		for r := j.first; r < j.first+j.count; r++ {
+			c.failing[r] = f
+		}
+		time.AfterFunc(f.wait, c.wake)
+		c.Fault(err)
+	case failed && len(c.failing) == 0:
+		c.Fault(nil)
+	}
+}
+
+func (c *Copier) wake() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
 	c.cond.Broadcast()
 }
 
@@ -371,30 +432,54 @@ func (c *Copier) copyRegion(ctx context.Context, e lun.Extent, d *done) error {
 // read fills buf, the content of e, with what the source has for the runs in need;
 // unallocated blocks are zeroes without being read.
 func (c *Copier) read(ctx context.Context, buf []byte, e lun.Extent, need []lun.Extent) error {
-	var wanted []lun.Extent
+	// Runs that lie close together are read as one.
+	type read struct {
+		whole lun.Extent
+		parts []lun.Extent
+	}
+	var reads []read
 	gap := uint64(readGapBytes) / uint64(c.info.BlockSize)
 	for _, run := range need {
 		for _, a := range c.allocation.Load().Within(run) {
-			if n := len(wanted); n > 0 && uint64(a.Start-wanted[n-1].End()) <= gap {
-				wanted[n-1].Blocks = uint64(a.End() - wanted[n-1].Start)
+			if n := len(reads); n > 0 && uint64(a.Start-reads[n-1].whole.End()) <= gap {
+				last := &reads[n-1]
+				last.whole.Blocks = uint64(a.End() - last.whole.Start)
+				last.parts = append(last.parts, a)
 			} else {
-				wanted = append(wanted, a)
+				reads = append(reads, read{a, []lun.Extent{a}})
 			}
 		}
 	}
 	at := e.Start
-	for _, w := range wanted {
-		clear(c.part(buf, e, lun.Extent{Start: at, Blocks: uint64(w.Start - at)}))
-		p := c.part(buf, e, w)
-		if err := c.Throttle.Wait(ctx, len(p)); err != nil {
+	for _, r := range reads {
+		clear(c.part(buf, e, lun.Extent{Start: at, Blocks: uint64(r.whole.Start - at)}))
+		err := c.readRun(ctx, c.part(buf, e, r.whole), r.whole)
+		if err != nil && len(r.parts) > 1 && ctx.Err() == nil {
+			// What nobody needs may be what cannot be read.
+			err = nil
+			for _, part := range r.parts {
+				if err = c.readRun(ctx, c.part(buf, e, part), part); err != nil {
+					break
+				}
+			}
+		}
+		if err != nil {
 			return err
 		}
-		if err := c.Source.ReadAt(ctx, p, w.Start); err != nil {
-			return fmt.Errorf("read %v of the source: %w", w, err)
-		}
-		at = w.End()
+		at = r.whole.End()
 	}
 	clear(c.part(buf, e, lun.Extent{Start: at, Blocks: uint64(e.End() - at)}))
+	return nil
+}
+
+func (c *Copier) readRun(ctx context.Context, p []byte, e lun.Extent) error {
+	if err := c.Throttle.Wait(ctx, len(p)); err != nil {
+		return err
+	}
+	if err := c.Source.ReadAt(ctx, p, e.Start); err != nil {
+		return fmt.Errorf("read %v of the source: %w", e, err)
+	}
+	c.bytesRead.Add(uint64(len(p)))
 	return nil
 }
 
@@ -458,29 +543,42 @@ func (c *Copier) copyHole(ctx context.Context, e lun.Extent, d *done) error {
 	if err != nil {
 		return err
 	}
-	step := uint64(sliceBytes)
-	if info := c.Destination.Info(); info.Thin && info.UnmapZeroes {
-		step = holeStepBytes
-	}
+	slice := uint64(sliceBytes) / uint64(c.info.BlockSize)
+	info := c.Destination.Info()
+	transfers := !info.Thin || !info.UnmapZeroes
 	for !e.Empty() {
 		part := e
-		if len(blank) == 0 || !inside(blank, part) {
-			part.Blocks = min(part.Blocks, step/uint64(c.info.BlockSize))
+		release, locked := func() {}, false
+		if inside(blank, e) {
+			// Nothing is to be written, so the lock is held for an instant,
+			// however long the extent is. It must not be waited for: writes
+			// that come later would wait as well.
+			release, locked = c.Ledger.TryExclude(e)
 		}
-		e.Start, e.Blocks = part.End(), e.Blocks-part.Blocks
-		if err := c.zeroPart(ctx, part, blank, d); err != nil {
+		if !locked {
+			part.Blocks = min(part.Blocks, slice)
+			if transfers && !inside(blank, part) {
+				if err := c.Throttle.Wait(ctx, int(c.info.Bytes(part))); err != nil {
+					return err
+				}
+			}
+			if release, err = c.Ledger.Exclude(ctx, part); err != nil {
+				return err
+			}
+		}
+		err := c.zeroPart(ctx, part, blank, d)
+		release()
+		if err != nil {
 			return err
 		}
+		e.Start, e.Blocks = part.End(), e.Blocks-part.Blocks
 	}
 	return nil
 }
 
+// zeroPart makes the blocks of part that are not valid read as zeroes on the
+// destination; initiators' writes to it are kept out.
 func (c *Copier) zeroPart(ctx context.Context, part lun.Extent, blank []lun.Extent, d *done) error {
-	release, err := c.Ledger.Exclude(ctx, part)
-	if err != nil {
-		return err
-	}
-	defer release()
 	for _, run := range c.Ledger.Invalid(part) {
 		if !inside(blank, run) {
 			if err := c.Destination.WriteZeroes(ctx, run); err != nil {
@@ -503,6 +601,9 @@ func (c *Copier) blank(ctx context.Context, e lun.Extent) ([]lun.Extent, error) 
 	var blank []lun.Extent
 	for !e.Empty() {
 		list, err := c.Destination.Extents(ctx, e)
+		if cannotTell(err) {
+			return nil, nil
+		}
 		if err != nil {
 			return nil, fmt.Errorf("read the allocation of %v of the destination: %w", e, err)
 		}
@@ -556,19 +657,28 @@ func (c *Copier) finish(ctx context.Context, finished <-chan done) {
 		err := c.Ledger.Commit(ctx, copied)
 		for _, d := range batch {
 			if err == nil {
-				c.copied.Add(d.copied)
-				c.skipped.Add(d.skipped)
+				c.account(d)
 			}
-			c.release(d.job)
+			c.release(ctx, d.job, err)
 		}
-		if err != nil {
-			// The regions are not valid and will be taken again.
-			if c.retry(ctx, err, &wait) != nil {
-				continue // drain: the workers may still hold results
-			}
-		} else if wait != firstRetry {
+		if err == nil {
 			wait = firstRetry
-			c.Fault(nil)
+		} else if c.rest(ctx, &wait) != nil {
+			continue // the workers may still hold results to take
 		}
 	}
+}
+
+// account counts a job whose blocks are valid.
+func (c *Copier) account(d done) {
+	c.copied.Add(d.copied)
+	c.skipped.Add(d.skipped)
+	if d.hole {
+		return
+	}
+	if r, ok := c.Ledger.NextMissing(d.first); ok && r == d.first {
+		return // something of it was left out and comes again
+	}
+	n := c.bytes(c.allocation.Load().Within(c.extent(d.job)))
+	c.left.Add(-min(n, c.left.Load()))
 }

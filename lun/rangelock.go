@@ -32,13 +32,7 @@ func (l *RangeLock) Lock(ctx context.Context, e Extent) (*Held, error) {
 			h.ahead++
 		}
 	}
-	h.prev = l.tail
-	if l.tail != nil {
-		l.tail.next = h
-	} else {
-		l.head = h
-	}
-	l.tail = h
+	l.push(h)
 	if h.ahead == 0 {
 		l.mu.Unlock()
 		return h, nil
@@ -52,6 +46,32 @@ func (l *RangeLock) Lock(ctx context.Context, e Extent) (*Held, error) {
 		l.Unlock(h)
 		return nil, ctx.Err()
 	}
+}
+
+// TryLock is Lock where nobody else holds or waits for a block of e; otherwise it
+// reports false at once.
+func (l *RangeLock) TryLock(e Extent) (*Held, bool) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for o := l.head; o != nil; o = o.next {
+		if o.extent.Overlaps(e) {
+			return nil, false
+		}
+	}
+	h := &Held{extent: e}
+	l.push(h)
+	return h, true
+}
+
+// push puts h at the end of the list; mu is held.
+func (l *RangeLock) push(h *Held) {
+	h.prev = l.tail
+	if l.tail != nil {
+		l.tail.next = h
+	} else {
+		l.head = h
+	}
+	l.tail = h
 }
 
 // Unlock gives the extent up. It must be called once for each Lock that

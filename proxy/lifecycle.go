@@ -5,8 +5,10 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 	"time"
 
+	"lunshift/lun"
 	"lunshift/state"
 )
 
@@ -47,7 +49,9 @@ const (
 	// sampleEvery and samplesKept make the window over which the rate is measured.
 	sampleEvery = time.Second
 	samplesKept = 11
-	// progressEvery is how often the progress counters are written down.
+	// firstProgress is how soon after the first progress the counters are written
+	// down, progressEvery how often afterwards.
+	firstProgress = 100 * time.Millisecond
 	progressEvery = 5 * time.Second
 )
 
@@ -76,11 +80,10 @@ func (v *Volume) advance(ctx context.Context, to Phase, change func(*state.Recor
 	return nil
 }
 
-// resumePhase takes up the phase of the record.
+// resumePhase goes on with what the phase asks for.
 func (v *Volume) resumePhase(ctx context.Context) {
 	v.step.Lock()
 	defer v.step.Unlock()
-	v.phase.Store(Phase(v.record.Phase))
 	switch v.Phase() {
 	case Ready:
 		if v.cfg.Autostart {
@@ -101,6 +104,9 @@ func (v *Volume) resumePhase(ctx context.Context) {
 func (v *Volume) Start(ctx context.Context) error {
 	v.step.Lock()
 	defer v.step.Unlock()
+	if v.closed {
+		return v.errorf("start: %w", lun.ErrClosed)
+	}
 	switch v.Phase() {
 	case Ready:
 		return v.becomeMigrating(ctx)
@@ -119,7 +125,11 @@ func (v *Volume) becomeMigrating(ctx context.Context) error {
 		return v.errorf("%w", err)
 	}
 	if len(refused) > 0 {
-		return v.errorf("start refused: %w", errors.Join(refused...))
+		return v.errorf("start refused: %w", oneLine(refused))
+	}
+	// Most of what the source has in its cache is flushed before commands are held.
+	if err := v.source.Flush(ctx); err != nil {
+		return v.errorf("start: %w", err)
 	}
 	_, err = v.held(ctx, func(ctx context.Context) error {
 		if err := v.source.Flush(ctx); err != nil {
@@ -152,10 +162,22 @@ func (v *Volume) held(ctx context.Context, do func(context.Context) error) (time
 	return time.Since(began), err
 }
 
+// stopped tells whether the copier was told to stop.
+func (c *copying) stopped() bool { return c.ctx.Err() != nil }
+
+// oneLine joins the reasons of a refusal.
+func oneLine(refused []error) error {
+	texts := make([]string, len(refused))
+	for i, r := range refused {
+		texts[i] = r.Error()
+	}
+	return &Refusal{strings.Join(texts, "; ")}
+}
+
 // runCopier starts the copier; the caller holds step.
 func (v *Volume) runCopier() {
 	ctx, cancel := context.WithCancel(context.Background())
-	c := &copying{cancel, make(chan struct{})}
+	c := &copying{ctx, cancel, make(chan struct{})}
 	v.copying = c
 	go func() {
 		defer close(c.done)
@@ -164,14 +186,20 @@ func (v *Volume) runCopier() {
 	}()
 }
 
-// stopCopier ends the copier and waits for it; the caller holds step.
-func (v *Volume) stopCopier() {
+// stopCopier ends the copier and waits for it, or returns ctx's error when that ends
+// first; the caller holds step.
+func (v *Volume) stopCopier(ctx context.Context) error {
 	if v.copying == nil {
-		return
+		return nil
 	}
 	v.copying.cancel()
-	<-v.copying.done
-	v.copying = nil
+	select {
+	case <-v.copying.done:
+		v.copying = nil
+		return nil
+	case <-ctx.Done():
+		return v.errorf("the copier did not stop: %w", ctx.Err())
+	}
 }
 
 // copy runs the copier to its end and then makes the volume synced.
@@ -208,18 +236,19 @@ func (v *Volume) becomeSynced(ctx context.Context) error {
 
 // watch measures the rate and writes down the progress until ctx ends.
 func (v *Volume) watch(ctx context.Context) {
-	t := time.NewTicker(sampleEvery)
-	defer t.Stop()
+	sampling, saving := time.NewTicker(sampleEvery), time.NewTicker(firstProgress)
+	defer sampling.Stop()
+	defer saving.Stop()
+	began := v.copier.Progress()
 	take := func(now time.Time) {
 		v.mu.Lock()
-		v.samples = append(v.samples, sample{now, v.copier.Progress().Copied})
+		v.samples = append(v.samples, sample{now, v.copier.Progress().Read})
 		if len(v.samples) > samplesKept {
 			v.samples = slices.Delete(v.samples, 0, 1)
 		}
 		v.mu.Unlock()
 	}
 	take(time.Now())
-	saved := time.Now()
 	for {
 		select {
 		case <-ctx.Done():
@@ -227,14 +256,15 @@ func (v *Volume) watch(ctx context.Context) {
 			v.samples = nil
 			v.mu.Unlock()
 			return
-		case now := <-t.C:
+		case now := <-sampling.C:
 			take(now)
-			if now.Sub(saved) >= progressEvery {
-				saved = now
-				if err := v.save(ctx, func(*state.Record) {}); err != nil && ctx.Err() == nil {
-					continue // shown as a fault, and tried again
-				}
+		case <-saving.C:
+			if p := v.copier.Progress(); p.Copied == began.Copied && p.Skipped == began.Skipped {
+				continue
 			}
+			if err := v.save(ctx, func(*state.Record) {}); err == nil {
+				saving.Reset(progressEvery)
+			} // else it is shown as a fault, and tried again
 		}
 	}
 }
@@ -259,13 +289,24 @@ func (v *Volume) setPaused(ctx context.Context, paused bool) error {
 	case Synced:
 		return nil
 	}
+	if v.closed {
+		return v.errorf("%w", lun.ErrClosed)
+	}
 	if err := v.save(ctx, func(r *state.Record) { r.Paused = paused }); err != nil {
 		return err
 	}
 	if paused {
-		v.stopCopier()
+		err := v.stopCopier(ctx)
 		v.fault("copy", nil)
-	} else if v.copying == nil {
+		return err
+	}
+	if v.copying != nil && v.copying.stopped() {
+		// A pause before gave up waiting for it.
+		if err := v.stopCopier(ctx); err != nil {
+			return err
+		}
+	}
+	if v.copying == nil {
 		v.runCopier()
 	}
 	return nil
@@ -300,20 +341,32 @@ func (v *Volume) Cutover(ctx context.Context) error {
 	default:
 		return v.notAllowed("cutover", fmt.Sprintf("wait for phase %s (lunshift wait %s --for %s)", Synced, v.cfg.Name, Synced))
 	}
-	v.stopCopier()
+	if v.closed {
+		return v.errorf("cutover: %w", lun.ErrClosed)
+	}
+	if err := v.stopCopier(ctx); err != nil {
+		return err
+	}
+	// Most of what the destination has in its cache is flushed before commands are held.
+	if err := v.destinationFlush.Flush(ctx); err != nil {
+		return v.errorf("cutover not begun: %w", err)
+	}
 	began := time.Now()
 	_, err := v.held(ctx, func(ctx context.Context) error {
-		if err := v.destination.Flush(ctx); err != nil {
+		if err := v.destinationFlush.Flush(ctx); err != nil {
 			return err
 		}
 		now := time.Now()
 		return v.advance(ctx, Cutover, func(r *state.Record) {
 			r.CutoverAt = &now
-			hold := now.Sub(began)
+			hold := now.Sub(began) // but for the writing of this record
 			r.Hold = &hold
 		})
 	})
-	if err != nil {
+	switch {
+	case errors.Is(err, state.ErrFailed):
+		return v.errorf("cutover: whether it was recorded is not known; it goes on as %s: restart the service, and look at the phase then: %w", v.Phase(), err)
+	case err != nil:
 		return v.errorf("cutover undone, still %s: %w", v.Phase(), err)
 	}
 	ctx, cancel := context.WithTimeout(ctx, logoutLimit)
@@ -326,6 +379,9 @@ func (v *Volume) Cutover(ctx context.Context) error {
 
 // Wait returns when the volume is in phase p or past it.
 func (v *Volume) Wait(ctx context.Context, p Phase) error {
+	if !slices.Contains(Phases, p) {
+		return v.errorf("there is no phase %q", p)
+	}
 	for {
 		v.mu.Lock()
 		changed := v.changed
@@ -342,14 +398,15 @@ func (v *Volume) Wait(ctx context.Context, p Phase) error {
 }
 
 // Remove forgets the state of a volume in phase cutover. The volume is of no use
-// afterwards.
-func (v *Volume) Remove(ctx context.Context) error {
+// afterwards. The record instead, if given, takes the place of the volume's in the
+// same transaction.
+func (v *Volume) Remove(ctx context.Context, instead ...state.Record) error {
 	v.step.Lock()
 	defer v.step.Unlock()
 	if v.Phase() != Cutover {
 		return v.notAllowed("remove", "only a volume that is cut over can be forgotten")
 	}
-	if err := v.cfg.Store.Forget(v.cfg.Name); err != nil {
+	if err := v.cfg.Store.Forget(v.cfg.Name, instead...); err != nil {
 		return v.errorf("forget its state: %w", err)
 	}
 	return nil
@@ -371,13 +428,14 @@ func (v *Volume) Shutdown(ctx context.Context) error {
 	}
 	v.closed = true
 	err := v.cfg.Target.RemoveUnit(v.cfg.IQN, v.cfg.LUN)
-	v.stopCopier()
+	err = errors.Join(err, v.stopCopier(ctx))
 	v.gate.close()
 	if held := v.gate.hold(ctx); held != nil {
 		err = errors.Join(err, v.errorf("commands in flight did not end: %w", held))
 	} else {
 		v.gate.release()
 	}
+	err = errors.Join(err, v.destinationFlush.wait(ctx))
 	// Written down even where the commands in flight used up the time.
 	return errors.Join(err, v.save(context.WithoutCancel(ctx), func(*state.Record) {}))
 }

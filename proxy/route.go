@@ -2,6 +2,7 @@ package proxy
 
 import (
 	"context"
+	"errors"
 	"fmt"
 
 	"golang.org/x/sync/errgroup"
@@ -105,11 +106,11 @@ func (v *Volume) Flush(ctx context.Context) error {
 	defer v.gate.leave()
 	switch v.Phase() {
 	case Ready:
-		return v.source.Flush(ctx)
+		return v.source.flushFor(ctx, v.source.Flush)
 	case Cutover:
 		return errRetired
 	}
-	return v.destinationFlush.Flush(ctx)
+	return v.destination.flushFor(ctx, v.destinationFlush.Flush)
 }
 
 // Extents implements lun.Device: each block's status is that of the side it is
@@ -201,23 +202,37 @@ func (v *Volume) change(ctx context.Context, e lun.Extent, do func(*unit) error)
 func (v *Volume) write(ctx context.Context, e lun.Extent, do func(*unit) error) error {
 	switch v.Phase() {
 	case Ready:
+		v.source.willFlush()
 		return do(v.source)
 	case Cutover:
 		return errRetired
 	}
 	if v.flags.All(state.Valid|state.Dirty, run(e)) {
+		v.destination.willFlush()
 		return do(v.destination)
 	}
 	// Only a holder of the range or the copier's commit makes blocks valid, so
 	// what is valid here stays so.
 	fresh := !v.flags.All(state.Valid, run(e))
-	err := v.writeStable(ctx, fresh, do)
-	if err == nil {
-		if err = v.flags.Set(ctx, state.Valid|state.Dirty, run(e)); ctx.Err() == nil {
+	flag := func() error {
+		err := v.flags.Set(ctx, state.Valid|state.Dirty, run(e))
+		if ctx.Err() == nil {
 			v.fault("state", err)
 		}
+		return err
 	}
-	if err != nil && fresh {
+	if !fresh {
+		// A block may be dirty before it is written, so the two go side by side.
+		flagged := make(chan error, 1)
+		go func() { flagged <- flag() }()
+		err := v.writeStable(ctx, false, do)
+		return errors.Join(err, <-flagged)
+	}
+	err := v.writeStable(ctx, true, do)
+	if err == nil {
+		err = flag()
+	}
+	if err != nil {
 		v.suspect(e)
 	}
 	return err
@@ -228,6 +243,9 @@ func (v *Volume) write(ctx context.Context, e lun.Extent, do func(*unit) error) 
 // between the two the flush proves nothing, and both are done again.
 func (v *Volume) writeStable(ctx context.Context, stable bool, do func(*unit) error) error {
 	stable = stable && v.destination.Info().VolatileCache
+	if !stable {
+		v.destination.willFlush()
+	}
 	for range mostRepeats {
 		era := v.destination.Resets()
 		if err := do(v.destination); err != nil || !stable {
@@ -254,7 +272,7 @@ func (v *Volume) suspect(e lun.Extent) {
 	defer v.commits.Unlock()
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	v.suspects = append(v.suspects, e)
+	v.suspects = append(subtract(v.suspects, e), e)
 }
 
 func run(e lun.Extent) state.Run { return state.Run{Start: uint64(e.Start), Blocks: e.Blocks} }
@@ -299,6 +317,14 @@ func (l *ledger) Exclude(ctx context.Context, e lun.Extent) (func(), error) {
 		return nil, err
 	}
 	return func() { l.writes.Unlock(held) }, nil
+}
+
+func (l *ledger) TryExclude(e lun.Extent) (func(), bool) {
+	held, ok := l.writes.TryLock(e)
+	if !ok {
+		return nil, false
+	}
+	return func() { l.writes.Unlock(held) }, true
 }
 
 // Commit flags copied blocks in the order of the write rule.

@@ -17,6 +17,10 @@ type unit struct {
 
 	errors atomic.Uint64
 	down   atomic.Bool
+	// unflushed is one more than Resets was before the first of the initiators'
+	// writes that no flush of theirs followed yet; 0 when there is none.
+	unflushed atomic.Uint64
+
 	mu     sync.Mutex // protects reason
 	reason string
 }
@@ -94,6 +98,34 @@ func (u *unit) Resets() uint64 {
 	return 0
 }
 
+// lostCache is what an initiator's flush gets when the unit lost its volatile cache with
+// writes in it: they were acknowledged, but are not on stable storage, and nobody
+// has them (WRITE ERROR, SPC-4 table E). A flush of the restarted unit succeeds and
+// must not pass for theirs.
+var lostCache = &lun.SenseError{Key: 0x03, ASC: 0x0c}
+
+// flushFor is an initiator's flush, by way of flush.
+func (u *unit) flushFor(ctx context.Context, flush func(context.Context) error) error {
+	unflushed := u.unflushed.Swap(0)
+	if err := flush(ctx); err != nil {
+		if unflushed != 0 {
+			u.unflushed.Store(unflushed)
+		}
+		return err
+	}
+	if unflushed != 0 && unflushed != u.Resets()+1 {
+		return &unitError{u.role, lostCache}
+	}
+	return nil
+}
+
+// willFlush notes that an initiator is about to write what it has to flush itself.
+func (u *unit) willFlush() {
+	if u.unflushed.Load() == 0 {
+		u.unflushed.CompareAndSwap(0, u.Resets()+1)
+	}
+}
+
 // discard makes e read as zeroes, freeing the blocks where the unit can.
 func (u *unit) discard(ctx context.Context, e lun.Extent) error {
 	if info := u.Info(); info.Thin && info.UnmapZeroes {
@@ -123,7 +155,8 @@ type flusher struct {
 
 	mu      sync.Mutex // protects the fields below
 	running bool
-	next    *flush // callers that came while one was running
+	next    *flush // callers whose flush has not begun
+	serving sync.WaitGroup
 }
 
 type flush struct {
@@ -132,46 +165,62 @@ type flush struct {
 }
 
 // Flush returns once all writes to the unit that returned before the call are on
-// stable storage. The flush itself is not cut short by ctx, as others wait for it.
+// stable storage. When ctx ends it returns ctx's error; the flush goes on, as others
+// may wait for it.
 func (f *flusher) Flush(ctx context.Context) error {
 	if err := ctx.Err(); err != nil {
 		return err
 	}
 	f.mu.Lock()
-	if f.running {
-		if f.next == nil {
-			f.next = &flush{done: make(chan struct{})}
-		}
-		mine := f.next
-		f.mu.Unlock()
-		<-mine.done
+	if f.next == nil {
+		f.next = &flush{done: make(chan struct{})}
+	}
+	mine := f.next
+	if !f.running {
+		f.running = true
+		f.serving.Go(f.serve)
+	}
+	f.mu.Unlock()
+	select {
+	case <-mine.done:
 		return mine.err
+	case <-ctx.Done():
+		return ctx.Err()
 	}
-	f.running = true
-	f.mu.Unlock()
-
-	err := f.unit.Flush(context.WithoutCancel(ctx))
-	f.mu.Lock()
-	batch := f.next
-	f.next = nil
-	f.running = batch != nil
-	f.mu.Unlock()
-	if batch != nil {
-		go f.serve(batch)
-	}
-	return err
 }
 
-// serve runs flushes until nobody waits for one; each caller of Flush that
-// found one running is waiting for its outcome.
-func (f *flusher) serve(batch *flush) {
-	for batch != nil {
-		batch.err = f.unit.Flush(context.Background())
-		close(batch.done)
+// serve flushes until nobody waits for it.
+func (f *flusher) serve() {
+	for {
 		f.mu.Lock()
-		batch = f.next
+		batch := f.next
 		f.next = nil
 		f.running = batch != nil
 		f.mu.Unlock()
+		if batch == nil {
+			return
+		}
+		batch.err = f.unit.Flush(context.Background())
+		close(batch.done)
+	}
+}
+
+// wait returns when no flush is under way, or with ctx's error.
+func (f *flusher) wait(ctx context.Context) error {
+	return until(ctx, f.serving.Wait)
+}
+
+// until returns when wait does, or with ctx's error when that ends first.
+func until(ctx context.Context, wait func()) error {
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		wait()
+	}()
+	select {
+	case <-done:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
 	}
 }

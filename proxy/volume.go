@@ -95,14 +95,15 @@ type Volume struct {
 
 // copying is a run of the copier.
 type copying struct {
+	ctx    context.Context
 	cancel context.CancelFunc
 	done   chan struct{}
 }
 
-// sample is how much had been copied at a time.
+// sample is how much had been read from the source at a time.
 type sample struct {
-	at     time.Time
-	copied uint64
+	at   time.Time
+	read uint64
 }
 
 // NeedsUnits tells whether the volume of that name still uses its source and
@@ -147,12 +148,13 @@ func Open(ctx context.Context, cfg Config) (*Volume, error) {
 		Throttle: v.throttle, Log: v.log,
 		Fault: func(err error) { v.fault("copy", err) },
 	})
+	v.before = copier.Progress{Copied: v.record.CopiedBytes, Skipped: v.record.SkippedBytes}
+	if v.record.AllocatedBytes != nil {
+		v.before.Allocated, v.before.Surveyed = *v.record.AllocatedBytes, true
+	}
+	v.phase.Store(Phase(v.record.Phase))
 	if err := cfg.Target.AddUnit(v.front()); err != nil {
 		return nil, v.errorf("%w", err)
-	}
-	v.before = copier.Progress{
-		Copied: v.record.CopiedBytes, Skipped: v.record.SkippedBytes,
-		Allocated: v.record.AllocatedBytes, Surveyed: v.record.AllocatedBytes > 0,
 	}
 	v.resumePhase(ctx)
 	return v, nil
@@ -161,6 +163,9 @@ func Open(ctx context.Context, cfg Config) (*Volume, error) {
 // takeUp makes the record and the flags those of this pair of units, or refuses.
 func (v *Volume) takeUp(ctx context.Context, r state.Record, found bool) error {
 	s, d := v.cfg.Source.Info(), v.cfg.Destination.Info()
+	if found && Phase(r.Phase) != Ready && d.Blocks < r.Blocks {
+		return &Refusal{fmt.Sprintf("volume %s: destination %s has become smaller than the volume: %d of %d blocks: restore its size", v.cfg.Name, d.ID, d.Blocks, r.Blocks)}
+	}
 	if found && Phase(r.Phase) != Ready && (r.SourceID != s.ID || r.DestinationID != d.ID || r.Blocks != s.Blocks || r.BlockSize != s.BlockSize) {
 		return &Refusal{fmt.Sprintf("volume %s: its state (phase %s) belongs to source %s (%d blocks) and destination %s, but the configuration names source %s (%d blocks) and destination %s: correct the configuration, or give the new pair another name",
 			v.cfg.Name, r.Phase, r.SourceID, r.Blocks, r.DestinationID, s.ID, s.Blocks, d.ID)}
@@ -249,7 +254,10 @@ func (v *Volume) Status() Status {
 		s.Hold = &ms
 	}
 	if v.source == nil {
-		s.Copied, s.Skipped, s.Allocated, s.AllocatedKnown = r.CopiedBytes, r.SkippedBytes, r.AllocatedBytes, true
+		s.Copied, s.Skipped = r.CopiedBytes, r.SkippedBytes
+		if r.AllocatedBytes != nil {
+			s.Allocated, s.AllocatedKnown = *r.AllocatedBytes, true
+		}
 		s.InitiatorWritten = r.InitiatorWrittenBytes
 		s.Source = UnitStatus{Address: v.cfg.SourceAddress, State: "released", ID: r.SourceID}
 		s.Destination = UnitStatus{Address: v.cfg.DestinationAddress, State: "released", ID: r.DestinationID}
@@ -266,8 +274,7 @@ func (v *Volume) Status() Status {
 	}
 	s.Paused = r.Paused
 	if s.AllocatedKnown && s.Rate > 0 && !s.Paused {
-		left := min(s.Remaining, s.Allocated-min(s.Allocated, s.Copied))
-		eta := int64((left + s.Rate - 1) / s.Rate)
+		eta := int64((min(s.Remaining, p.Left) + s.Rate - 1) / s.Rate)
 		s.ETA = &eta
 	}
 	return s
@@ -329,7 +336,7 @@ func (v *Volume) rate() uint64 {
 	}
 	first, last := v.samples[0], v.samples[len(v.samples)-1]
 	if took := last.at.Sub(first.at).Seconds(); took > 0 {
-		return uint64(float64(last.copied-first.copied) / took)
+		return uint64(float64(last.read-first.read) / took)
 	}
 	return 0
 }
@@ -343,12 +350,17 @@ func (v *Volume) save(ctx context.Context, change func(*state.Record)) error {
 	r := v.record
 	v.mu.Unlock()
 	p := v.progress()
-	r.CopiedBytes, r.SkippedBytes, r.AllocatedBytes = p.Copied, p.Skipped, p.Allocated
+	r.CopiedBytes, r.SkippedBytes = p.Copied, p.Skipped
+	if p.Surveyed {
+		r.AllocatedBytes = &p.Allocated
+	}
 	r.InitiatorWrittenBytes = v.flags.Count(state.Dirty) * uint64(v.info.BlockSize)
 	change(&r)
 	if err := v.cfg.Store.PutRecords(ctx, r); err != nil {
 		err = v.errorf("write its state: %w", err)
-		v.fault("state", err)
+		if ctx.Err() == nil {
+			v.fault("state", err)
+		}
 		return err
 	}
 	v.fault("state", nil)

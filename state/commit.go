@@ -183,7 +183,7 @@ func (c *committer) serve(batch []*request) {
 	for _, r := range mine {
 		c.stats.served(1, 0)
 		if r.forget != "" {
-			r.finish(wrap(r.forget, "forget", c.forgetVolume(r.forget)))
+			r.finish(wrap(r.forget, "forget", c.forgetVolume(r.forget, r.records)))
 		} else {
 			r.finish(c.commit(r.records, true))
 		}

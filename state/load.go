@@ -331,9 +331,10 @@ func (f *Flags) loadRegion(g uint64, value []byte) error {
 }
 
 // forgetVolume removes the record and the header, from where on the flags are out
-// of reach; Store.Forget then removes them.
-func (c *committer) forgetVolume(volume string) error {
-	if err := c.commit([]op{{key: recordKey(volume)}, {key: headerKey(volume)}}, true); err != nil {
+// of reach; Store.Forget then removes them. The records instead come after.
+func (c *committer) forgetVolume(volume string, instead []op) error {
+	ops := append([]op{{key: recordKey(volume)}, {key: headerKey(volume)}}, instead...)
+	if err := c.commit(ops, true); err != nil {
 		return err
 	}
 	c.mu.Lock()

@@ -40,8 +40,8 @@ type Record struct {
 	// CopiedBytes and SkippedBytes are the copier's tally at the last record.
 	CopiedBytes  uint64 `json:"copied_bytes"`
 	SkippedBytes uint64 `json:"skipped_bytes"`
-	// AllocatedBytes is the storage of the source; 0 until it is known.
-	AllocatedBytes uint64 `json:"allocated_bytes"`
+	// AllocatedBytes is the storage of the source; nil until it is known.
+	AllocatedBytes *uint64 `json:"allocated_bytes,omitempty"`
 	// InitiatorWrittenBytes is the size of the dirty blocks at the last record.
 	InitiatorWrittenBytes uint64 `json:"initiator_written_bytes"`
 
@@ -67,18 +67,26 @@ func (s *Store) PutRecords(ctx context.Context, recs ...Record) error {
 	if len(recs) == 0 {
 		return nil
 	}
-	r := &request{}
+	ops, err := encodeRecords(recs)
+	if err != nil {
+		return err
+	}
+	return s.submit(ctx, &request{records: ops})
+}
+
+func encodeRecords(recs []Record) ([]op, error) {
+	var ops []op
 	for _, rec := range recs {
 		if err := checkVolume(rec.Volume); err != nil {
-			return err
+			return nil, err
 		}
 		value, err := json.Marshal(storedRecord{recordSchema, rec})
 		if err != nil {
-			return fmt.Errorf("volume %s: encode record: %w", rec.Volume, err)
+			return nil, fmt.Errorf("volume %s: encode record: %w", rec.Volume, err)
 		}
-		r.records = append(r.records, op{key: recordKey(rec.Volume), value: value})
+		ops = append(ops, op{key: recordKey(rec.Volume), value: value})
 	}
-	return s.submit(ctx, r)
+	return ops, nil
 }
 
 // Record gives a volume's record, and false where there is none.

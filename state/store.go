@@ -223,8 +223,9 @@ func (s *Store) Close() error {
 
 // Forget removes the record and the flags of a volume; Flags of it that are in
 // use fail from then on with ErrForgotten. It does nothing for a volume that is
-// not known.
-func (s *Store) Forget(volume string) error {
+// not known. The records instead are written in the same transaction, in the place
+// of the volume's.
+func (s *Store) Forget(volume string, instead ...Record) error {
 	if err := checkVolume(volume); err != nil {
 		return err
 	}
@@ -234,7 +235,11 @@ func (s *Store) Forget(volume string) error {
 	if err != nil {
 		return err
 	}
-	if err := s.submit(context.Background(), &request{forget: volume}); err != nil {
+	r := &request{forget: volume}
+	if r.records, err = encodeRecords(instead); err != nil {
+		return err
+	}
+	if err := s.submit(context.Background(), r); err != nil {
 		return err
 	}
 	if header == nil {

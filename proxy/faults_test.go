@@ -1,0 +1,372 @@
+package proxy
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"lunshift/lun"
+	"lunshift/lun/luntest"
+	"lunshift/state"
+	"lunshift/target"
+)
+
+// openWith opens a volume over devices that a rig does not have.
+func openWith(t *testing.T, source, destination lun.Device) *Volume {
+	t.Helper()
+	store, err := state.Open(t.TempDir(), state.Options{Log: quiet()})
+	must(t, err)
+	tgt, err := target.New(target.Config{Log: quiet()})
+	must(t, err)
+	v, err := Open(context.Background(), Config{
+		Name: "vol", IQN: "iqn.2026-11.net.example:vol", Source: source, Destination: destination,
+		RegionSize: testRegion, CopyDepth: 4, Store: store, Target: tgt, Log: quiet(),
+	})
+	must(t, err)
+	t.Cleanup(func() {
+		ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+		defer cancel()
+		if err := errors.Join(v.Shutdown(ctx), store.Close()); err != nil {
+			t.Error(err)
+		}
+	})
+	return v
+}
+
+// One unreadable block in a partial region.
+func TestOneBadBlockInAPartialRegionHoldsUpNoOther(t *testing.T) {
+	const blocks = 128 * 400
+	r := newRig(t, blocks)
+	fill(t, r.source, lun.Extent{Blocks: blocks}, 1)
+	var bad atomic.Int32
+	r.source.Before = func(_ context.Context, op luntest.Op, e lun.Extent) error {
+		if op == luntest.Read && e.Overlaps(lun.Extent{Start: 5, Blocks: 1}) {
+			bad.Add(1)
+			return &lun.SenseError{Key: 3, ASC: 0x11}
+		}
+		return nil
+	}
+	v := r.open(t)
+	defer r.close(t)
+	must(t, v.Throttle(context.Background(), 1))
+	must(t, v.Start(context.Background()))
+	must(t, v.Pause(context.Background()))
+	fill(t, v, lun.Extent{Start: 100, Blocks: 2}, 2) // region 0 is partial now
+	must(t, v.Throttle(context.Background(), 0))
+	must(t, v.Resume(context.Background()))
+	time.Sleep(8 * time.Second)
+	s := v.Status()
+	if s.Remaining > 2*testRegion {
+		t.Fatalf("one bad block holds up %d bytes", s.Remaining)
+	}
+}
+
+// A bad source block that the initiator has rewritten is read along and fails for ever.
+func TestABadSourceBlockThatWasRewrittenIsNotNeeded(t *testing.T) {
+	r := newRig(t, 1024)
+	fill(t, r.source, lun.Extent{Blocks: 1024}, 1)
+	r.source.Before = func(_ context.Context, op luntest.Op, e lun.Extent) error {
+		if op == luntest.Read && e.Overlaps(lun.Extent{Start: 50, Blocks: 1}) {
+			return &lun.SenseError{Key: 3, ASC: 0x11}
+		}
+		return nil
+	}
+	v := r.open(t)
+	defer r.close(t)
+	must(t, v.Start(context.Background()))
+	fill(t, v, lun.Extent{Start: 50, Blocks: 1}, 2)
+	ctx, cancel := context.WithTimeout(context.Background(), 8*time.Second)
+	defer cancel()
+	if err := v.Wait(ctx, Synced); err != nil {
+		t.Fatalf("never synced: %d bytes left, %s", v.Status().Remaining, v.Status().DegradedReason)
+	}
+}
+
+// A write beside an ongoing write must not wait because the copier wants a whole hole.
+func TestAHoleBeingCopiedQueuesNoWriteBehindAnother(t *testing.T) {
+	r := newRig(t, 65536)
+	surveyed, stuck, proceed := make(chan struct{}), make(chan struct{}), make(chan struct{})
+	r.source.Before = func(_ context.Context, op luntest.Op, _ lun.Extent) error {
+		if op == luntest.Extents {
+			<-surveyed
+		}
+		return nil
+	}
+	var once sync.Once
+	r.destination.Before = func(_ context.Context, op luntest.Op, e lun.Extent) error {
+		if op == luntest.Write && e.Start == 0 {
+			once.Do(func() { close(stuck); <-proceed })
+		}
+		return nil
+	}
+	v := r.open(t)
+	defer r.close(t)
+	must(t, v.Start(context.Background()))
+	slow := make(chan error, 1)
+	go func() { slow <- v.WriteAt(context.Background(), stamp(0, 1), 0) }()
+	<-stuck
+	close(surveyed)
+	time.Sleep(500 * time.Millisecond)
+	ctx, cancel := context.WithTimeout(context.Background(), 3*time.Second)
+	defer cancel()
+	err := v.WriteAt(ctx, stamp(60000, 1), 60000)
+	close(proceed)
+	must(t, <-slow)
+	if err != nil {
+		t.Fatalf("a write 30 MB away from the slow one waited behind the copier's lock: %v", err)
+	}
+}
+
+func TestAFaultThatIsOverIsNotShown(t *testing.T) {
+	r := newRig(t, 4096)
+	fill(t, r.source, lun.Extent{Blocks: 4096}, 1)
+	var once sync.Once
+	r.source.Before = func(_ context.Context, op luntest.Op, e lun.Extent) (err error) {
+		if op == luntest.Read && e.End() == 4096 {
+			once.Do(func() { err = fmt.Errorf("hiccup: %w", lun.ErrUnavailable) })
+		}
+		return err
+	}
+	v := r.open(t)
+	defer r.close(t)
+	must(t, v.Start(context.Background()))
+	waitFor(t, v, Synced)
+	time.Sleep(2 * time.Second)
+	if s := v.Status(); s.Degraded {
+		t.Fatalf("synced and still degraded: %s", s.DegradedReason)
+	}
+}
+
+func TestACallerWhoLeavesDegradesNothing(t *testing.T) {
+	r := newRig(t, 1024)
+	v := r.open(t)
+	defer r.close(t)
+	ctx, cancel := context.WithCancel(context.Background())
+	cancel()
+	v.Throttle(ctx, 5)
+	if s := v.Status(); s.Degraded {
+		t.Fatalf("degraded by a caller that went away: %s", s.DegradedReason)
+	}
+}
+
+func TestRateAndETAAreKnownOverZeroes(t *testing.T) {
+	const blocks = 65536                                                  // 32 MiB
+	source := luntest.NewMemory(lun.Info{BlockSize: 512, Blocks: blocks}) // thick: all counts as allocated
+	destination := luntest.NewThinMemory(512, blocks)
+	v := openWith(t, source, destination)
+	must(t, v.Throttle(context.Background(), 4<<20))
+	must(t, v.Start(context.Background()))
+	time.Sleep(4 * time.Second)
+	s := v.Status()
+	if s.Rate == 0 || s.ETA == nil {
+		t.Fatalf("%d bytes done in 4 s, and rate %d, eta %v", s.Size-s.Remaining, s.Rate, s.ETA)
+	}
+}
+
+func TestHalfASurveyIsNotTheAllocation(t *testing.T) {
+	r := newRig(t, 4096)
+	for at := lun.LBA(0); at < 4096; at += 8 {
+		fill(t, r.source, lun.Extent{Start: at, Blocks: 4}, 1)
+	}
+	var calls atomic.Int32
+	r.source.Before = func(ctx context.Context, op luntest.Op, e lun.Extent) error {
+		if op == luntest.Extents && calls.Add(1) > 3 {
+			<-ctx.Done()
+			return ctx.Err()
+		}
+		return nil
+	}
+	v := r.open(t)
+	must(t, v.Start(context.Background()))
+	for calls.Load() < 4 {
+		time.Sleep(time.Millisecond)
+	}
+	must(t, v.Pause(context.Background()))
+	a := v.Status()
+	r.close(t)
+	v = r.open(t)
+	defer r.close(t)
+	b := v.Status()
+	if b.AllocatedKnown && b.Allocated != 2048*512 {
+		t.Fatalf("before: %d known %v; after the restart: %d known %v, true: %d", a.Allocated, a.AllocatedKnown, b.Allocated, b.AllocatedKnown, 2048*512)
+	}
+}
+
+func TestNothingStartsAfterShutdown(t *testing.T) {
+	r := newRig(t, 1024)
+	v := r.open(t)
+	must(t, v.Shutdown(context.Background()))
+	err := v.Start(context.Background())
+	v.step.Lock()
+	running := v.copying != nil
+	v.step.Unlock()
+	r.store.Close()
+	if err == nil || running {
+		t.Fatalf("started after Shutdown: %v, copier %v", err, running)
+	}
+}
+
+func TestShutdownKeepsItsLimitWhileAFlushHangs(t *testing.T) {
+	r := newRig(t, 128)
+	fill(t, r.source, lun.Extent{Blocks: 128}, 1)
+	hung, done := make(chan struct{}), make(chan struct{})
+	var once sync.Once
+	r.destination.Before = func(ctx context.Context, op luntest.Op, e lun.Extent) (err error) {
+		if op == luntest.Flush {
+			once.Do(func() {
+				close(hung)
+				select {
+				case <-ctx.Done():
+					err = ctx.Err()
+				case <-done:
+				}
+			})
+		}
+		return err
+	}
+	v := r.open(t)
+	must(t, v.Start(context.Background()))
+	<-hung
+	ctx, cancel := context.WithTimeout(context.Background(), 300*time.Millisecond)
+	defer cancel()
+	ended := make(chan struct{})
+	go func() { v.Shutdown(ctx); close(ended) }()
+	select {
+	case <-ended:
+	case <-time.After(4 * time.Second):
+		t.Error("Shutdown with a limit of 0.3 s has not returned after 4 s")
+	}
+	close(done)
+	<-ended
+	r.store.Close()
+}
+
+func TestAnAbortedFirstWriteEndsWhileAFlushHangs(t *testing.T) {
+	r := newRig(t, 1024)
+	fill(t, r.source, lun.Extent{Blocks: 1024}, 1)
+	done := make(chan struct{})
+	var arm atomic.Bool
+	r.destination.Before = func(ctx context.Context, op luntest.Op, e lun.Extent) (err error) {
+		if op == luntest.Flush && arm.Load() {
+			select {
+			case <-ctx.Done():
+				err = ctx.Err()
+			case <-done:
+			}
+		}
+		return err
+	}
+	v := r.open(t)
+	defer r.close(t)
+	must(t, v.Throttle(context.Background(), 1))
+	must(t, v.Start(context.Background()))
+	time.Sleep(200 * time.Millisecond)
+	arm.Store(true)
+	ctx, cancel := context.WithTimeout(context.Background(), 300*time.Millisecond)
+	defer cancel()
+	ended := make(chan error, 1)
+	go func() { ended <- v.WriteAt(ctx, stamp(1000, 2), 1000) }()
+	select {
+	case <-ended:
+	case <-time.After(4 * time.Second):
+		t.Error("a cancelled WriteAt has not returned after 4 s (lun.Device: ends when ctx ends)")
+	}
+	close(done)
+	arm.Store(false)
+}
+
+func TestThrottleHoldsForZeroingAThickDestination(t *testing.T) {
+	const blocks = 65536
+	source := luntest.NewThinMemory(512, blocks)
+	destination := luntest.NewMemory(lun.Info{BlockSize: 512, Blocks: blocks})
+	v := openWith(t, source, destination)
+	must(t, v.Throttle(context.Background(), 1<<20))
+	must(t, v.Start(context.Background()))
+	time.Sleep(2 * time.Second)
+	if s := v.Status(); s.Size-s.Remaining > 8<<20 {
+		t.Fatalf("%d bytes of the destination were zeroed in 2 s at a limit of 1 MiB/s", s.Size-s.Remaining)
+	}
+}
+
+func TestTwoRefusalsAreOneLine(t *testing.T) {
+	source, destination := luntest.NewThinMemory(512, 4096), luntest.NewThinMemory(512, 2048)
+	fill(t, destination, lun.Extent{Blocks: 1}, 1)
+	v := openWith(t, source, destination)
+	err := v.Start(context.Background())
+	if err == nil || strings.Contains(err.Error(), "\n") {
+		t.Fatalf("%q", err)
+	}
+}
+
+func TestManyFailedWritesToOneBlockAreOneSuspect(t *testing.T) {
+	r := newRig(t, 1024)
+	fill(t, r.source, lun.Extent{Blocks: 1024}, 1)
+	var failing atomic.Bool
+	r.destination.Before = func(ctx context.Context, op luntest.Op, e lun.Extent) error {
+		if op == luntest.Write && failing.Load() {
+			return errors.New("gone")
+		}
+		return nil
+	}
+	v := r.open(t)
+	defer r.close(t)
+	must(t, v.Throttle(context.Background(), 1))
+	must(t, v.Start(context.Background()))
+	must(t, v.Pause(context.Background()))
+	failing.Store(true)
+	for range 1000 {
+		v.WriteAt(context.Background(), stamp(1000, 2), 1000)
+	}
+	if n := len(v.suspects); n > 10 {
+		t.Fatalf("%d suspects for one block", n)
+	}
+}
+
+func TestFlushTellsOfALostCache(t *testing.T) {
+	source, destination := luntest.NewThinMemory(512, 1024), luntest.NewThinMemory(512, 1024)
+	v := openWith(t, source, destination)
+	must(t, v.Start(context.Background()))
+	waitFor(t, v, Synced)
+	fill(t, v, lun.Extent{Start: 10, Blocks: 1}, 1)
+	fill(t, v, lun.Extent{Start: 10, Blocks: 1}, 2) // cached only
+	destination.PowerLoss()
+	if err := v.Flush(context.Background()); err != nil {
+		return
+	}
+	expect(t, v, lun.Extent{Start: 10, Blocks: 1}, 2)
+}
+
+func TestASourceThatRefusesToTellItsAllocationIsCopiedWhole(t *testing.T) {
+	r := newRig(t, 1024)
+	fill(t, r.source, lun.Extent{Blocks: 1024}, 1)
+	r.source.Before = func(_ context.Context, op luntest.Op, e lun.Extent) error {
+		if op == luntest.Extents {
+			return &lun.SenseError{Key: 5, ASC: 0x20}
+		}
+		return nil
+	}
+	v := r.open(t)
+	defer r.close(t)
+	must(t, v.Start(context.Background()))
+	ctx, cancel := context.WithTimeout(context.Background(), 4*time.Second)
+	defer cancel()
+	if err := v.Wait(ctx, Synced); err != nil {
+		t.Fatal(v.Status().DegradedReason)
+	}
+}
+
+func TestWaitForNoSuchPhaseFails(t *testing.T) {
+	r := newRig(t, 128)
+	v := r.open(t)
+	defer r.close(t)
+	ctx, cancel := context.WithTimeout(context.Background(), 100*time.Millisecond)
+	defer cancel()
+	if v.Wait(ctx, "nonsense") == nil {
+		t.Fatal("returned nil")
+	}
+}
