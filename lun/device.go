@@ -170,6 +170,15 @@ type Resetter interface {
 	Resets() uint64
 }
 
+// Reachable is a Device that is reached over a network.
+type Reachable interface {
+	// Unreachable is nil while commands reach the device: at least one session is
+	// logged in and leads to the right logical unit. Otherwise it says in one line why
+	// not; errors.Is tells ErrUnavailable, or ErrClosed after Close. It does no
+	// I/O, and tells a loss as soon as the connection shows it.
+	Unreachable() error
+}
+
 // Errors a Device returns, wrapped with what was being done. Sense travels in
 // a SenseError.
 var (

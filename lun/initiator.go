@@ -110,6 +110,22 @@ func (i *Initiator) Do(ctx context.Context, c *Command) error {
 // be a device that lost power, and resets that the device reports itself.
 func (i *Initiator) Resets() uint64 { return i.resets.Load() }
 
+// Unreachable implements Reachable.
+func (i *Initiator) Unreachable() error {
+	if i.closed.Load() {
+		return ErrClosed
+	}
+	var why error
+	for _, s := range i.sessions {
+		err := s.reachable()
+		if err == nil {
+			return nil
+		}
+		why = err
+	}
+	return fmt.Errorf("%s: %w", i.addr, why)
+}
+
 // Close logs out. Commands in flight get up to a second to finish.
 func (i *Initiator) Close() error {
 	if i.closed.Swap(true) {

@@ -288,3 +288,45 @@ func TestISCSIIODoesNotAllocate(t *testing.T) {
 		}
 	}
 }
+
+// TestDeviceTellsWhetherItsArrayIsReachable has nobody issue commands: the session
+// alone must notice.
+func TestDeviceTellsWhetherItsArrayIsReachable(t *testing.T) {
+	d := peer.StartTgtd(t)
+	dev := openPath(t, serve(t, d, 2<<20, peer.Unit{}).URL(), lun.Options{Sessions: 2})
+	r, ok := dev.(lun.Reachable)
+	if !ok {
+		t.Fatal("the device does not tell")
+	}
+	if err := r.Unreachable(); err != nil {
+		t.Fatalf("reachable, but: %v", err)
+	}
+	until := func(want bool, span time.Duration) error {
+		for deadline := time.Now().Add(span); ; time.Sleep(time.Millisecond) {
+			if err := r.Unreachable(); (err == nil) == want || time.Now().After(deadline) {
+				return err
+			}
+		}
+	}
+	for range 2 {
+		if err := d.Kill(); err != nil {
+			t.Fatal(err)
+		}
+		err := until(false, 2*time.Second)
+		if !errors.Is(err, lun.ErrUnavailable) || strings.Contains(err.Error(), "\n") || !strings.Contains(err.Error(), d.Portal()) {
+			t.Errorf("2 s after the kill: %q", err)
+		}
+		if err := d.Start(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		if err := until(true, 10*time.Second); err != nil {
+			t.Errorf("10 s after the restart: %v", err)
+		}
+	}
+	if err := dev.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if err := r.Unreachable(); !errors.Is(err, lun.ErrClosed) {
+		t.Errorf("after Close: %v", err)
+	}
+}

@@ -146,6 +146,14 @@ func (s *Serialized) Resets() uint64 {
 	return 0
 }
 
+// Unreachable passes to the Device where that is Reachable; others are reached always.
+func (s *Serialized) Unreachable() error {
+	if d, ok := s.Device.(Reachable); ok {
+		return d.Unreachable()
+	}
+	return nil
+}
+
 func (s *Serialized) locked(ctx context.Context, e Extent, do func() error) error {
 	h, err := s.lock.Lock(ctx, e)
 	if err != nil {

@@ -508,6 +508,23 @@ func (s *session) logout(c *conn) {
 	}
 }
 
+// reachable is nil while the session takes commands of all, otherwise why it does not.
+func (s *session) reachable() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	switch {
+	case s.closing || s.closed:
+		return ErrClosed
+	case s.open && s.c.err == nil:
+		return nil
+	case s.open && errors.Is(s.c.err, ErrUnavailable):
+		return s.c.err
+	case s.downErr != nil:
+		return s.downErr
+	}
+	return fmt.Errorf("%w: the session is being set up", ErrUnavailable)
+}
+
 // inFlight is how many commands are with the session.
 func (s *session) inFlight() int {
 	s.mu.Lock()

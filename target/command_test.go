@@ -382,3 +382,21 @@ func TestConformanceSuiteOfLibiscsi(t *testing.T) {
 		}
 	})
 }
+
+// TestGranularityOfOneBlockIsNotReported: initiators that take a granularity for
+// several blocks misbehave on 1.
+func TestGranularityOfOneBlockIsNotReported(t *testing.T) {
+	for _, n := range []uint32{0, 1, 2, 64} {
+		m := newMemory(4096, 64)
+		m.info.UnmapGranularity = n
+		_, addr := begin(t, Config{}, Unit{IQN: iqn, Device: m})
+		want := n
+		if n == 1 {
+			want = 0
+		}
+		page := login(t, addr, loginOptions{}).good([]byte{0x12, 1, 0xb0, 0, 64, 0}, nil, 64).data
+		if got := binary.BigEndian.Uint32(page[28:]); got != want {
+			t.Errorf("OPTIMAL UNMAP GRANULARITY is %d where the device's is %d, want %d", got, n, want)
+		}
+	}
+}

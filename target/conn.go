@@ -114,7 +114,7 @@ func (c *conn) serve() {
 	c.mu.Unlock()
 	c.srv.mu.Lock()
 	delete(c.srv.conns, c)
-	was := c.loggedIn
+	was := c.loggedIn && c.node != nil // a discovery session tells neither beginning nor end
 	c.loggedIn = false
 	c.srv.mu.Unlock()
 	c.report(cause, was)

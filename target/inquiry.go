@@ -94,7 +94,11 @@ func blockLimits(u *unit) []byte {
 	if u.info.Thin {
 		binary.BigEndian.PutUint32(b[20:], maxUnmapBlocks)
 		binary.BigEndian.PutUint32(b[24:], maxUnmapDescriptors)
-		binary.BigEndian.PutUint32(b[28:], u.info.UnmapGranularity)
+		// One block is what every unit has; 0 is "not reported", which initiators that
+		// take a granularity for more than one block bear better.
+		if u.info.UnmapGranularity > 1 {
+			binary.BigEndian.PutUint32(b[28:], u.info.UnmapGranularity)
+		}
 	}
 	binary.BigEndian.PutUint64(b[36:], uint64(maxUnmap>>u.shift))
 	return b[4:]

@@ -14,7 +14,12 @@ import (
 // longestAHS is that of a bidirectional command with an extended CDB, in bytes.
 const longestAHS = 256 + 8
 
-var errLoginRefused = errors.New("login refused")
+var (
+	errLoginRefused = errors.New("login refused")
+	// errCutOver is a refusal that initiators meet again and again until their
+	// configuration follows: it is no fault.
+	errCutOver = fmt.Errorf("%w: the target was cut over", errLoginRefused)
+)
 
 // negotiation is the login of one connection, apart from I/O: requests in,
 // responses out (RFC 7143 6.3, 11.12, 11.13).
@@ -166,7 +171,11 @@ func (n *negotiation) identify(pairs []iscsi.Pair) (status uint16, err error) {
 	if !ok {
 		return iscsi.LoginMissingParameter, errors.New("no TargetName")
 	}
-	if status := n.resolve(name, n.target); status != iscsi.LoginSuccess {
+	switch status := n.resolve(name, n.target); status {
+	case iscsi.LoginSuccess:
+	case iscsi.LoginTargetRemoved:
+		return status, fmt.Errorf("initiator %s asks for target %q: %w", name, n.target, errCutOver)
+	default:
 		return status, fmt.Errorf("initiator %s asks for target %q, which is not here", name, n.target)
 	}
 	return 0, nil
@@ -250,7 +259,11 @@ func (c *conn) loginSteps(n *negotiation) error {
 		}
 		c.mu.Unlock()
 		if why != nil {
-			c.log.Warn(why.Error())
+			if errors.Is(why, errCutOver) {
+				c.log.Info(why.Error())
+			} else {
+				c.log.Warn(why.Error())
+			}
 			return why
 		}
 		if err != nil {
@@ -314,6 +327,9 @@ func (c *conn) begin(n *negotiation) (status uint16, err error) {
 	if c.node != nil {
 		// A target retired since its name was looked up takes nobody any more.
 		if now, status := c.srv.find(c.node.iqn); now != c.node {
+			if status == iscsi.LoginTargetRemoved {
+				return status, fmt.Errorf("initiator %s asks for target %q: %w", c.initiator, c.node.iqn, errCutOver)
+			}
 			if status == iscsi.LoginSuccess {
 				status = iscsi.LoginNotFound
 			}

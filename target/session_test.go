@@ -11,6 +11,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/sirupsen/logrus"
+
 	"lunshift/iscsi"
 )
 
@@ -740,5 +742,53 @@ func TestNothingHangsUnderResetsAndLostConnections(t *testing.T) {
 	defer s.bytes.mu.Unlock()
 	if s.bytes.free != s.cfg.BytesInFlight || len(s.bytes.waiting) > 0 {
 		t.Errorf("%d of %d bytes came back", s.bytes.free, s.cfg.BytesInFlight)
+	}
+}
+
+// records is a logger and what it was told, one line per entry.
+func records() (logrus.FieldLogger, func() string) {
+	var mu sync.Mutex
+	var b bytes.Buffer
+	l := logrus.New()
+	l.SetFormatter(&logrus.TextFormatter{DisableTimestamp: true, DisableColors: true})
+	l.SetOutput(writerFunc(func(p []byte) (int, error) {
+		mu.Lock()
+		defer mu.Unlock()
+		return b.Write(p)
+	}))
+	return l, func() string {
+		mu.Lock()
+		defer mu.Unlock()
+		return b.String()
+	}
+}
+
+type writerFunc func([]byte) (int, error)
+
+func (f writerFunc) Write(p []byte) (int, error) { return f(p) }
+
+func TestLogTellsEndsOfSessionsThatBegan(t *testing.T) {
+	log, text := records()
+	s, addr := begin(t, Config{Log: log}, Unit{IQN: iqn, Device: newMemory(512, 64)})
+	login(t, addr, loginOptions{discovery: true}).logout()
+	login(t, addr, loginOptions{}).logout()
+	s.Close()
+	if got := text(); strings.Count(got, "session began") != 1 || strings.Count(got, "session ended") != 1 {
+		t.Errorf("of one session and one discovery the log tells:\n%s", got)
+	}
+}
+
+func TestLoginToATargetThatWasCutOverIsNoWarning(t *testing.T) {
+	log, text := records()
+	s, addr := begin(t, Config{Log: log}, Unit{IQN: iqn, Device: newMemory(512, 64)})
+	if err := s.Retire(t.Context(), iqn, 0); err != nil {
+		t.Fatal(err)
+	}
+	if _, st := tryLogin(t, addr, loginOptions{}); st != iscsi.LoginTargetRemoved {
+		t.Errorf("login status %04Xh", st)
+	}
+	s.Close()
+	if got := text(); !strings.Contains(got, "was cut over") || strings.Contains(got, "level=warn") || strings.Contains(got, "not here") {
+		t.Errorf("the log tells:\n%s", got)
 	}
 }
