@@ -459,7 +459,7 @@ func ignoreClosed(err error) error {
 func (s *Service) knownOf(v conf.Volume, failure error) proxy.Status {
 	status := proxy.Status{
 		Name: v.Name, IQN: v.IQN, LUN: v.LUN, Phase: proxy.Ready,
-		Degraded: true, DegradedReason: "not served: " + oneLine(failure),
+		Degraded: true, DegradedReason: "not served: " + oneLine(failure), RateLimit: uint64(v.Copy.Rate),
 		Sessions:    []target.SessionInfo{},
 		Source:      proxy.UnitStatus{Address: v.Source.Address, State: "unavailable"},
 		Destination: proxy.UnitStatus{Address: v.Destination.Address, State: "unavailable"},
@@ -471,6 +471,31 @@ func (s *Service) knownOf(v conf.Volume, failure error) proxy.Status {
 	status.Phase, status.Paused = proxy.Phase(record.Phase), record.Paused
 	status.Size, status.BlockSize = record.Blocks*uint64(record.BlockSize), record.BlockSize
 	status.Copied, status.Skipped = record.CopiedBytes, record.SkippedBytes
+	status.InitiatorWritten, status.Remaining = record.InitiatorWrittenBytes, status.Size
+	if record.AllocatedBytes != nil {
+		status.Allocated, status.AllocatedKnown = *record.AllocatedBytes, true
+	}
+	if record.RateLimit != nil {
+		status.RateLimit = *record.RateLimit
+	}
+	if record.Hold != nil {
+		ms := float64(record.Hold.Microseconds()) / 1000
+		status.Hold = &ms
+	}
+	status.Source.ID, status.Destination.ID = record.SourceID, record.DestinationID
+	switch status.Phase {
+	case proxy.Migrating:
+		// The record's tally is as old as the last progress; the flags are exact.
+		flags, err := s.store.Flags(v.Name, state.Geometry{Blocks: record.Blocks, RegionBlocks: record.RegionBlocks})
+		if err == nil {
+			status.Remaining -= min(flags.Count(state.Valid)*uint64(record.BlockSize), status.Size)
+			status.InitiatorWritten = flags.Count(state.Dirty) * uint64(record.BlockSize)
+		} else {
+			s.log.WithError(err).Debug("progress of a volume that is not served")
+		}
+	case proxy.Synced, proxy.Cutover:
+		status.Remaining = 0
+	}
 	status.StartedAt, status.SyncedAt, status.CutoverAt = record.StartedAt, record.SyncedAt, record.CutoverAt
 	return status
 }

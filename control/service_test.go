@@ -17,6 +17,7 @@ import (
 	"lunshift/conf"
 	"lunshift/lun"
 	"lunshift/proxy"
+	"lunshift/state"
 )
 
 // listenTCP takes a port for the length of the test.
@@ -402,6 +403,38 @@ func TestRenamedVolumeDoesNotBeginAnew(t *testing.T) {
 	cfg.Volumes[0].Source.Address, cfg.Volumes[0].Destination.Address = moved, unitFile(t, dir, "third", 1<<20, 0)
 	if _, err := start(t, cfg).client.CutoverWhenSynced(t.Context(), "db03"); KindOf(err) != WrongPhase {
 		t.Errorf("the destination moves on: %v", err)
+	}
+}
+
+func TestVolumeThatIsNotServedShowsWhatIsKnownOfItsProgress(t *testing.T) {
+	_, s := serveFakes(t)
+	v := conf.Volume{Name: "db01", Copy: conf.Copy{Rate: 5 << 20}}
+	if got := s.knownOf(v, errors.New("away")); got.RateLimit != 5<<20 || got.Phase != proxy.Ready {
+		t.Errorf("nothing recorded: %+v", got)
+	}
+	flags, err := s.store.Flags("db01", state.Geometry{Blocks: 4096, RegionBlocks: 2048})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(flags.Set(t.Context(), state.Valid, state.Run{Blocks: 1024}), flags.Set(t.Context(), state.Dirty, state.Run{Blocks: 8})); err != nil {
+		t.Fatal(err)
+	}
+	allocated, rate := uint64(1<<20), uint64(3<<20)
+	record := state.Record{Volume: "db01", BlockSize: 512, Blocks: 4096, RegionBlocks: 2048, Phase: string(proxy.Migrating), Paused: true,
+		AllocatedBytes: &allocated, RateLimit: &rate, CopiedBytes: 7, InitiatorWrittenBytes: 512}
+	for _, tc := range []struct {
+		phase              proxy.Phase
+		remaining, written uint64
+	}{{proxy.Ready, 2 << 20, 512}, {proxy.Migrating, 3 << 19, 4096}, {proxy.Synced, 0, 512}} {
+		record.Phase = string(tc.phase)
+		if err := s.store.PutRecords(t.Context(), record); err != nil {
+			t.Fatal(err)
+		}
+		got := s.knownOf(v, errors.New("away"))
+		if got.Phase != tc.phase || got.Size != 2<<20 || got.Remaining != tc.remaining || got.InitiatorWritten != tc.written ||
+			got.RateLimit != rate || got.Allocated != allocated || !got.AllocatedKnown || got.Copied != 7 || !got.Degraded {
+			t.Errorf("%s: %+v", tc.phase, got)
+		}
 	}
 }
 
