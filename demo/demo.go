@@ -17,7 +17,6 @@ import (
 
 	"github.com/schollz/progressbar/v3"
 	"github.com/sirupsen/logrus"
-	"golang.org/x/sys/unix"
 
 	"lunshift/lun"
 	"lunshift/proxy"
@@ -90,16 +89,19 @@ type unit struct {
 // Run does it all. It returns an error if any block was wrong, or any step failed.
 func Run(ctx context.Context, o Options) (_ *Report, err error) {
 	o = o.withDefaults()
-	for _, folder := range []struct {
+	for _, f := range []struct {
 		path *string
 		in   string
-	}{{&o.Units, memory(2 * o.Size)}, {&o.State, ""}} {
-		if *folder.path == "" {
-			if *folder.path, err = os.MkdirTemp(folder.in, "lunshift-demo-"); err != nil {
-				return nil, err
-			}
-			defer func() { err = errors.Join(err, os.RemoveAll(*folder.path)) }()
+	}{{&o.Units, memory(2 * o.Size)}, {&o.State, os.TempDir()}} {
+		if *f.path != "" {
+			continue
 		}
+		folder, err := newFolder(f.in)
+		if err != nil {
+			return nil, err
+		}
+		defer folder.remove()
+		*f.path = folder.content()
 	}
 	say := func(format string, args ...any) { fmt.Fprintf(o.Out, format+"\n", args...) }
 
@@ -273,17 +275,6 @@ func (o Options) withDefaults() Options {
 		o.Log = l
 	}
 	return o
-}
-
-// memory is a folder in memory with room for twice as many bytes, or "", which is
-// where temporary files go.
-func memory(bytes uint64) string {
-	const folder = "/dev/shm"
-	var st unix.Statfs_t
-	if err := unix.Statfs(folder, &st); err != nil || st.Type != unix.TMPFS_MAGIC || st.Bavail*uint64(st.Bsize) < 2*bytes {
-		return ""
-	}
-	return folder
 }
 
 // serveFile makes a sparse file and serves it as LUN 0 of iqn.

@@ -14,7 +14,7 @@ import (
 
 func TestDemoMovesASmallUnitUnderLoad(t *testing.T) {
 	var out bytes.Buffer
-	r, err := Run(context.Background(), Options{Size: 64 << 20, Lead: 300 * time.Millisecond, Units: t.TempDir(), State: t.TempDir(), Out: &out})
+	r, err := Run(context.Background(), Options{Size: 64 << 20, Lead: 300 * time.Millisecond, Out: &out})
 	if err != nil {
 		t.Fatalf("%v\n%s", err, out.String())
 	}
@@ -55,5 +55,59 @@ func TestCheckFindsOneWrongByte(t *testing.T) {
 	}
 	if _, err := o.check(ctx, dev); err == nil || !strings.Contains(err.Error(), "LBA 4096") {
 		t.Fatalf("a wrong byte: %v", err)
+	}
+}
+
+func TestWhatAKilledDemoLeftIsRemoved(t *testing.T) {
+	parent := t.TempDir()
+	dead, err := newFolder(parent)
+	if err != nil {
+		t.Fatal(err)
+	}
+	dead.lock.Close() // as the kernel does for a process that was killed
+	living, err := newFolder(parent)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer living.remove()
+	if _, err := os.Stat(dead.path); !os.IsNotExist(err) {
+		t.Errorf("the dead one's folder is still there: %v", err)
+	}
+	third, err := newFolder(parent)
+	if err != nil {
+		t.Fatal(err)
+	}
+	third.remove()
+	if _, err := os.Stat(living.path); err != nil {
+		t.Errorf("the living one's folder is gone: %v", err)
+	}
+}
+
+// A cutover that fails leaves commands that wait for the new unit; the load must end all
+// the same.
+func TestLoadEndsWhileItWaitsToBeMoved(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "unit.img")
+	if err := os.WriteFile(path, make([]byte, 16<<20), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	dev, err := lun.Open(context.Background(), path, lun.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	l := newLoad(newOracle(16<<20), dev, 4)
+	l.start(context.Background())
+	l.moving.Store(true)
+	if err := dev.Close(); err != nil { // every command fails from here on
+		t.Fatal(err)
+	}
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		l.stop()
+	}()
+	select {
+	case <-ended:
+	case <-time.After(10 * time.Second):
+		t.Fatal("the load did not end")
 	}
 }

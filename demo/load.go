@@ -115,7 +115,7 @@ type load struct {
 	since   time.Time
 	first   chan time.Time // takes the first answer after a retarget; nil else
 
-	quit atomic.Bool
+	quit chan struct{} // closed by stop
 	wg   sync.WaitGroup
 	once sync.Once
 	err  error // of stop
@@ -124,7 +124,7 @@ type load struct {
 func newLoad(o *oracle, dev lun.Device, workers int) *load {
 	return &load{
 		oracle: o, workers: workers, failed: make(chan error, 1),
-		device: dev, moved: make(chan struct{}), answers: newHistogram(), since: time.Now(),
+		device: dev, moved: make(chan struct{}), quit: make(chan struct{}), answers: newHistogram(), since: time.Now(),
 	}
 }
 
@@ -148,7 +148,7 @@ func (l *load) start(ctx context.Context) {
 // that was cut short nobody could say what the unit holds.
 func (l *load) stop() error {
 	l.once.Do(func() {
-		l.quit.Store(true)
+		close(l.quit)
 		l.wg.Wait()
 		l.err = l.device.Close()
 		select {
@@ -215,7 +215,7 @@ func (l *load) retarget(ctx context.Context, dev lun.Device) (time.Time, error) 
 func (l *load) work(ctx context.Context, worker int) error {
 	p, want := make([]byte, grain), make([]byte, grain)
 	version := uint32(1)
-	for !l.quit.Load() && ctx.Err() == nil {
+	for !l.quitting() && ctx.Err() == nil {
 		i := l.pick(worker)
 		at := lun.LBA(i * grainBlocks)
 		if rand.IntN(3) == 0 {
@@ -236,6 +236,15 @@ func (l *load) work(ctx context.Context, worker int) error {
 		}
 	}
 	return nil
+}
+
+func (l *load) quitting() bool {
+	select {
+	case <-l.quit:
+		return true
+	default:
+		return false
+	}
 }
 
 // pick is a grain of the worker's own, in the part of the unit that the load works on:
@@ -275,6 +284,8 @@ func (l *load) do(ctx context.Context, command func(lun.Device) error) error {
 		}
 		select {
 		case <-moved:
+		case <-l.quit: // nothing will be moved any more
+			return err
 		case <-ctx.Done():
 			return ctx.Err()
 		}
