@@ -1,6 +1,7 @@
 package proxy
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -368,5 +369,142 @@ func TestWaitForNoSuchPhaseFails(t *testing.T) {
 	defer cancel()
 	if v.Wait(ctx, "nonsense") == nil {
 		t.Fatal("returned nil")
+	}
+}
+
+// Without its flags on stable storage a write is not acknowledged; reads go on, and the
+// volume says what is wrong.
+func TestWriteFailsWhenTheStateCannotBeWritten(t *testing.T) {
+	r := newRig(t, 1024)
+	fill(t, r.source, lun.Extent{Blocks: 1024}, 1)
+	v := r.open(t)
+	ctx := context.Background()
+	must(t, v.Throttle(ctx, 1))
+	must(t, v.Start(ctx))
+	fill(t, v, lun.Extent{Start: 900, Blocks: 4}, 2)
+	must(t, v.Pause(ctx))
+	must(t, r.store.Close()) // from here on no flag can be written
+	if err := v.WriteAt(ctx, stamp(1000, 3), 1000); err == nil {
+		t.Error("a write was acknowledged without its flag")
+	}
+	expect(t, v, lun.Extent{Start: 1000, Blocks: 1}, 1)
+	fill(t, v, lun.Extent{Start: 900, Blocks: 4}, 4) // valid and dirty: needs no flag
+	expect(t, v, lun.Extent{Start: 900, Blocks: 4}, 4)
+	if s := v.Status(); !s.Degraded || !strings.Contains(s.DegradedReason, "state") {
+		t.Errorf("degraded %v: %q", s.Degraded, s.DegradedReason)
+	}
+	if err := v.Cutover(ctx); err == nil {
+		t.Error("cut over without a record")
+	}
+}
+
+// A cutover whose flush fails is undone: commands that were held go on.
+func TestCutoverThatFailsIsUndone(t *testing.T) {
+	r := newRig(t, 1024)
+	var flushes atomic.Int32
+	flushes.Store(-1)
+	broken := errors.New("flush broken")
+	r.destination.Before = func(_ context.Context, op luntest.Op, _ lun.Extent) error {
+		if op == luntest.Flush && flushes.Load() >= 0 && flushes.Add(1) == 2 {
+			return broken // the second is the one under the hold
+		}
+		return nil
+	}
+	v := r.open(t)
+	defer r.close(t)
+	ctx := context.Background()
+	must(t, v.Start(ctx))
+	waitFor(t, v, Synced)
+	flushes.Store(0)
+	if err := v.Cutover(ctx); !errors.Is(err, broken) || !strings.Contains(err.Error(), "still synced") {
+		t.Fatalf("cutover: %v", err)
+	}
+	fill(t, v, lun.Extent{Start: 7, Blocks: 3}, 5)
+	expect(t, v, lun.Extent{Start: 7, Blocks: 3}, 5)
+	must(t, v.Cutover(ctx))
+}
+
+// A destination that is thick, whose blocks are of 4096 bytes and hold old data, is
+// brought to the source's content all the same.
+func TestThickDestinationOfLargeBlocksIsOverwrittenWhole(t *testing.T) {
+	const bs, blocks = 4096, 512
+	pattern := func(version byte) []byte {
+		p := make([]byte, bs)
+		for i := range p {
+			p[i] = version + byte(i)
+		}
+		return p
+	}
+	ctx := context.Background()
+	source := luntest.NewThinMemory(bs, blocks)
+	destination := luntest.NewMemory(lun.Info{BlockSize: bs, Blocks: blocks, VolatileCache: true})
+	for at := lun.LBA(0); at < blocks; at++ {
+		must(t, destination.WriteAt(ctx, pattern(9), at))
+		if at%3 == 0 {
+			must(t, source.WriteAt(ctx, pattern(1), at))
+		}
+	}
+	v := openWith(t, source, destination)
+	v.cfg.Overwrite = true
+	must(t, v.Start(ctx))
+	must(t, v.WriteAt(ctx, pattern(5), 100))
+	waitFor(t, v, Synced)
+	p := make([]byte, bs)
+	for at := lun.LBA(0); at < blocks; at++ {
+		want := make([]byte, bs)
+		switch {
+		case at == 100:
+			want = pattern(5)
+		case at%3 == 0:
+			want = pattern(1)
+		}
+		must(t, destination.ReadAt(ctx, p, at))
+		if !bytes.Equal(p, want) {
+			t.Fatalf("LBA %d of the destination is wrong", at)
+		}
+	}
+}
+
+// Data anywhere that is looked at makes a destination not blank, also between its edges.
+func TestDataAtASampledPlaceIsFound(t *testing.T) {
+	const blocks = 1 << 17 // 64 MiB
+	destination := luntest.NewThinMemory(512, blocks)
+	at := lun.LBA(uint64(blocks) * 512 / (blankSamples + 1) * 40 / 512)
+	fill(t, destination, lun.Extent{Start: at + 5, Blocks: 1}, 1)
+	refused, err := Check(context.Background(), luntest.NewThinMemory(512, blocks), destination, false)
+	must(t, err)
+	if len(refused) != 1 || !strings.Contains(refused[0].Error(), "not blank") {
+		t.Fatalf("refused: %v", refused)
+	}
+}
+
+// The gate lets nobody in while it is held, and everybody when the hold is given up.
+func TestGateHoldsAndReleases(t *testing.T) {
+	var g gate
+	ctx := context.Background()
+	must(t, g.enter(ctx))
+	short, cancel := context.WithTimeout(ctx, 20*time.Millisecond)
+	defer cancel()
+	if err := g.hold(short); !errors.Is(err, context.DeadlineExceeded) {
+		t.Fatalf("hold with a command inside: %v", err)
+	}
+	must(t, g.enter(ctx)) // the hold was given up
+	g.leave()
+	g.leave()
+	must(t, g.hold(ctx))
+	if g.tryEnter() {
+		t.Fatal("entered a held gate")
+	}
+	if err := g.enter(short); !errors.Is(err, context.DeadlineExceeded) {
+		t.Fatalf("enter while held: %v", err)
+	}
+	entered := make(chan error, 1)
+	go func() { entered <- g.enter(ctx) }()
+	g.release()
+	must(t, <-entered)
+	g.leave()
+	g.close()
+	if err := g.enter(ctx); !errors.Is(err, lun.ErrClosed) {
+		t.Fatalf("enter a closed gate: %v", err)
 	}
 }
