@@ -508,3 +508,34 @@ func TestGateHoldsAndReleases(t *testing.T) {
 		t.Fatalf("enter a closed gate: %v", err)
 	}
 }
+
+// lost is a device that knows by itself that it cannot be reached.
+type lost struct {
+	*luntest.Memory
+	gone atomic.Bool
+}
+
+func (l *lost) Unreachable() error {
+	if l.gone.Load() {
+		return errors.New("session lost")
+	}
+	return nil
+}
+
+func TestAUnitThatIsGoneIsShownBeforeACommandFails(t *testing.T) {
+	destination := &lost{Memory: luntest.NewThinMemory(512, 1024)}
+	v := openWith(t, luntest.NewThinMemory(512, 1024), destination)
+	must(t, v.Start(context.Background()))
+	waitFor(t, v, Synced)
+	if s := v.Status(); s.Degraded || s.Destination.State != "online" {
+		t.Fatalf("before: %+v", s)
+	}
+	destination.gone.Store(true)
+	if s := v.Status(); !s.Degraded || s.Destination.State != "unavailable" || s.Destination.Reason != "session lost" {
+		t.Fatalf("gone: %+v", s)
+	}
+	destination.gone.Store(false)
+	if s := v.Status(); s.Degraded || s.Destination.State != "online" {
+		t.Fatalf("back: %+v", s)
+	}
+}

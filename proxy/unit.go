@@ -16,7 +16,7 @@ type unit struct {
 	address string
 
 	errors atomic.Uint64
-	down   atomic.Bool
+	down   atomic.Bool // the last command that ended found the unit gone
 	// unflushed is one more than Resets was before the first of the initiators'
 	// writes that no flush of theirs followed yet; 0 when there is none.
 	unflushed atomic.Uint64
@@ -141,12 +141,27 @@ func (u *unit) status() UnitStatus {
 		Vendor: info.Vendor, Product: info.Product, Serial: info.Serial,
 		Size: info.Size(), Thin: info.Thin, Errors: u.errors.Load(),
 	}
-	if u.down.Load() {
-		u.mu.Lock()
-		s.State, s.Reason = "unavailable", u.reason
-		u.mu.Unlock()
+	if why := u.unavailable(); why != "" {
+		s.State, s.Reason = "unavailable", why
 	}
 	return s
+}
+
+// unavailable says why the unit cannot be reached, "" where it can: from the device
+// itself if it knows, else from the last command.
+func (u *unit) unavailable() string {
+	if d, ok := u.Device.(lun.Reachable); ok {
+		if err := d.Unreachable(); err != nil {
+			return err.Error()
+		}
+		return ""
+	}
+	if !u.down.Load() {
+		return ""
+	}
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	return u.reason
 }
 
 // flusher lets one flush of a unit serve every caller that asked before it began.

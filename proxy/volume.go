@@ -295,8 +295,11 @@ func (v *Volume) degraded() (bool, string) {
 		}
 	}
 	for _, u := range []*unit{v.source, v.destination} {
-		if u != nil && u.down.Load() && reason == "" {
-			add(u.role + " unavailable")
+		if u == nil {
+			continue
+		}
+		if why := u.unavailable(); why != "" {
+			add(u.role + " unavailable: " + why)
 		}
 	}
 	return reason != "", reason
