@@ -7,12 +7,14 @@ import (
 	"io/fs"
 	"maps"
 	"os"
+	"path/filepath"
 	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
 
 	"github.com/sirupsen/logrus"
+	"golang.org/x/sys/unix"
 
 	"lunshift/conf"
 	"lunshift/lun"
@@ -50,9 +52,11 @@ type VolumeReport struct {
 	IQN  string `json:"iqn"`
 	LUN  uint64 `json:"lun"`
 	// Phase is what the state says; ready where it says nothing.
-	Phase       proxy.Phase `json:"phase"`
-	Source      UnitReport  `json:"source"`
-	Destination UnitReport  `json:"destination"`
+	Phase proxy.Phase `json:"phase"`
+	// Served tells whether the running service has the volume.
+	Served      bool       `json:"served"`
+	Source      UnitReport `json:"source"`
+	Destination UnitReport `json:"destination"`
 	// Allocated is what the source has storage for, in bytes; where AllocatedKnown
 	// is false, what was seen of it within the time given to check.
 	Allocated      uint64 `json:"allocated_bytes"`
@@ -109,14 +113,20 @@ func Check(ctx context.Context, cfg *conf.Config, log logrus.FieldLogger) (Check
 		return report, ctx.Err()
 	}
 	report.Running = err == nil
+	refuse := func(err error) {
+		if err != nil {
+			report.Refusals = append(report.Refusals, lines(err)...)
+		}
+	}
 	var records map[string]state.Record
-	if !report.Running {
-		if err := checkPortals(cfg.Service, log); err != nil {
-			report.Refusals = append(report.Refusals, err.Error())
-		}
-		if records, err = readRecords(cfg.Service.State, log); err != nil {
-			report.Refusals = append(report.Refusals, err.Error())
-		}
+	if report.Running {
+		records, err = client.records(ctx)
+		refuse(err)
+	} else {
+		refuse(checkListeners(cfg.Service, log))
+		refuse(checkSocket(cfg.Service.Control))
+		records, err = readRecords(cfg.Service.State, log)
+		refuse(err)
 	}
 	reports := make([]VolumeReport, len(cfg.Volumes))
 	var group sync.WaitGroup
@@ -156,19 +166,21 @@ func checkVolume(ctx context.Context, service conf.Service, client *Client, serv
 		if err != nil {
 			return report.refuse("volume %s: the running service could not check it: %v", v.Name, err)
 		}
+		answer.Served = true
 		return answer
 	}
 	record, known := records[v.Name]
-	if known {
-		if record.Phase == removed {
-			return report.refuse("volume %s: %v", v.Name, errRemoved)
-		}
+	wasRemoved := known && record.Phase == removed
+	if known && !wasRemoved {
 		report.Phase = proxy.Phase(record.Phase)
 		if report.Phase == proxy.Cutover {
 			return report
 		}
 	}
 	source, destination, err := openUnits(ctx, service, v, log, true)
+	if wasRemoved && sameUnits(record, source, destination, err) {
+		return report.refuse("volume %s: %v", v.Name, errRemoved).close(v, source, destination)
+	}
 	if err != nil {
 		for _, e := range lines(err) {
 			report = report.refuse("%s", e)
@@ -368,19 +380,54 @@ func at(runs []lun.Extent, n, blocks uint64) lun.Extent {
 	return lun.Extent{}
 }
 
-// checkPortals says whether the service could listen on its portals.
-func checkPortals(service conf.Service, log logrus.FieldLogger) error {
+// checkListeners says whether the service could listen on its portals and on the
+// address of the metrics, all at once.
+func checkListeners(service conf.Service, log logrus.FieldLogger) error {
 	server, err := target.New(target.Config{Portals: service.Portals, Log: log})
 	if err != nil {
 		return err
 	}
-	return errors.Join(server.Listen(), server.Close())
+	err = server.Listen()
+	if service.HTTP != "" {
+		l, failure := listenMetrics(service.HTTP)
+		err = errors.Join(err, failure)
+		if failure == nil {
+			defer l.Close()
+		}
+	}
+	return errors.Join(err, server.Close())
+}
+
+// checkCreatable says whether dir is there and can be written to, or could be made.
+func checkCreatable(dir string) error {
+	for path := dir; ; path = filepath.Dir(path) {
+		info, err := os.Stat(path)
+		if errors.Is(err, fs.ErrNotExist) && path != filepath.Dir(path) {
+			if _, err := os.Lstat(path); err == nil {
+				return fmt.Errorf("%s is a symbolic link to nowhere", path)
+			}
+			continue
+		}
+		if err != nil {
+			return pathless(err)
+		}
+		if !info.IsDir() {
+			return fmt.Errorf("%s is not a directory", path)
+		}
+		if err := unix.Faccessat(unix.AT_FDCWD, path, unix.W_OK|unix.X_OK, unix.AT_EACCESS); err != nil {
+			return fmt.Errorf("cannot write to %s: %w", path, err)
+		}
+		return nil
+	}
 }
 
 // readRecords gives what the state knows; nothing where there is no state yet.
 func readRecords(dir string, log logrus.FieldLogger) (map[string]state.Record, error) {
 	content, err := os.ReadDir(dir)
 	if errors.Is(err, fs.ErrNotExist) || err == nil && len(content) == 0 {
+		if err := checkCreatable(dir); err != nil {
+			return nil, fmt.Errorf("state directory %s: %w (service.state)", dir, err)
+		}
 		return nil, nil
 	}
 	if err != nil {
@@ -394,11 +441,15 @@ func readRecords(dir string, log logrus.FieldLogger) (map[string]state.Record, e
 	if err := errors.Join(err, store.Close()); err != nil {
 		return nil, err
 	}
+	return byName(list), nil
+}
+
+func byName(list []state.Record) map[string]state.Record {
 	records := make(map[string]state.Record, len(list))
 	for _, r := range list {
 		records[r.Volume] = r
 	}
-	return records, nil
+	return records
 }
 
 // lines are the single errors that errors.Join put together.

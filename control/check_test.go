@@ -135,25 +135,130 @@ func TestCheckNamesWhatWouldBeRefused(t *testing.T) {
 	}
 }
 
-func TestCheckFindsAPortalAndAStateThatAreInUse(t *testing.T) {
+func TestCheckFindsWhatServeWouldRefuseOfTheService(t *testing.T) {
 	dir := t.TempDir()
-	cfg := configFor(t, dir, unitFile(t, dir, "old", 1<<20, 0), unitFile(t, dir, "new", 1<<20, 0), "")
-	store, err := state.Open(cfg.Service.State, state.Options{Log: quiet()})
+	good := configFor(t, dir, unitFile(t, dir, "old", 1<<20, 0), unitFile(t, dir, "new", 1<<20, 0), "")
+	locked := filepath.Join(dir, "locked")
+	store, err := state.Open(locked, state.Options{Log: quiet()})
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer store.Close()
+	file := unitFile(t, dir, "file", 1, 0)
+	nowhere := filepath.Join(dir, "nowhere")
+	if err := os.Symlink("/nonexistent/dir", nowhere); err != nil {
+		t.Fatal(err)
+	}
 	taken, err := listenTCP(t)
 	if err != nil {
 		t.Fatal(err)
 	}
-	cfg.Service.Portals = []string{taken}
-	report, err := Check(t.Context(), cfg, quiet())
-	if err != nil || len(report.Refusals) != 2 {
-		t.Fatalf("refusals %q, %v", report.Refusals, err)
+	held, err := listenSocket(filepath.Join(dir, "held.sock"))
+	if err != nil {
+		t.Fatal(err)
 	}
-	if !strings.Contains(report.Refusals[0], taken) || !strings.Contains(report.Refusals[1], cfg.Service.State) {
-		t.Errorf("refusals %q", report.Refusals)
+	defer held.Close()
+	if err := os.Remove(filepath.Join(dir, "held.sock")); err != nil {
+		t.Fatal(err)
+	}
+	for _, tc := range []struct {
+		name   string
+		change func(*conf.Service)
+		want   string
+	}{
+		{"portal", func(s *conf.Service) { s.Portals = []string{taken} }, taken},
+		{"metrics in use", func(s *conf.Service) { s.HTTP = taken }, "metrics address " + taken},
+		{"metrics not local", func(s *conf.Service) { s.HTTP = "192.0.2.1:9260" }, "metrics address 192.0.2.1:9260"},
+		{"metrics on a portal", func(s *conf.Service) { s.Portals, s.HTTP = []string{freeTCP(t)}, ""; s.HTTP = s.Portals[0] }, "metrics address "},
+		{"control is a file", func(s *conf.Service) { s.Control = file }, "control socket " + file},
+		{"control is a directory", func(s *conf.Service) { s.Control = dir }, "control socket " + dir},
+		{"control below a file", func(s *conf.Service) { s.Control = file + "/c.sock" }, "control socket " + file},
+		{"control cannot be made", func(s *conf.Service) { s.Control = nowhere + "/deep/c.sock" }, "control socket " + nowhere + "/deep"},
+		{"control is locked", func(s *conf.Service) { s.Control = filepath.Join(dir, "held.sock") }, "already running"},
+		{"state in use", func(s *conf.Service) { s.State = locked }, locked},
+		{"state is a file", func(s *conf.Service) { s.State = file }, file},
+		{"state below a file", func(s *conf.Service) { s.State = file + "/state" }, file},
+		{"state cannot be made", func(s *conf.Service) { s.State = nowhere + "/state" }, "state directory " + nowhere},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			cfg := *good
+			tc.change(&cfg.Service)
+			report, err := Check(t.Context(), &cfg, quiet())
+			if err != nil || len(report.Refusals) != 1 || !strings.Contains(report.Refusals[0], tc.want) || report.Refused() == nil {
+				t.Fatalf("refusals %q, %v; want one with %q", report.Refusals, err, tc.want)
+			}
+			var out bytes.Buffer
+			if err := WriteCheck(&out, report); err != nil {
+				t.Fatal(err)
+			}
+			if !strings.Contains(out.String(), "\nrefused  "+report.Refusals[0]+"\n") || strings.Contains(out.String(), "result  nothing would be refused") {
+				t.Errorf("the report does not say so:\n%s", out.String())
+			}
+			if _, err := New(t.Context(), &cfg, Options{Log: quiet()}); err == nil {
+				t.Error("serve would not refuse it")
+			}
+		})
+	}
+	before, err := os.ReadDir(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if report, err := Check(t.Context(), good, quiet()); err != nil || report.Refused() != nil {
+		t.Errorf("good: %v, %v", report.Refused(), err)
+	}
+	if after, err := os.ReadDir(dir); err != nil || len(after) != len(before) {
+		t.Errorf("check left %v where there was %v (%v)", after, before, err)
+	}
+}
+
+func TestCheckBesideTheServiceKnowsWhatTheStateKnows(t *testing.T) {
+	ctx := t.Context()
+	dir := t.TempDir()
+	source, destination := unitFile(t, dir, "old", 1<<20, 4096), unitFile(t, dir, "new", 1<<20, 0)
+	cfg := configFor(t, dir, source, destination, "")
+	service := start(t, cfg)
+	if _, err := service.client.Start(ctx, "db01"); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := service.client.CutoverWhenSynced(ctx, "db01"); err != nil {
+		t.Fatal(err)
+	}
+	// It serves on without the units, which stand on their own from now on.
+	if err := service.stop(); err != nil {
+		t.Fatal(err)
+	}
+	service = start(t, cfg)
+	check := func(cfg *conf.Config, want string) VolumeReport {
+		t.Helper()
+		report, err := Check(ctx, cfg, quiet())
+		if err != nil || !report.Running {
+			t.Fatalf("%+v, %v", report, err)
+		}
+		refused := ""
+		if e := report.Refused(); e != nil {
+			refused = e.Error()
+		}
+		if (want == "") != (refused == "") || !strings.Contains(refused, want) || strings.Contains(refused, "overwrite") {
+			t.Errorf("refused %q, want %q", refused, want)
+		}
+		return report.Volumes[0]
+	}
+	renamed := *cfg
+	renamed.Volumes = []conf.Volume{cfg.Volumes[0]}
+	renamed.Volumes[0].Name, renamed.Volumes[0].Overwrite = "db02", true
+	check(&renamed, "the state has volume db01 with these logical units in phase cutover")
+	if _, err := service.client.Remove(ctx, "db01"); err != nil {
+		t.Fatal(err)
+	}
+	check(cfg, "was cut over and removed; delete its [[volume]]")
+	other := configFor(t, t.TempDir(), unitFile(t, dir, "old2", 1<<20, 0), unitFile(t, dir, "new2", 1<<20, 0), "")
+	other.Service = cfg.Service
+	if v := check(other, ""); v.Served || v.Phase != proxy.Ready {
+		t.Errorf("another pair: %+v", v)
+	}
+	var out bytes.Buffer
+	if err := WriteCheck(&out, CheckReport{Running: true, Volumes: []VolumeReport{{Name: "db09"}}}); err != nil || !strings.Contains(out.String(), "the running service does not have it") {
+		t.Errorf("%v:\n%s", err, out.String())
 	}
 }
 

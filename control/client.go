@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"lunshift/proxy"
+	"lunshift/state"
 )
 
 // maxReply bounds an answer of the service, in bytes.
@@ -113,6 +114,13 @@ func (c *Client) Remove(ctx context.Context, volume string) (RemoveReport, error
 func (c *Client) Check(ctx context.Context, volume string) (VolumeReport, error) {
 	var report VolumeReport
 	return report, c.onVolume(ctx, http.MethodGet, volume, "/check", nil, &report)
+}
+
+// records is what the state of the service knows, by volume.
+func (c *Client) records(ctx context.Context) (map[string]state.Record, error) {
+	var list []state.Record
+	err := c.call(ctx, http.MethodGet, "/v1/records", nil, &list)
+	return byName(list), err
 }
 
 func (c *Client) volume(ctx context.Context, method, volume, step string, body any) (proxy.Status, error) {

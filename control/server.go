@@ -25,6 +25,9 @@ func (s *Service) handler() http.Handler {
 	mux.HandleFunc("GET /v1/volumes", s.answer(func(r *http.Request) (any, error) {
 		return s.Statuses(), nil
 	}))
+	mux.HandleFunc("GET /v1/records", s.answer(func(r *http.Request) (any, error) {
+		return s.store.Records()
+	}))
 	mux.HandleFunc("GET /v1/volumes/{name}", s.answerVolume(func(r *http.Request, e *entry) error { return nil }))
 	steps := map[string]func(context.Context, Volume) error{
 		"start":   func(ctx context.Context, v Volume) error { return v.Start(ctx) },

@@ -96,8 +96,8 @@ func New(ctx context.Context, cfg *conf.Config, o Options) (_ *Service, err erro
 		return nil, err
 	}
 	if cfg.Service.HTTP != "" {
-		if s.metrics, err = net.Listen("tcp", cfg.Service.HTTP); err != nil {
-			return nil, fmt.Errorf("metrics address %s: %w (service.http)", cfg.Service.HTTP, pathless(err))
+		if s.metrics, err = listenMetrics(cfg.Service.HTTP); err != nil {
+			return nil, err
 		}
 	}
 	if s.store, err = state.Open(cfg.Service.State, state.Options{Log: o.Log}); err != nil {
@@ -116,6 +116,14 @@ func New(ctx context.Context, cfg *conf.Config, o Options) (_ *Service, err erro
 		return nil, err
 	}
 	return s, nil
+}
+
+func listenMetrics(address string) (net.Listener, error) {
+	l, err := net.Listen("tcp", address)
+	if err != nil {
+		return nil, fmt.Errorf("metrics address %s: %w (service.http)", address, pathless(err))
+	}
+	return l, nil
 }
 
 // Run serves until ctx ends or something fails that the service cannot do without,
@@ -345,10 +353,16 @@ func (s *Service) openVolume(ctx context.Context, v conf.Volume) (_ Volume, unit
 // takeAnew lets the name of a removed volume be used for another pair of units. The
 // same units, or units that cannot be opened, give errRemoved.
 func (s *Service) takeAnew(mark state.Record, source, destination lun.Device, failure error) error {
-	if failure != nil || source.Info().ID == mark.SourceID || destination.Info().ID == mark.DestinationID {
+	if sameUnits(mark, source, destination, failure) {
 		return fmt.Errorf("volume %s: %w", mark.Volume, errRemoved)
 	}
 	return s.store.Forget(mark.Volume)
+}
+
+// sameUnits tells whether a volume must be taken for the one that the mark stands
+// for; failure is that of opening its units.
+func sameUnits(mark state.Record, source, destination lun.Device, failure error) bool {
+	return failure != nil || source.Info().ID == mark.SourceID || destination.Info().ID == mark.DestinationID
 }
 
 func (s *Service) foreign(name, source, destination string) error {

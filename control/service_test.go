@@ -30,6 +30,17 @@ func listenTCP(t *testing.T) (string, error) {
 	return l.Addr().String(), nil
 }
 
+// freeTCP is an address that nobody listens on.
+func freeTCP(t *testing.T) string {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	return l.Addr().String()
+}
+
 // running is a service that runs until stop, or the end of the test.
 type running struct {
 	client *Client

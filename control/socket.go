@@ -30,12 +30,9 @@ func listenSocket(path string) (*socket, error) {
 		return nil, fmt.Errorf("control socket %s: lock file: %w", path, pathless(err))
 	}
 	s := &socket{lock: lock}
-	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+	if err := lockSocket(path, lock); err != nil {
 		lock.Close()
-		if errors.Is(err, unix.EWOULDBLOCK) {
-			return nil, fmt.Errorf("control socket %s: lunshift is already running there", path)
-		}
-		return nil, fmt.Errorf("control socket %s: lock it: %w", path, err)
+		return nil, err
 	}
 	if err := removeStale(path); err != nil {
 		lock.Close()
@@ -56,24 +53,65 @@ func (s *socket) Close() error {
 	return errors.Join(err, s.lock.Close())
 }
 
-func removeStale(path string) error {
+// checkSocket says whether a service could claim path, and changes nothing.
+func checkSocket(path string) error {
+	if err := checkCreatable(filepath.Dir(path)); err != nil {
+		return fmt.Errorf("control socket %s: %w", path, err)
+	}
+	lock, err := os.OpenFile(path+".lock", os.O_RDWR|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+	case err != nil:
+		return fmt.Errorf("control socket %s: lock file: %w", path, pathless(err))
+	default:
+		defer lock.Close() // which gives the lock up
+		if err := lockSocket(path, lock); err != nil {
+			return err
+		}
+	}
+	_, err = findStale(path)
+	return err
+}
+
+func lockSocket(path string, lock *os.File) error {
+	err := unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+	switch {
+	case errors.Is(err, unix.EWOULDBLOCK):
+		return fmt.Errorf("control socket %s: lunshift is already running there", path)
+	case err != nil:
+		return fmt.Errorf("control socket %s: lock it: %w", path, err)
+	}
+	return nil
+}
+
+// findStale tells whether a socket that nobody listens on stands at path; anything
+// else there is an error.
+func findStale(path string) (bool, error) {
 	info, err := os.Lstat(path)
 	if errors.Is(err, fs.ErrNotExist) {
-		return nil
+		return false, nil
 	}
 	if err != nil {
-		return fmt.Errorf("control socket %s: %w", path, pathless(err))
+		return false, fmt.Errorf("control socket %s: %w", path, pathless(err))
 	}
 	if info.Mode().Type() != fs.ModeSocket {
-		return fmt.Errorf("control socket %s: something that is not a socket is there; move it away or choose another path", path)
+		return false, fmt.Errorf("control socket %s: something that is not a socket is there; move it away or choose another path", path)
 	}
 	conn, err := net.DialTimeout("unix", path, time.Second)
 	if err == nil {
 		conn.Close()
-		return fmt.Errorf("control socket %s: another process listens there; stop it or choose another path", path)
+		return false, fmt.Errorf("control socket %s: another process listens there; stop it or choose another path", path)
 	}
 	if !errors.Is(err, unix.ECONNREFUSED) {
-		return fmt.Errorf("control socket %s: cannot tell whether somebody listens there: %w", path, err)
+		return false, fmt.Errorf("control socket %s: cannot tell whether somebody listens there: %w", path, err)
+	}
+	return true, nil
+}
+
+func removeStale(path string) error {
+	stale, err := findStale(path)
+	if err != nil || !stale {
+		return err
 	}
 	if err := os.Remove(path); err != nil {
 		return fmt.Errorf("control socket %s: remove the one left behind: %w", path, pathless(err))

@@ -101,6 +101,13 @@ func WriteCheck(w io.Writer, r CheckReport) error {
 		running = "the service is running"
 	}
 	fmt.Fprintf(w, "%s: %d volume(s), %s\n", r.Config, len(r.Volumes), running)
+	for _, line := range r.Refusals {
+		fmt.Fprintf(w, "refused  %s\n", line)
+	}
+	result := "nothing would be refused"
+	if len(r.Refusals) > 0 {
+		result = "nothing of this volume would be refused, but see the top"
+	}
 	for _, v := range r.Volumes {
 		fmt.Fprintln(w)
 		t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
@@ -124,6 +131,9 @@ func WriteCheck(w io.Writer, r CheckReport) error {
 		t = tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
 		fmt.Fprintf(t, "target\t%s LUN %d\n", v.IQN, v.LUN)
 		fmt.Fprintf(t, "phase\t%s\n", v.Phase)
+		if r.Running && !v.Served {
+			fmt.Fprintf(t, "served\tno, the running service does not have it: restart the service to serve it\n")
+		}
 		if v.Source.Open && v.Destination.Open {
 			atLeast := ""
 			if !v.AllocatedKnown {
@@ -138,7 +148,7 @@ func WriteCheck(w io.Writer, r CheckReport) error {
 			fmt.Fprintf(t, "refused\t%s\n", line)
 		}
 		if len(v.Refusals) == 0 {
-			fmt.Fprintf(t, "result\tnothing would be refused\n")
+			fmt.Fprintf(t, "result\t%s\n", result)
 		}
 		if err := t.Flush(); err != nil {
 			return err
