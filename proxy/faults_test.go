@@ -328,20 +328,6 @@ func TestManyFailedWritesToOneBlockAreOneSuspect(t *testing.T) {
 	}
 }
 
-func TestFlushTellsOfALostCache(t *testing.T) {
-	source, destination := luntest.NewThinMemory(512, 1024), luntest.NewThinMemory(512, 1024)
-	v := openWith(t, source, destination)
-	must(t, v.Start(context.Background()))
-	waitFor(t, v, Synced)
-	fill(t, v, lun.Extent{Start: 10, Blocks: 1}, 1)
-	fill(t, v, lun.Extent{Start: 10, Blocks: 1}, 2) // cached only
-	destination.PowerLoss()
-	if err := v.Flush(context.Background()); err != nil {
-		return
-	}
-	expect(t, v, lun.Extent{Start: 10, Blocks: 1}, 2)
-}
-
 func TestASourceThatRefusesToTellItsAllocationIsCopiedWhole(t *testing.T) {
 	r := newRig(t, 1024)
 	fill(t, r.source, lun.Extent{Blocks: 1024}, 1)

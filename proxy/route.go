@@ -106,11 +106,11 @@ func (v *Volume) Flush(ctx context.Context) error {
 	defer v.gate.leave()
 	switch v.Phase() {
 	case Ready:
-		return v.source.flushFor(ctx, v.source.Flush)
+		return v.source.Flush(ctx)
 	case Cutover:
 		return errRetired
 	}
-	return v.destination.flushFor(ctx, v.destinationFlush.Flush)
+	return v.destinationFlush.Flush(ctx)
 }
 
 // Extents implements lun.Device: each block's status is that of the side it is
@@ -202,13 +202,11 @@ func (v *Volume) change(ctx context.Context, e lun.Extent, do func(*unit) error)
 func (v *Volume) write(ctx context.Context, e lun.Extent, do func(*unit) error) error {
 	switch v.Phase() {
 	case Ready:
-		v.source.willFlush()
 		return do(v.source)
 	case Cutover:
 		return errRetired
 	}
 	if v.flags.All(state.Valid|state.Dirty, run(e)) {
-		v.destination.willFlush()
 		return do(v.destination)
 	}
 	// Only a holder of the range or the copier's commit makes blocks valid, so
@@ -243,9 +241,6 @@ func (v *Volume) write(ctx context.Context, e lun.Extent, do func(*unit) error) 
 // between the two the flush proves nothing, and both are done again.
 func (v *Volume) writeStable(ctx context.Context, stable bool, do func(*unit) error) error {
 	stable = stable && v.destination.Info().VolatileCache
-	if !stable {
-		v.destination.willFlush()
-	}
 	for range mostRepeats {
 		era := v.destination.Resets()
 		if err := do(v.destination); err != nil || !stable {

@@ -17,11 +17,7 @@ type unit struct {
 
 	errors atomic.Uint64
 	down   atomic.Bool // the last command that ended found the unit gone
-	// unflushed is one more than Resets was before the first of the initiators'
-	// writes that no flush of theirs followed yet; 0 when there is none.
-	unflushed atomic.Uint64
-
-	mu     sync.Mutex // protects reason
+	mu     sync.Mutex  // protects reason
 	reason string
 }
 
@@ -96,34 +92,6 @@ func (u *unit) Resets() uint64 {
 		return d.Resets()
 	}
 	return 0
-}
-
-// lostCache is what an initiator's flush gets when the unit lost its volatile cache with
-// writes in it: they were acknowledged, but are not on stable storage, and nobody
-// has them (WRITE ERROR, SPC-4 table E). A flush of the restarted unit succeeds and
-// must not pass for theirs.
-var lostCache = &lun.SenseError{Key: 0x03, ASC: 0x0c}
-
-// flushFor is an initiator's flush, by way of flush.
-func (u *unit) flushFor(ctx context.Context, flush func(context.Context) error) error {
-	unflushed := u.unflushed.Swap(0)
-	if err := flush(ctx); err != nil {
-		if unflushed != 0 {
-			u.unflushed.Store(unflushed)
-		}
-		return err
-	}
-	if unflushed != 0 && unflushed != u.Resets()+1 {
-		return &unitError{u.role, lostCache}
-	}
-	return nil
-}
-
-// willFlush notes that an initiator is about to write what it has to flush itself.
-func (u *unit) willFlush() {
-	if u.unflushed.Load() == 0 {
-		u.unflushed.CompareAndSwap(0, u.Resets()+1)
-	}
 }
 
 // discard makes e read as zeroes, freeing the blocks where the unit can.
