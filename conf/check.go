@@ -192,29 +192,38 @@ func newUses() *uses {
 	return &uses{names: map[string]string{}, addresses: map[string]string{}, units: map[string]string{}}
 }
 
-// add notes a volume, with faults for what an earlier one has already.
-func (u *uses) add(d *decoder, path, label string, v *Volume) {
-	if _, taken := u.names[v.Name]; taken {
-		d.fault(path+".name", label+".name", fmt.Sprintf("another volume is called %q; give each its own name", v.Name))
-		return
+// add notes what a volume uses, with faults for what an earlier one has already.
+// Keys that are faulty by themselves are left out.
+func (u *uses) add(d *decoder, path, label string, v *Volume, faulty map[string]bool) {
+	who := label
+	if !faulty["name"] {
+		who = "volume " + v.Name
+		if _, taken := u.names[v.Name]; taken {
+			d.fault(path+".name", label+".name", fmt.Sprintf("another volume is called %q; give each its own name", v.Name))
+		}
+		u.names[v.Name] = v.Name
 	}
-	u.names[v.Name] = v.Name
-	at := fmt.Sprintf("%s LUN %d", v.IQN, v.LUN)
-	if other, taken := u.addresses[at]; taken {
-		d.fault(path+".lun", label+".lun", fmt.Sprintf("volume %s has LUN %d of %s already; choose another lun or iqn", other, v.LUN, v.IQN))
-	} else {
-		u.addresses[at] = v.Name
+	if !faulty["iqn"] && !faulty["lun"] {
+		at := fmt.Sprintf("%s LUN %d", v.IQN, v.LUN)
+		if other, taken := u.addresses[at]; taken {
+			d.fault(path+".lun", label+".lun", fmt.Sprintf("%s has LUN %d of %s already; choose another lun or iqn", other, v.LUN, v.IQN))
+		} else {
+			u.addresses[at] = who
+		}
 	}
-	if comparable(v.Source.Address) == comparable(v.Destination.Address) {
+	if !faulty["source"] && !faulty["destination"] && comparable(v.Source.Address) == comparable(v.Destination.Address) {
 		d.fault(path+".destination", label+".destination", "is the source; a volume moves from one logical unit to another")
-		return
+		faulty["destination"] = true
 	}
 	for _, side := range []struct{ key, address string }{{"source", v.Source.Address}, {"destination", v.Destination.Address}} {
+		if faulty[side.key] {
+			continue
+		}
 		unit := comparable(side.address)
 		if other, taken := u.units[unit]; taken {
 			d.fault(path+"."+side.key, label+"."+side.key, fmt.Sprintf("is the %s already; a logical unit belongs to one volume", other))
 			continue
 		}
-		u.units[unit] = side.key + " of volume " + v.Name
+		u.units[unit] = side.key + " of " + who
 	}
 }

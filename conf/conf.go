@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/pelletier/go-toml/v2"
+	"golang.org/x/sys/unix"
 )
 
 // DefaultPath is where commands look for the configuration when none is named.
@@ -25,6 +26,9 @@ const DefaultControl = "/run/lunshift/control.sock"
 
 // maxFile bounds a configuration file in bytes; a volume takes about 500.
 const maxFile = 4 << 20
+
+// byteOrderMark is what some editors put before a text in UTF-8.
+const byteOrderMark = "\xef\xbb\xbf"
 
 // Config is a whole configuration file, validated, defaults filled in.
 type Config struct {
@@ -158,7 +162,7 @@ func Control(path string) (string, error) {
 		} `toml:"service"`
 	}
 	if err := toml.Unmarshal(text, &file); err != nil {
-		return "", Faults{syntaxFault(path, err)}
+		return "", Faults{syntaxFault(path, text, err)}
 	}
 	if file.Service.Control == "" {
 		return DefaultControl, nil
@@ -167,33 +171,52 @@ func Control(path string) (string, error) {
 }
 
 func read(path string) ([]byte, error) {
-	f, err := os.Open(path)
+	f, err := openFile(path)
 	if err != nil {
-		var pathErr *os.PathError
-		if errors.As(err, &pathErr) {
-			err = pathErr.Err
-		}
 		return nil, fmt.Errorf("cannot read the configuration %s: %w", path, err)
 	}
 	defer f.Close()
 	text, err := io.ReadAll(io.LimitReader(f, maxFile+1))
 	if err != nil {
-		var pathErr *os.PathError
-		if errors.As(err, &pathErr) {
-			err = pathErr.Err
-		}
-		return nil, fmt.Errorf("cannot read the configuration %s: %w", path, err)
+		return nil, fmt.Errorf("cannot read the configuration %s: %w", path, pathless(err))
 	}
 	if len(text) > maxFile {
 		return nil, fmt.Errorf("the configuration %s is larger than %d MiB: is it the right file?", path, maxFile>>20)
 	}
-	return text, nil
+	return bytes.TrimPrefix(text, []byte(byteOrderMark)), nil
+}
+
+// openFile opens a regular file. Anything else is refused without waiting for it, as
+// a pipe that nobody writes would make it.
+func openFile(path string) (*os.File, error) {
+	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK|unix.O_NOCTTY, 0)
+	if err != nil {
+		return nil, pathless(err)
+	}
+	info, err := f.Stat()
+	if err == nil && !info.Mode().IsRegular() {
+		err = errors.New("it is not a regular file")
+	}
+	if err != nil {
+		f.Close()
+		return nil, pathless(err)
+	}
+	return f, nil
+}
+
+// pathless is the cause of a file error; the text around it names the path.
+func pathless(err error) error {
+	var pathErr *os.PathError
+	if errors.As(err, &pathErr) {
+		return pathErr.Err
+	}
+	return err
 }
 
 func parse(path string, text []byte, checks []AddressCheck) (*Config, error) {
 	var tree map[string]any
 	if err := toml.Unmarshal(text, &tree); err != nil {
-		return nil, Faults{syntaxFault(path, err)}
+		return nil, Faults{syntaxFault(path, text, err)}
 	}
 	d := &decoder{file: path, lines: keyLines(bytes.Clone(text)), checks: checks}
 	cfg := d.config(tree)

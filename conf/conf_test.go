@@ -10,6 +10,7 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
 	"pgregory.net/rapid"
 )
 
@@ -197,6 +198,102 @@ level = "info"
 	}
 }
 
+func TestFaultsHideNoOtherFaults(t *testing.T) {
+	for _, tc := range []struct {
+		name, text string
+		want       []string
+	}{
+		{"duplicates of a volume with other faults", minimal + `[[volume]]
+name = "db01"
+iqn = "iqn.2026-11.net.example:db01"
+source = "iscsi://10.0.0.5/iqn.2001-04.com.example:old/1"
+destination = "/dev/../dev/sdx"
+sessions = 0
+`, []string{
+			`7: volume[db01].lun: volume db01 has LUN 0`,
+			`8: volume[db01].name: another volume is called "db01"`,
+			`10: volume[db01].source: is the source of volume db01 already`,
+			`11: volume[db01].destination: is the destination of volume db01 already`,
+			`12: volume[db01].sessions: is 0`,
+		}},
+		{"duplicates of what has faults by itself", strings.Replace(minimal, `"db01"`, `"db 01"`, 1) + `[[volume]]
+name = "db02"
+iqn = "iqn.2026-11.net.example:db01"
+lun = -1
+source = "/srv/a"
+destination = "/dev/sdx"
+`, []string{
+			`3: volume[0].name: "db 01" is no volume name`,
+			`10: volume[db02].lun: is -1`,
+			`12: volume[db02].destination: is the destination of volume[0] already`,
+		}},
+		{"elements of a list", "[service]\nportals = [\n  '1.2.3.4',\n  '1.2.3.4:1',\n  7,\n  '1.2.3.4:1',\n]\n" + minimal, []string{
+			`3: service.portals: "1.2.3.4" is no portal`,
+			`5: service.portals: holds the number 7`,
+			`6: service.portals: has 1.2.3.4:1 twice`,
+		}},
+		{"no volume", "[service]\nlog_level = 'loud'\n", []string{`1: volume: there is none`, `2: service.log_level: is loud`}},
+		{"empty list of volumes", "volume = []\n[service]\nodd = 1\n", []string{`1: volume: there is none`, `3: service.odd: there is no such setting`}},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			got := faultsOf(t, tc.text)
+			if len(got) != len(tc.want) {
+				t.Fatalf("%d faults, want %d:\n%s", len(got), len(tc.want), strings.Join(got, "\n"))
+			}
+			for i, want := range tc.want {
+				if !strings.HasPrefix(got[i], want) {
+					t.Errorf("got %q, want %q", got[i], want)
+				}
+			}
+		})
+	}
+}
+
+func TestByteOrderMarkIsSkipped(t *testing.T) {
+	if cfg := load(t, "\ufeff"+minimal); cfg.Volumes[0].Name != "db01" {
+		t.Errorf("%+v", cfg)
+	}
+	if _, err := Control(write(t, "\ufeff"+minimal)); err != nil {
+		t.Error(err)
+	}
+}
+
+// within fails the test when do does not end; a pipe that is opened or read waits
+// for a writer without end.
+func within(t *testing.T, do func()) {
+	t.Helper()
+	done := make(chan struct{})
+	go func() { defer close(done); do() }()
+	select {
+	case <-done:
+	case <-time.After(10 * time.Second):
+		t.Fatal("it hangs")
+	}
+}
+
+func TestOnlyRegularFilesAreRead(t *testing.T) {
+	pipe := filepath.Join(t.TempDir(), "pipe")
+	if err := unix.Mkfifo(pipe, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, path := range []string{pipe, "/dev/zero", t.TempDir()} {
+		within(t, func() {
+			_, err := Load(path)
+			if want := "cannot read the configuration " + path + ": it is not a regular file"; err == nil || err.Error() != want {
+				t.Errorf("got %v, want %s", err, want)
+			}
+			if _, err := Control(path); err == nil {
+				t.Errorf("%s gives a control socket", path)
+			}
+			text := strings.Replace(minimal, "10.0.0.5", "me@10.0.0.5", 1) + "source_secret_file = '" + path + "'\n"
+			got := faultsOf(t, text)
+			if len(got) != 1 || !strings.Contains(got[0], "cannot read "+path+": it is not a regular file") {
+				t.Errorf("secret: %q", got)
+			}
+		})
+	}
+}
+
 func TestFaultsOfOneSetting(t *testing.T) {
 	with := func(old, new string) string { return strings.Replace(minimal, old, new, 1) }
 	second := func(lines string) string { return minimal + "[[volume]]\n" + lines }
@@ -212,7 +309,7 @@ func TestFaultsOfOneSetting(t *testing.T) {
 		{"same name", second("name='db01'\niqn='iqn.2026-11.net.example:x'\nsource='/a'\ndestination='/b'"), `8: volume[db01].name: another volume is called "db01"`},
 		{"same address", second("name='db02'\niqn='iqn.2026-11.net.example:db01'\nlun=0\nsource='/a'\ndestination='/b'"), "10: volume[db02].lun: volume db01 has LUN 0"},
 		{"same unit twice", second("name='db02'\niqn='iqn.2026-11.net.example:x'\nsource='/a'\ndestination='/dev/../dev/sdx'"), "11: volume[db02].destination: is the destination of volume db01 already"},
-		{"one's source is another's destination", second("name='db02'\niqn='iqn.2026-11.net.example:x'\nsource='iscsi://u@10.0.0.5:3260/iqn.2001-04.com.example:old/1'\ndestination='/b'\nsource_secret_file='/nonexistent/s'"), "12: volume[db02].source_secret_file: cannot read /nonexistent/s"},
+		{"one's source is another's destination", second("name='db02'\niqn='iqn.2026-11.net.example:x'\nsource='iscsi://10.0.0.5:3260/iqn.2001-04.com.example:old/1'\ndestination='/b'"), "10: volume[db02].source: is the source of volume db01 already"},
 		{"source is destination", with("/dev/sdx", "iscsi://10.0.0.5:3260/iqn.2001-04.com.example:old/1"), "6: volume[db01].destination: is the source"},
 		{"portals empty", "[service]\nportals=[]\n" + minimal, "2: service.portals: is empty"},
 		{"portals twice", "[service]\nportals=['1.2.3.4:1','1.2.3.4:1']\n" + minimal, "2: service.portals: has 1.2.3.4:1 twice"},
@@ -227,7 +324,10 @@ func TestFaultsOfOneSetting(t *testing.T) {
 		{"float lun", minimal + "lun = 1.5\n", "7: volume[db01].lun: is the number 1.5"},
 		{"file block size", minimal + "file_block_size = 1024\n", "7: volume[db01].file_block_size: is 1024; it is 512 or 4096"},
 		{"no TOML", "[service\n", "1: : "},
-		{"key twice", minimal + "name = 'x'\n", "7: "},
+		{"key twice", minimal + "name = 'x'\n", "7: volume.name: key name is already defined"},
+		{"key of a table twice", "[service]\nstate = '/a'\ncontrol = '/a'\n\ncontrol = '/b'\n" + minimal, "5: service.control: key control is already defined"},
+		{"key of a nested table twice", minimal + "[volume.copy]\ndepth = 1\ndepth = 2\n[service]\n", "9: volume.copy.depth: key depth is already defined"},
+		{"table twice", "[service]\n[service]\n" + minimal, "2: service: table service already exists"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			got := faultsOf(t, tc.text)
@@ -267,6 +367,10 @@ func TestEnvironmentSecretWinsOverFile(t *testing.T) {
 	if got := load(t, text).Volumes[0].Source.Secret.Reveal(); got != "from the environment" {
 		t.Errorf("secret %q, want the environment's", got)
 	}
+	t.Setenv("LUNSHIFT_SECRET_DB01_SOURCE", "first line\nsecond line")
+	if got := faultsOf(t, text); len(got) != 1 || !strings.Contains(got[0], "more than one line") || strings.Contains(got[0], "first") {
+		t.Errorf("two lines: %q", got)
+	}
 	t.Setenv("LUNSHIFT_SECRET_DB01_SOURCE", "")
 	if got := faultsOf(t, text); len(got) != 1 || !strings.Contains(got[0], "has 0 bytes") {
 		t.Errorf("empty variable: %q", got)
@@ -282,6 +386,10 @@ func TestSecretFilesMustBePrivate(t *testing.T) {
 	}{
 		{"secret secret\n", 0o640, "chmod 600"},
 		{"secret secret\n", 0o604, "chmod 600"},
+		{"secret secret\nsecond line\n", 0o600, "more than one line"},
+		{"secret secret\rsecond line", 0o600, "more than one line"},
+		{"secret secret\x00", 0o600, "a NUL"},
+		{"x" + strings.Repeat("\n", 2000) + "secret secret", 0o600, "holds no secret"},
 		{"\n", 0o600, "holds no secret"},
 		{strings.Repeat("x", 300), 0o600, "holds no secret"},
 	} {

@@ -39,7 +39,7 @@ func (d *decoder) config(tree map[string]any) *Config {
 			return nil
 		}},
 	})
-	if len(volumes) == 0 && len(d.faults) == 0 {
+	if _, given := tree["volume"]; !given || volumes != nil && len(volumes) == 0 {
 		d.fault("", "volume", "there is none: add a [[volume]] with name, iqn, source and destination")
 	}
 	uses := newUses()
@@ -78,18 +78,16 @@ func (d *decoder) volume(path string, m map[string]any, uses *uses) Volume {
 		label = "volume[" + name + "]"
 	}
 	var files secretFiles
-	before := len(d.faults)
-	d.table(m, path, label, d.volumeSettings(&v, &files, path, label))
+	faulty := d.table(m, path, label, d.volumeSettings(&v, &files, path, label))
 	for _, key := range []string{"name", "iqn", "source", "destination"} {
 		if _, given := m[key]; !given {
+			faulty[key] = true
 			d.fault(path, label+"."+key, "is missing; every volume has name, iqn, source and destination")
 		}
 	}
 	d.secrets(&v.Source, v.Name, "source", path, label, files.source)
 	d.secrets(&v.Destination, v.Name, "destination", path, label, files.destination)
-	if len(d.faults) == before {
-		uses.add(d, path, label, &v)
-	}
+	uses.add(d, path, label, &v, faulty)
 	return v
 }
 
@@ -135,20 +133,42 @@ func (d *decoder) volumeSettings(v *Volume, files *secretFiles, path, label stri
 }
 
 // table hands each value of m to the setting of that key. A key without one is a
-// fault.
-func (d *decoder) table(m map[string]any, path, label string, settings []setting) {
+// fault. It tells which keys have faults.
+func (d *decoder) table(m map[string]any, path, label string, settings []setting) map[string]bool {
+	faulty := make(map[string]bool)
 	for _, key := range slices.Sorted(maps.Keys(m)) {
 		at := join(path, key)
 		i := slices.IndexFunc(settings, func(s setting) bool { return s.key == key })
 		if i < 0 {
 			d.fault(at, join(label, key), "there is no such setting; "+nearest(key, settings))
+			faulty[key] = true
 			continue
 		}
-		if err := settings[i].take(m[key]); err != nil {
+		err := settings[i].take(m[key])
+		if err == nil {
+			continue
+		}
+		faulty[key] = true
+		elements, ok := err.(elementFaults)
+		if !ok {
 			d.fault(at, join(label, key), err.Error())
 		}
+		for _, e := range elements {
+			d.fault(fmt.Sprintf("%s[%d]", at, e.index), join(label, key), e.text)
+		}
 	}
+	return faulty
 }
+
+// elementFaults are what is wrong with the elements of a list.
+type elementFaults []elementFault
+
+type elementFault struct {
+	index int
+	text  string
+}
+
+func (e elementFaults) Error() string { return e[0].text }
 
 func (d *decoder) subtable(path, label string, settings func() []setting) func(any) error {
 	return func(v any) error {
@@ -275,18 +295,25 @@ func portals(to *[]string) func(any) error {
 			return fmt.Errorf("is empty; initiators need at least one address such as \"0.0.0.0:3260\"")
 		}
 		var given []string
-		for _, e := range list {
+		var faults elementFaults
+		for i, e := range list {
+			fault := func(format string, args ...any) {
+				faults = append(faults, elementFault{i, fmt.Sprintf(format, args...)})
+			}
 			s, ok := e.(string)
 			if !ok {
-				return fmt.Errorf("holds %s; it is a list such as [\"0.0.0.0:3260\"]", kindOf(e))
+				fault("holds %s; it is a list such as [\"0.0.0.0:3260\"]", kindOf(e))
+				continue
 			}
 			if err := checkPortal(s); err != nil {
-				return err
-			}
-			if slices.Contains(given, s) && !strings.HasSuffix(s, ":0") {
-				return fmt.Errorf("has %s twice", s)
+				fault("%v", err)
+			} else if slices.Contains(given, s) && !strings.HasSuffix(s, ":0") {
+				fault("has %s twice", s)
 			}
 			given = append(given, s)
+		}
+		if len(faults) > 0 {
+			return faults
 		}
 		*to = given
 		return nil

@@ -55,12 +55,16 @@ func (f Faults) sorted() Faults {
 	return f
 }
 
-func syntaxFault(path string, err error) Fault {
+func syntaxFault(path string, text []byte, err error) Fault {
 	fault := Fault{File: path, Line: 1, Text: strings.TrimPrefix(err.Error(), "toml: ")}
 	var decode *toml.DecodeError
 	if errors.As(err, &decode) {
 		fault.Line, _ = decode.Position()
 		fault.Key = strings.Join(decode.Key(), ".")
+		// The error names a key within its table alone.
+		if table := tableAt(text, fault.Line); table != "" && fault.Key != "" && fault.Key != table {
+			fault.Key = table + "." + fault.Key
+		}
 	}
 	fault.Text, _, _ = strings.Cut(fault.Text, "\n")
 	return fault

@@ -1,7 +1,9 @@
 package conf
 
 import (
+	"bytes"
 	"fmt"
+	"strings"
 
 	"github.com/pelletier/go-toml/v2/unstable"
 )
@@ -25,6 +27,31 @@ func keyLines(text []byte) map[string]int {
 		}
 	}
 	return l.lines
+}
+
+// tableAt is the table that the key on a line belongs to, as far as the text before
+// can be understood; empty for none.
+func tableAt(text []byte, line int) string {
+	var p unstable.Parser
+	p.Reset(bytes.Clone(text))
+	table := ""
+	for p.NextExpression() {
+		node := p.Expression()
+		if node.Kind != unstable.Table && node.Kind != unstable.ArrayTable {
+			continue
+		}
+		var parts []string
+		at := 0
+		for it := node.Key(); it.Next(); {
+			parts = append(parts, string(it.Node().Data))
+			at = p.Shape(it.Node().Raw).Start.Line
+		}
+		if at > line {
+			break
+		}
+		table = strings.Join(parts, ".")
+	}
+	return table
 }
 
 type lineReader struct {

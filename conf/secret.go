@@ -2,7 +2,6 @@ package conf
 
 import (
 	"bytes"
-	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -12,6 +11,12 @@ import (
 // maxSecret is in bytes; CHAP secrets are 12 to 16 bytes at many arrays, and
 // 255 at most anywhere.
 const maxSecret = 255
+
+// maxSecretFile is in bytes, with the ends of lines around the secret.
+const maxSecretFile = 1024
+
+// notInSecret are bytes that no secret has and that show a file of another kind.
+const notInSecret = "\r\n\x00"
 
 // Secret is a CHAP secret. It prints as stars wherever it is printed.
 type Secret string
@@ -82,6 +87,8 @@ func (d *decoder) secret(volume, side, fileKey, path, label, file string) Secret
 	if value, ok := os.LookupEnv(variable); ok && volume != "" {
 		if value == "" || len(value) > maxSecret {
 			d.fault(path, label, fmt.Sprintf("the secret in %s has %d bytes; it is 1 to %d", variable, len(value), maxSecret))
+		} else if strings.ContainsAny(value, notInSecret) {
+			d.fault(path, label, fmt.Sprintf("the secret in %s has more than one line; a secret is one line of text", variable))
 		}
 		return Secret(value)
 	}
@@ -96,34 +103,30 @@ func (d *decoder) secret(volume, side, fileKey, path, label, file string) Secret
 }
 
 func readSecret(file string) (Secret, error) {
-	f, err := os.Open(file)
+	f, err := openFile(file)
 	if err != nil {
-		var pathErr *os.PathError
-		if errors.As(err, &pathErr) {
-			err = pathErr.Err
-		}
 		return "", fmt.Errorf("cannot read %s: %w", file, err)
 	}
 	defer f.Close()
 	info, err := f.Stat()
 	if err != nil {
-		return "", err
-	}
-	if !info.Mode().IsRegular() {
-		return "", fmt.Errorf("%s is not a file", file)
+		return "", fmt.Errorf("cannot read %s: %w", file, pathless(err))
 	}
 	if mode := info.Mode().Perm(); mode&0o077 != 0 {
 		return "", fmt.Errorf("others can read %s (mode %04o); chmod 600 it", file, mode)
 	}
-	content, err := io.ReadAll(io.LimitReader(f, maxSecret+3))
+	content, err := io.ReadAll(io.LimitReader(f, maxSecretFile+1))
 	if err != nil {
-		return "", fmt.Errorf("cannot read %s: %w", file, err)
+		return "", fmt.Errorf("cannot read %s: %w", file, pathless(err))
 	}
-	content = bytes.TrimRight(content, "\r\n")
-	if len(content) == 0 || len(content) > maxSecret {
+	secret := bytes.TrimRight(content, "\r\n")
+	if len(secret) == 0 || len(secret) > maxSecret || len(content) > maxSecretFile {
 		return "", fmt.Errorf("%s holds no secret; it is one line of 1 to %d bytes", file, maxSecret)
 	}
-	return Secret(content), nil
+	if bytes.ContainsAny(secret, notInSecret) {
+		return "", fmt.Errorf("%s holds more than one line, or a NUL; a secret is one line of text", file)
+	}
+	return Secret(secret), nil
 }
 
 // sharedEnvironment refuses one variable for two volumes, whose names differ only
