@@ -49,9 +49,7 @@ const (
 	// sampleEvery and samplesKept make the window over which the rate is measured.
 	sampleEvery = time.Second
 	samplesKept = 11
-	// firstProgress is how soon after the first progress the counters are written
-	// down, progressEvery how often afterwards.
-	firstProgress = 100 * time.Millisecond
+	// progressEvery is how often the progress counters are written down.
 	progressEvery = 5 * time.Second
 )
 
@@ -236,10 +234,9 @@ func (v *Volume) becomeSynced(ctx context.Context) error {
 
 // watch measures the rate and writes down the progress until ctx ends.
 func (v *Volume) watch(ctx context.Context) {
-	sampling, saving := time.NewTicker(sampleEvery), time.NewTicker(firstProgress)
+	sampling, saving := time.NewTicker(sampleEvery), time.NewTicker(progressEvery)
 	defer sampling.Stop()
 	defer saving.Stop()
-	began := v.copier.Progress()
 	take := func(now time.Time) {
 		v.mu.Lock()
 		v.samples = append(v.samples, sample{now, v.copier.Progress().Read})
@@ -259,12 +256,9 @@ func (v *Volume) watch(ctx context.Context) {
 		case now := <-sampling.C:
 			take(now)
 		case <-saving.C:
-			if p := v.copier.Progress(); p.Copied == began.Copied && p.Skipped == began.Skipped {
-				continue
+			if err := v.save(ctx, func(*state.Record) {}); err != nil {
+				continue // shown as a fault, and tried again
 			}
-			if err := v.save(ctx, func(*state.Record) {}); err == nil {
-				saving.Reset(progressEvery)
-			} // else it is shown as a fault, and tried again
 		}
 	}
 }

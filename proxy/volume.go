@@ -149,6 +149,12 @@ func Open(ctx context.Context, cfg Config) (*Volume, error) {
 		Fault: func(err error) { v.fault("copy", err) },
 	})
 	v.before = copier.Progress{Copied: v.record.CopiedBytes, Skipped: v.record.SkippedBytes}
+	// What is valid and was never written by an initiator came from the copier, also
+	// where a crash kept it from being counted.
+	brought := (v.flags.Count(state.Valid) - v.flags.Count(state.Dirty)) * uint64(v.info.BlockSize)
+	if counted := v.before.Copied + v.before.Skipped; brought > counted {
+		v.before.Copied += brought - counted
+	}
 	if v.record.AllocatedBytes != nil {
 		v.before.Allocated, v.before.Surveyed = *v.record.AllocatedBytes, true
 	}
