@@ -48,9 +48,14 @@ const (
 	Unknown Kind = "unknown_volume"
 	// Timeout: what was waited for did not happen in time.
 	Timeout Kind = "timeout"
+	// Configuration: the service cannot start with its file as it is.
+	Configuration Kind = "configuration"
+	// Interrupted: the caller was told to end first.
+	Interrupted Kind = "interrupted"
 )
 
-// Error is a failure as it travels over the socket. Its message is one line.
+// Error is a failure as it travels over the socket. Its message is one line; that of
+// kind Configuration has one for each fault.
 type Error struct {
 	Kind    Kind   `json:"kind"`
 	Message string `json:"message"`
@@ -73,12 +78,11 @@ func ExitCode(err error) int {
 		return ExitDone
 	}
 	switch KindOf(err) {
-	case Usage:
+	case Usage, Configuration:
 		return ExitUsage
 	case WrongPhase:
 		return ExitPhase
-	}
-	if errors.Is(err, context.Canceled) {
+	case Interrupted:
 		return ExitInterrupted
 	}
 	return ExitFailed
@@ -92,8 +96,8 @@ func KindOf(err error) Kind {
 		return e.Kind
 	case errors.Is(err, proxy.ErrPhase):
 		return WrongPhase
-	case errors.Is(err, context.DeadlineExceeded):
-		return Timeout
+	case errors.Is(err, context.Canceled):
+		return Interrupted
 	}
 	return Failed
 }
@@ -120,6 +124,8 @@ type RemoveReport struct {
 	Name string `json:"name"`
 	// Removed is false where there was nothing left to forget.
 	Removed bool `json:"removed"`
+	// Known is false where neither the configuration nor the state has the name.
+	Known bool `json:"known"`
 }
 
 // throttleRequest is the body of a throttle request, in bytes per second.

@@ -11,6 +11,7 @@ import (
 	"net"
 	"net/http"
 	"net/url"
+	"strconv"
 	"syscall"
 	"time"
 
@@ -78,17 +79,20 @@ func (c *Client) Cutover(ctx context.Context, volume string) (proxy.Status, erro
 	return c.volume(ctx, http.MethodPost, volume, "/cutover", nil)
 }
 
-// CutoverWhenSynced waits for phase synced and then ends the migration. A volume
-// that was not started is refused at once.
-func (c *Client) CutoverWhenSynced(ctx context.Context, volume string) (proxy.Status, error) {
+// CutoverWhenSynced waits for phase synced, not longer than timeout where that is
+// not 0, and then ends the migration. A volume that was not started is refused at once.
+func (c *Client) CutoverWhenSynced(ctx context.Context, volume string, timeout time.Duration) (proxy.Status, error) {
 	status, err := c.Status(ctx, volume)
+	if KindOf(err) == Unknown {
+		return c.Cutover(ctx, volume) // it may be done and removed
+	}
 	if err != nil {
 		return status, err
 	}
 	if status.Phase == proxy.Ready {
-		return status, &Error{WrongPhase, fmt.Sprintf("volume %s: cutover is not allowed in phase %s: start it first (lunshift start %s)", volume, status.Phase, volume)}
+		return status, startFirst(&proxy.PhaseError{Volume: volume, Step: "cutover", Phase: status.Phase})
 	}
-	if status, err = c.Wait(ctx, volume, proxy.Synced, 0); err != nil {
+	if status, err = c.wait(ctx, volume, proxy.Synced, timeout, true); err != nil {
 		return status, err
 	}
 	return c.Cutover(ctx, volume)
@@ -97,11 +101,26 @@ func (c *Client) CutoverWhenSynced(ctx context.Context, volume string) (proxy.St
 // Wait returns when the volume is in phase p or past it. A timeout of 0 waits
 // without end.
 func (c *Client) Wait(ctx context.Context, volume string, p proxy.Phase, timeout time.Duration) (proxy.Status, error) {
-	query := url.Values{"phase": {string(p)}}
+	return c.wait(ctx, volume, p, timeout, false)
+}
+
+// wait waits also for the volume to be served, where that is asked for.
+func (c *Client) wait(ctx context.Context, volume string, p proxy.Phase, timeout time.Duration, served bool) (proxy.Status, error) {
+	query := url.Values{"phase": {string(p)}, "served": {strconv.FormatBool(served)}}
 	if timeout > 0 {
 		query.Set("timeout", timeout.String())
 	}
 	return c.volume(ctx, http.MethodGet, volume, "/wait?"+query.Encode(), nil)
+}
+
+// Stuck says why a wait for phase p does not end by itself; empty where it may, or
+// where the service does not tell.
+func (c *Client) Stuck(ctx context.Context, volume string, p proxy.Phase) string {
+	status, err := c.Status(ctx, volume)
+	if err != nil || !status.Paused || status.Phase != proxy.Migrating || p != proxy.Synced && p != proxy.Cutover {
+		return ""
+	}
+	return fmt.Sprintf("volume %s is paused; resume it with: lunshift resume %s", volume, volume)
 }
 
 // Remove forgets the state of a volume that is cut over.

@@ -1,6 +1,7 @@
 package control
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -14,9 +15,11 @@ import (
 	"testing"
 	"time"
 
+	"github.com/sirupsen/logrus"
 	"golang.org/x/sys/unix"
 
 	"lunshift/proxy"
+	"lunshift/state"
 )
 
 func TestStepsTravelOverTheSocket(t *testing.T) {
@@ -38,7 +41,7 @@ func TestStepsTravelOverTheSocket(t *testing.T) {
 	s, err = client.Throttle(ctx, "db01", 200<<20)
 	check("throttle", s, err, s.RateLimit == 200<<20)
 	go v.set(func(s *proxy.Status) { s.Phase = proxy.Synced })
-	s, err = client.CutoverWhenSynced(ctx, "db01")
+	s, err = client.CutoverWhenSynced(ctx, "db01", 0)
 	check("cutover", s, err, s.Phase == proxy.Cutover)
 
 	all, err := client.Statuses(ctx)
@@ -46,7 +49,7 @@ func TestStepsTravelOverTheSocket(t *testing.T) {
 		t.Errorf("statuses: %+v, %v", all, err)
 	}
 	for _, first := range []bool{true, false} {
-		if r, err := client.Remove(ctx, "db01"); err != nil || r != (RemoveReport{"db01", first}) {
+		if r, err := client.Remove(ctx, "db01"); err != nil || r != (RemoveReport{"db01", first, true}) {
 			t.Errorf("remove: %+v, %v", r, err)
 		}
 	}
@@ -69,12 +72,22 @@ func TestKindsOfFailureKeepTheirExitCodesOverTheSocket(t *testing.T) {
 		exit int
 		text string
 	}{
-		{"phase", func() error { _, err := client.Cutover(ctx, "db01"); return err }, WrongPhase, 3, "cutover is not allowed in phase ready"},
-		{"cutover --wait before start", func() error { _, err := client.CutoverWhenSynced(ctx, "db01"); return err }, WrongPhase, 3, "start it first"},
+		{"phase", func() error { _, err := client.Cutover(ctx, "db01"); return err }, WrongPhase, 3, "cutover is not allowed in phase ready: start it first (lunshift start db01)"},
+		{"cutover --wait before start", func() error { _, err := client.CutoverWhenSynced(ctx, "db01", 0); return err }, WrongPhase, 3, "start it first"},
 		{"unknown", func() error { _, err := client.Start(ctx, "db/9?x"); return err }, Unknown, 1, `there is no volume "db/9?x"; the service has db01`},
 		{"dots", func() error { _, err := client.Remove(ctx, ".."); return err }, Usage, 2, "no volume name"},
 		{"empty name", func() error { _, err := client.Start(ctx, ""); return err }, Usage, 2, "no volume name"},
 		{"failure", func() error { v.fail = errors.New("disk full"); _, err := client.Start(ctx, "db01"); return err }, Failed, 1, "disk full"},
+		{"failure by a limit of its own", func() error {
+			v.fail = fmt.Errorf("cutover undone: %w", context.DeadlineExceeded)
+			_, err := client.Cutover(ctx, "db01")
+			return err
+		}, Failed, 1, "cutover undone"},
+		{"failure by a stop of the service", func() error {
+			v.fail = fmt.Errorf("cutover undone: %w", context.Canceled)
+			_, err := client.Cutover(ctx, "db01")
+			return err
+		}, Failed, 1, "cutover undone"},
 		{"phase name", func() error { _, err := client.Wait(ctx, "db01", "sinked", 0); return err }, Usage, 2, "the phases are ready, migrating, synced, cutover"},
 		{"timeout", func() error { _, err := client.Wait(ctx, "db01", proxy.Synced, time.Millisecond); return err }, Timeout, 1, "still ready after 1ms, not synced"},
 		{"bad body", func() error {
@@ -117,6 +130,168 @@ func TestVolumeThatIsNotOpenSaysWhy(t *testing.T) {
 	_, err := client.Start(t.Context(), "db01")
 	if want := "not served yet: volume db01: source: no route; volume db01: destination: no route"; err == nil || err.Error() != want {
 		t.Errorf("start: %v, want %s", err, want)
+	}
+}
+
+func TestWaitBearsAVolumeThatIsNotOpenYet(t *testing.T) {
+	ctx := t.Context()
+	client, s := serveFakes(t)
+	e := &entry{failure: errors.New("no route"), known: proxy.Status{Name: "db01", Phase: proxy.Migrating}}
+	e.conf.Name = "db01"
+	s.entries = append(s.entries, e)
+	if got, err := client.Wait(ctx, "db01", proxy.Migrating, 0); err != nil || got.Phase != proxy.Migrating {
+		t.Errorf("phase that is recorded: %+v, %v", got, err)
+	}
+	_, err := client.Wait(ctx, "db01", proxy.Synced, 50*time.Millisecond)
+	if want := "volume db01: still migrating after 50ms, not synced: not served yet: no route"; KindOf(err) != Timeout || err.Error() != want {
+		t.Errorf("got %v, want %s", err, want)
+	}
+	open := func(phase proxy.Phase) *fakeVolume {
+		v := newFake("db01")
+		v.status.Phase = phase
+		e.mu.Lock()
+		defer e.mu.Unlock()
+		e.volume = v
+		close(e.opened)
+		e.opened = nil
+		return v
+	}
+	waits := func(do func() (proxy.Status, error)) <-chan error {
+		t.Helper()
+		done := make(chan error, 1)
+		go func() { _, err := do(); done <- err }()
+		for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(time.Millisecond) {
+			e.mu.Lock()
+			waiting := e.opened != nil
+			e.mu.Unlock()
+			if waiting {
+				break
+			}
+			if time.Now().After(deadline) {
+				t.Fatal("nobody waits for the volume to open")
+			}
+		}
+		select {
+		case err := <-done:
+			t.Fatalf("did not wait: %v", err)
+		case <-time.After(20 * time.Millisecond):
+		}
+		return done
+	}
+	done := waits(func() (proxy.Status, error) { return client.Wait(ctx, "db01", proxy.Synced, 0) })
+	v := open(proxy.Migrating)
+	v.set(func(s *proxy.Status) { s.Phase = proxy.Synced })
+	if err := <-done; err != nil {
+		t.Errorf("wait: %v", err)
+	}
+
+	// Synced by the record: a cutover needs the units all the same.
+	e.mu.Lock()
+	e.volume, e.known.Phase = nil, proxy.Synced
+	e.mu.Unlock()
+	done = waits(func() (proxy.Status, error) { return client.CutoverWhenSynced(ctx, "db01", 0) })
+	v = open(proxy.Synced)
+	if err := <-done; err != nil || v.Status().Phase != proxy.Cutover {
+		t.Errorf("cutover: %v", err)
+	}
+}
+
+func TestLastStepsOfARemovedVolumeAreDone(t *testing.T) {
+	ctx := t.Context()
+	v := newFake("db01")
+	v.status.Phase = proxy.Cutover
+	client, s := serveFakes(t, v, newFake("db02"))
+	if _, err := client.Remove(ctx, "db01"); err != nil {
+		t.Fatal(err)
+	}
+	for name, phase := range map[string]string{"marked": removed, "deleted": string(proxy.Cutover), "moving": string(proxy.Synced)} {
+		if err := s.store.PutRecords(ctx, state.Record{Volume: name, Phase: phase}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, name := range []string{"db01", "marked", "deleted"} {
+		got, err := client.Cutover(ctx, name)
+		if err != nil || got.Phase != proxy.Cutover || got.Name != name {
+			t.Errorf("cutover of %s: %+v, %v", name, got, err)
+		}
+		if _, err := client.CutoverWhenSynced(ctx, name, time.Second); err != nil {
+			t.Errorf("cutover --wait of %s: %v", name, err)
+		}
+		if got, err := client.Wait(ctx, name, proxy.Synced, time.Second); err != nil || got.Phase != proxy.Cutover {
+			t.Errorf("wait of %s: %+v, %v", name, got, err)
+		}
+		if _, err := client.Wait(ctx, name, "sinked", 0); KindOf(err) != Usage {
+			t.Errorf("wait of %s for no phase: %v", name, err)
+		}
+		if _, err := client.Start(ctx, name); KindOf(err) != Unknown {
+			t.Errorf("start of %s: %v", name, err)
+		}
+	}
+	for _, name := range []string{"moving", "db09"} {
+		if _, err := client.CutoverWhenSynced(ctx, name, time.Second); KindOf(err) != Unknown {
+			t.Errorf("cutover of %s: %v", name, err)
+		}
+	}
+	if r, err := client.Remove(ctx, "db09"); err != nil || r != (RemoveReport{Name: "db09"}) {
+		t.Errorf("remove of a name that is nowhere: %+v, %v", r, err)
+	}
+}
+
+func TestOnlyStepsThatChangedSomethingAreLogged(t *testing.T) {
+	ctx := t.Context()
+	v := newFake("db01")
+	client, s := serveFakes(t, v)
+	var log bytes.Buffer
+	s.log.(*logrus.Logger).SetOutput(&log)
+	for range 2 {
+		for _, do := range []func() (proxy.Status, error){
+			func() (proxy.Status, error) { return client.Start(ctx, "db01") },
+			func() (proxy.Status, error) { return client.Pause(ctx, "db01") },
+			func() (proxy.Status, error) { return client.Throttle(ctx, "db01", 9) },
+		} {
+			if _, err := do(); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	v.set(func(s *proxy.Status) { s.Phase = proxy.Cutover })
+	for range 2 {
+		if _, err := client.Remove(ctx, "db01"); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := client.Cutover(ctx, "db01"); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, want := range []string{"POST /v1/volumes/db01/start", "POST /v1/volumes/db01/pause", "POST /v1/volumes/db01/throttle", "DELETE /v1/volumes/db01"} {
+		if strings.Count(log.String(), want) != 1 {
+			t.Errorf("%s is not logged once:\n%s", want, log.String())
+		}
+	}
+	if n := strings.Count(log.String(), "\n"); n != 4 {
+		t.Errorf("%d lines:\n%s", n, log.String())
+	}
+}
+
+func TestWaitForAPausedCopyIsSaidToBeStuck(t *testing.T) {
+	v := newFake("db01")
+	client, _ := serveFakes(t, v)
+	for _, tc := range []struct {
+		is     proxy.Phase
+		paused bool
+		wanted proxy.Phase
+		stuck  bool
+	}{
+		{proxy.Migrating, true, proxy.Synced, true}, {proxy.Migrating, true, proxy.Cutover, true},
+		{proxy.Migrating, false, proxy.Synced, false}, {proxy.Migrating, true, proxy.Migrating, false}, {proxy.Synced, true, proxy.Synced, false},
+	} {
+		v.set(func(s *proxy.Status) { s.Phase, s.Paused = tc.is, tc.paused })
+		if text := client.Stuck(t.Context(), "db01", tc.wanted); strings.Contains(text, "lunshift resume db01") != tc.stuck {
+			t.Errorf("%+v: %q", tc, text)
+		}
+	}
+	if text := client.Stuck(t.Context(), "db09", proxy.Synced); text != "" {
+		t.Errorf("unknown volume: %q", text)
 	}
 }
 

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"slices"
 	"strings"
 	"sync"
 
@@ -27,6 +28,8 @@ type entry struct {
 	failure error
 	known   proxy.Status
 	removed bool
+	// opened is closed when volume is set or removed; nil while nobody waits for it.
+	opened chan struct{}
 }
 
 // open is the volume, or an error that says why it is not served.
@@ -53,6 +56,34 @@ func (e *entry) status() proxy.Status {
 		return known
 	}
 	return volume.Status()
+}
+
+// wait returns once the volume is in the phase or past it, or removed. It waits for a
+// volume that is not open yet, unless its recorded phase is enough and need not
+// be served.
+func (e *entry) wait(ctx context.Context, phase proxy.Phase, served bool) error {
+	for {
+		e.mu.Lock()
+		volume, recorded, gone := e.volume, e.known.Phase, e.removed
+		if volume == nil && e.opened == nil {
+			e.opened = make(chan struct{})
+		}
+		opened := e.opened
+		e.mu.Unlock()
+		switch {
+		case gone:
+			return nil
+		case volume != nil:
+			return volume.Wait(ctx, phase)
+		case !served && slices.Index(proxy.Phases, recorded) >= slices.Index(proxy.Phases, phase):
+			return nil
+		}
+		select {
+		case <-opened:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
 }
 
 // remove forgets the volume, leaves the mark and gives the units up. It tells

@@ -33,24 +33,30 @@ func (s *Service) handler() http.Handler {
 		"start":   func(ctx context.Context, v Volume) error { return v.Start(ctx) },
 		"pause":   func(ctx context.Context, v Volume) error { return v.Pause(ctx) },
 		"resume":  func(ctx context.Context, v Volume) error { return v.Resume(ctx) },
-		"cutover": func(ctx context.Context, v Volume) error { return v.Cutover(ctx) },
+		"cutover": func(ctx context.Context, v Volume) error { return startFirst(v.Cutover(ctx)) },
 	}
 	for name, step := range steps {
-		mux.HandleFunc("POST /v1/volumes/{name}/"+name, s.answerVolume(func(r *http.Request, e *entry) error {
+		do := s.answerVolume(func(r *http.Request, e *entry) error {
 			v, err := e.open()
 			if err != nil {
 				return err
 			}
 			return step(s.running, v)
-		}))
+		})
+		if name == "cutover" {
+			do = s.unlessGone(do)
+		}
+		mux.HandleFunc("POST /v1/volumes/{name}/"+name, do)
 	}
 	mux.HandleFunc("POST /v1/volumes/{name}/throttle", s.answerVolume(s.throttle))
-	mux.HandleFunc("GET /v1/volumes/{name}/wait", s.answerVolume(s.wait))
+	mux.HandleFunc("GET /v1/volumes/{name}/wait", s.unlessGone(s.answerVolume(s.wait)))
 	mux.HandleFunc("GET /v1/volumes/{name}/check", s.answer(s.check))
 	mux.HandleFunc("DELETE /v1/volumes/{name}", s.answer(func(r *http.Request) (any, error) {
-		name := r.PathValue("name")
-		removed, err := s.Remove(s.running, name)
-		return RemoveReport{Name: name, Removed: removed}, err
+		report, err := s.Remove(s.running, r.PathValue("name"))
+		if report.Removed {
+			s.logStep(r)
+		}
+		return report, err
 	}))
 	return mux
 }
@@ -85,18 +91,18 @@ func (s *Service) wait(r *http.Request, e *entry) error {
 		ctx, cancel = context.WithTimeout(ctx, timeout)
 		defer cancel()
 	}
-	v, err := e.open()
-	if err != nil {
-		return err
-	}
-	err = v.Wait(ctx, phase)
+	err = e.wait(ctx, phase, r.URL.Query().Get("served") == "true")
 	switch {
 	case err == nil:
 		return nil
 	case s.running.Err() != nil:
 		return &Error{Failed, fmt.Sprintf("volume %s: the service stops; the wait for phase %s is over", e.conf.Name, phase)}
 	case errors.Is(err, context.DeadlineExceeded):
-		return &Error{Timeout, fmt.Sprintf("volume %s: still %s after %s, not %s", e.conf.Name, v.Status().Phase, r.URL.Query().Get("timeout"), phase)}
+		text := fmt.Sprintf("volume %s: still %s after %s, not %s", e.conf.Name, e.status().Phase, r.URL.Query().Get("timeout"), phase)
+		if _, closed := e.open(); closed != nil {
+			text += ": " + oneLine(closed)
+		}
+		return &Error{Timeout, text}
 	}
 	return err
 }
@@ -116,11 +122,49 @@ func (s *Service) answerVolume(do func(*http.Request, *entry) error) http.Handle
 		if err != nil {
 			return nil, err
 		}
+		before := e.status()
 		if err := do(r, e); err != nil {
 			return nil, err
 		}
-		return e.status(), nil
+		after := e.status()
+		if r.Method != http.MethodGet && (before.Phase != after.Phase || before.Paused != after.Paused || before.RateLimit != after.RateLimit) {
+			s.logStep(r)
+		}
+		return after, nil
 	})
+}
+
+// unlessGone answers for a volume that is cut over and removed, so that a script
+// which repeats its last steps finds them done; do answers for the others.
+func (s *Service) unlessGone(do http.HandlerFunc) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) {
+		status, gone := s.gone(r.PathValue("name"))
+		if !gone {
+			do(w, r)
+			return
+		}
+		s.answer(func(r *http.Request) (any, error) {
+			if text := r.URL.Query().Get("phase"); text != "" {
+				if _, err := ParsePhase(text); err != nil {
+					return nil, err
+				}
+			}
+			return status, nil
+		})(w, r)
+	}
+}
+
+func (s *Service) logStep(r *http.Request) { s.log.Infof("control: %s %s", r.Method, r.URL.Path) }
+
+// startFirst says what comes before the cutover of a volume in phase ready.
+func startFirst(err error) error {
+	var refused *proxy.PhaseError
+	if errors.As(err, &refused) && refused.Phase == proxy.Ready {
+		hinted := *refused
+		hinted.Hint = fmt.Sprintf("start it first (lunshift start %s)", refused.Volume)
+		return &hinted
+	}
+	return err
 }
 
 // answer writes what do gives as JSON, or its error.
@@ -131,13 +175,14 @@ func (s *Service) answer(do func(*http.Request) (any, error)) http.HandlerFunc {
 		code := http.StatusOK
 		if err != nil {
 			kind := KindOf(err)
+			if kind == Interrupted { // the service was, not the caller
+				kind = Failed
+			}
 			code = statusOf(kind)
 			reply = errorReply{Error{kind, err.Error()}}
 			if r.Method != http.MethodGet {
 				s.log.WithError(err).Warnf("control: %s %s was refused", r.Method, r.URL.Path)
 			}
-		} else if r.Method != http.MethodGet {
-			s.log.Infof("control: %s %s", r.Method, r.URL.Path)
 		}
 		body, err := json.Marshal(reply)
 		if err != nil {

@@ -214,26 +214,51 @@ func (s *Service) Statuses() []proxy.Status {
 // or only in the state. It tells whether there was anything to forget; a name that is
 // in neither is as good as removed. While the configuration has the volume, a mark
 // stays that keeps its stale source from being served.
-func (s *Service) Remove(ctx context.Context, name string) (bool, error) {
+func (s *Service) Remove(ctx context.Context, name string) (RemoveReport, error) {
+	report := RemoveReport{Name: name}
 	record, found, err := s.store.Record(name)
 	if err != nil {
-		return false, err
+		return report, err
 	}
 	if i := slices.IndexFunc(s.entries, func(e *entry) bool { return e.conf.Name == name }); i >= 0 {
+		report.Known = true
 		mark := state.Record{Volume: name, SourceID: record.SourceID, DestinationID: record.DestinationID, Phase: removed, CreatedAt: time.Now()}
-		done, err := s.entries[i].remove(ctx, mark)
-		if done {
+		report.Removed, err = s.entries[i].remove(ctx, mark)
+		if report.Removed {
 			s.claims.release(name)
 		}
-		return done, err
+		return report, err
 	}
 	if !found {
-		return false, nil
+		return report, nil
 	}
+	report.Known = true
 	if phase := proxy.Phase(record.Phase); phase != proxy.Cutover && phase != removed {
-		return false, &proxy.PhaseError{Volume: name, Step: "remove", Phase: phase, Hint: "only a volume that is cut over can be forgotten"}
+		return report, &proxy.PhaseError{Volume: name, Step: "remove", Phase: phase, Hint: "only a volume that is cut over can be forgotten"}
 	}
-	return true, s.store.Forget(name)
+	err = s.store.Forget(name)
+	report.Removed = err == nil
+	return report, err
+}
+
+// gone is the status of a volume that is cut over and removed, or whose
+// [[volume]] was deleted after its cutover; false for every other name.
+func (s *Service) gone(name string) (proxy.Status, bool) {
+	status := proxy.Status{Name: name, Phase: proxy.Cutover, Sessions: []target.SessionInfo{},
+		Source: proxy.UnitStatus{State: "released"}, Destination: proxy.UnitStatus{State: "released"}}
+	for _, e := range s.entries {
+		if e.conf.Name == name {
+			status.IQN, status.LUN = e.conf.IQN, e.conf.LUN
+			status.Source.Address, status.Destination.Address = e.conf.Source.Address, e.conf.Destination.Address
+			return status, e.isRemoved()
+		}
+	}
+	record, found, err := s.store.Record(name)
+	if err != nil || !found {
+		return status, false
+	}
+	status.Source.ID, status.Destination.ID = record.SourceID, record.DestinationID
+	return status, record.Phase == removed || proxy.Phase(record.Phase) == proxy.Cutover
 }
 
 func (s *Service) entry(name string) (*entry, error) {
@@ -303,10 +328,14 @@ func (s *Service) openEntry(ctx context.Context, e *entry) error {
 	e.failure, e.removed = err, errors.Is(err, errRemoved)
 	if err != nil {
 		e.known = s.knownOf(e.conf, err)
-		return err
+	} else {
+		e.volume, e.units = volume, units
 	}
-	e.volume, e.units = volume, units
-	return nil
+	if e.opened != nil && (err == nil || e.removed) {
+		close(e.opened)
+		e.opened = nil
+	}
+	return err
 }
 
 func (s *Service) openVolume(ctx context.Context, v conf.Volume) (_ Volume, units []lun.Device, err error) {
@@ -428,10 +457,21 @@ func (s *Service) announce() {
 	if info.HTTP != "" {
 		fields["metrics"] = "http://" + info.HTTP + "/metrics"
 	}
-	s.log.WithFields(fields).Infof("lunshift %s serves %d volume(s)", s.version, len(s.entries))
+	s.log.WithFields(fields).Infof("lunshift %s serves %d of %d volume(s)", s.version, s.served(), len(s.entries))
 	if err := notify("READY=1"); err != nil {
 		s.log.WithError(err).Warn("systemd was not told")
 	}
+}
+
+// served is how many volumes initiators find.
+func (s *Service) served() int {
+	n := 0
+	for _, e := range s.entries {
+		if v, err := e.open(); err == nil && !e.isRemoved() && v.Status().Phase != proxy.Cutover {
+			n++
+		}
+	}
+	return n
 }
 
 // release gives everything up that New took, in the reverse order. Volumes have

@@ -134,7 +134,7 @@ func TestServiceMovesAVolumeFromStartToCutover(t *testing.T) {
 	write(size - 64<<10)
 	metrics(t, service, `lunshift_volume_phase{phase="synced",volume="db01"} 1`)
 	for range 2 {
-		if s, err := service.client.CutoverWhenSynced(ctx, "db01"); err != nil || s.Phase != proxy.Cutover {
+		if s, err := service.client.CutoverWhenSynced(ctx, "db01", 0); err != nil || s.Phase != proxy.Cutover {
 			t.Fatalf("cutover: %+v, %v", s, err)
 		}
 	}
@@ -205,7 +205,7 @@ func TestServiceGoesOnAfterARestart(t *testing.T) {
 	if _, err := second.client.Resume(ctx, "db01"); err != nil {
 		t.Error(err)
 	}
-	if _, err := second.client.CutoverWhenSynced(ctx, "db01"); err != nil {
+	if _, err := second.client.CutoverWhenSynced(ctx, "db01", 0); err != nil {
 		t.Error(err)
 	}
 	if err := second.stop(); err != nil {
@@ -287,7 +287,7 @@ func TestRemovedVolumeDoesNotBeginAnew(t *testing.T) {
 	destination := unitFile(t, dir, "new", 4<<20, 0)
 	cfg := configFor(t, dir, unitFile(t, dir, "old", 4<<20, 4<<20), destination, "autostart = true\noverwrite = true")
 	first := start(t, cfg)
-	if _, err := first.client.CutoverWhenSynced(ctx, "db01"); err != nil {
+	if _, err := first.client.CutoverWhenSynced(ctx, "db01", 0); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := first.client.Remove(ctx, "db01"); err != nil {
@@ -403,7 +403,7 @@ func TestRenamedVolumeDoesNotBeginAnew(t *testing.T) {
 	cfg.Volumes[0].Name = "db01"
 	cfg.Volumes[0].Source.Address, cfg.Volumes[0].Destination.Address = old, moved
 	again := start(t, cfg)
-	if _, err := again.client.CutoverWhenSynced(t.Context(), "db01"); err != nil {
+	if _, err := again.client.CutoverWhenSynced(t.Context(), "db01", 0); err != nil {
 		t.Fatal(err)
 	}
 	if err := again.stop(); err != nil {
@@ -412,7 +412,7 @@ func TestRenamedVolumeDoesNotBeginAnew(t *testing.T) {
 	cfg.Volumes[0].Name = "db03"
 	refused("lunshift remove db01")
 	cfg.Volumes[0].Source.Address, cfg.Volumes[0].Destination.Address = moved, unitFile(t, dir, "third", 1<<20, 0)
-	if _, err := start(t, cfg).client.CutoverWhenSynced(t.Context(), "db03"); KindOf(err) != WrongPhase {
+	if _, err := start(t, cfg).client.CutoverWhenSynced(t.Context(), "db03", 0); KindOf(err) != WrongPhase {
 		t.Errorf("the destination moves on: %v", err)
 	}
 }
@@ -446,6 +446,16 @@ func TestVolumeThatIsNotServedShowsWhatIsKnownOfItsProgress(t *testing.T) {
 			got.RateLimit != rate || got.Allocated != allocated || !got.AllocatedKnown || got.Copied != 7 || !got.Degraded {
 			t.Errorf("%s: %+v", tc.phase, got)
 		}
+	}
+}
+
+func TestOnlyOpenVolumesCountAsServed(t *testing.T) {
+	over := newFake("db02")
+	over.status.Phase = proxy.Cutover
+	_, s := serveFakes(t, newFake("db01"), over)
+	s.entries = append(s.entries, &entry{failure: errors.New("no route")})
+	if n := s.served(); n != 1 {
+		t.Errorf("%d volumes, want 1", n)
 	}
 }
 

@@ -13,6 +13,9 @@ import (
 	"lunshift/proxy"
 )
 
+// noteWidth bounds the notes of the table, in characters; the detail has them whole.
+const noteWidth = 60
+
 // barWidth is the progress bar's, in characters.
 const barWidth = 40
 
@@ -30,7 +33,7 @@ func WriteTable(w io.Writer, volumes []proxy.Status) error {
 			rate = humanize.IBytes(v.Rate) + "/s"
 		}
 		fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\t%s\t%d\t%s\t%s\n", v.Name, phase(v), done, remaining, rate,
-			timeLeft(v), len(v.Sessions), humanize.IBytes(v.Size), note(v))
+			timeLeft(v), len(v.Sessions), humanize.IBytes(v.Size), shorten(note(v), noteWidth))
 	}
 	if len(volumes) == 0 {
 		fmt.Fprintln(t, "(none)")
@@ -60,11 +63,14 @@ func WriteDetail(w io.Writer, v proxy.Status) error {
 		row("written", "%s by initiators since the start", humanize.IBytes(v.InitiatorWritten))
 	}
 	if v.Phase == proxy.Migrating {
-		limit := "no limit"
+		row("remaining", "%s at %s/s, time left %s", humanize.IBytes(v.Remaining), humanize.IBytes(v.Rate), timeLeft(v))
+	}
+	if v.Phase != proxy.Cutover {
+		limit := "none"
 		if v.RateLimit > 0 {
-			limit = "limit " + humanize.IBytes(v.RateLimit) + "/s"
+			limit = humanize.IBytes(v.RateLimit) + "/s"
 		}
-		row("remaining", "%s at %s/s (%s), time left %s", humanize.IBytes(v.Remaining), humanize.IBytes(v.Rate), limit, timeLeft(v))
+		row("rate limit", "%s", limit)
 	}
 	if v.Hold != nil {
 		row("cutover", "initiators were held for %.1f ms", *v.Hold)
@@ -198,6 +204,13 @@ func note(v proxy.Status) string {
 		return v.DegradedReason
 	}
 	return ""
+}
+
+func shorten(text string, width int) string {
+	if runes := []rune(text); len(runes) > width {
+		return string(runes[:width-1]) + "…"
+	}
+	return text
 }
 
 // percent is how much of the volume is valid on the destination.

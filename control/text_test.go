@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"net/http/httptest"
+	"regexp"
 	"strings"
 	"testing"
 	"time"
@@ -31,14 +32,14 @@ func migrating() proxy.Status {
 }
 
 func TestTableIsAligned(t *testing.T) {
-	ready := proxy.Status{Name: "a-longer-name", Phase: proxy.Ready, Size: 5 << 40, Degraded: true, DegradedReason: "not served: no route"}
+	ready := proxy.Status{Name: "a-longer-name", Phase: proxy.Ready, Size: 5 << 40, Degraded: true, DegradedReason: "not served: no route" + strings.Repeat("é", 100)}
 	var out bytes.Buffer
 	if err := WriteTable(&out, []proxy.Status{migrating(), ready}); err != nil {
 		t.Fatal(err)
 	}
 	want := `VOLUME         PHASE      DONE   REMAINING  RATE       TIME LEFT  SESSIONS  SIZE     NOTE
 db01           migrating  75.0%  256 MiB    212 MiB/s  3m 12s     1         1.0 GiB  
-a-longer-name  ready      -      -          -          -          0         5.0 TiB  not served: no route
+a-longer-name  ready      -      -          -          -          0         5.0 TiB  not served: no route` + strings.Repeat("é", 39) + `…
 `
 	if out.String() != want {
 		t.Errorf("got\n%s\nwant\n%s", out.String(), want)
@@ -55,11 +56,25 @@ func TestDetailShowsEverything(t *testing.T) {
 	for _, want := range []string{
 		"migrating, paused since 2026-11-22 12:00:00", "[##############################..........] 75.0%",
 		"iqn.2026-11.net.example:db01 LUN 3", "destination unavailable", "100 MiB, skipped 300 MiB", "7.0 MiB by initiators",
-		"limit 220 MiB/s", "time left 3m 12s", "iscsi://10.0.0.5/iqn.x:old/1, online, IET VIRTUAL-DISK, naa.60, 1.0 GiB, thin",
+		"rate limit   220 MiB/s", "time left 3m 12s", "iscsi://10.0.0.5/iqn.x:old/1, online, IET VIRTUAL-DISK, naa.60, 1.0 GiB, thin",
 		"/dev/sdx, unavailable (no route), 2 errors", "iqn.2026-11.net.example:host from 10.0.0.7:50000 since 2026-11-22 12:00:00",
 	} {
 		if !strings.Contains(out.String(), want) {
 			t.Errorf("missing %q in\n%s", want, out.String())
+		}
+	}
+}
+
+func TestRateLimitIsShownInEveryPhaseButCutover(t *testing.T) {
+	for _, phase := range proxy.Phases {
+		for rate, want := range map[uint64]string{0: "none", 5 << 20: "5.0 MiB/s"} {
+			var out bytes.Buffer
+			if err := WriteDetail(&out, proxy.Status{Phase: phase, RateLimit: rate}); err != nil {
+				t.Fatal(err)
+			}
+			if shown := regexp.MustCompile(`(?m)^rate limit +` + want + `$`).Match(out.Bytes()); shown != (phase != proxy.Cutover) {
+				t.Errorf("%s, %s:\n%s", phase, want, out.String())
+			}
 		}
 	}
 }
@@ -104,6 +119,19 @@ func TestWatchEndsAtCutover(t *testing.T) {
 		if plain := !strings.Contains(out.String(), "\x1b"); plain == view.Redraw {
 			t.Errorf("%+v: terminal codes %q", view, out.String())
 		}
+	}
+	// A terminal gets its screen back, with the last look on it.
+	var drawn bytes.Buffer
+	if err := Watch(t.Context(), client, &drawn, View{Redraw: true}); err != nil {
+		t.Error(err)
+	}
+	screen, left, ok := strings.Cut(drawn.String(), "\x1b[?1049l")
+	if !ok || !strings.HasPrefix(screen, "\x1b[?1049h\x1b[2J\x1b[H") || !strings.HasPrefix(left, "VOLUME ") || strings.Contains(left, "\x1b") || !strings.HasSuffix(left, "\n") {
+		t.Errorf("drawn: %q", drawn.String())
+	}
+	drawn.Reset()
+	if err := Watch(t.Context(), client, &drawn, View{Redraw: true, Volume: "db09"}); KindOf(err) != Unknown || drawn.Len() > 0 {
+		t.Errorf("unknown volume: %v, drawn %q", err, drawn.String())
 	}
 	v.set(func(s *proxy.Status) { s.Phase = proxy.Synced })
 	ctx, cancel := context.WithCancel(t.Context())

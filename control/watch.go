@@ -40,23 +40,43 @@ const (
 
 // ShowStatus writes the status once.
 func ShowStatus(ctx context.Context, c *Client, w io.Writer, v View) error {
-	_, err := v.show(ctx, c, w, single)
+	text, _, err := v.look(ctx, c, single)
+	if err != nil {
+		return err
+	}
+	_, err = w.Write(text)
 	return err
 }
 
 // Watch writes the status every second until ctx ends or all that is watched is
-// cut over.
-func Watch(ctx context.Context, c *Client, w io.Writer, v View) error {
+// cut over. On a terminal it draws on the screen that full-screen programs use, and
+// leaves the last look behind on the ordinary one.
+func Watch(ctx context.Context, c *Client, w io.Writer, v View) (err error) {
 	how := appended
 	if v.Redraw && !v.JSON {
 		how = redrawn
-		defer fmt.Fprintln(w)
 	}
+	var last []byte
+	defer func() {
+		if how == redrawn && last != nil {
+			_, failure := fmt.Fprintf(w, "%s%s", leaveScreen, last)
+			err = errors.Join(err, failure)
+		}
+	}()
 	tick := time.NewTicker(watchInterval)
 	defer tick.Stop()
 	for {
-		over, err := v.show(ctx, c, w, how)
-		if err != nil || over {
+		text, over, err := v.look(ctx, c, how)
+		if err != nil {
+			return err
+		}
+		shown := text
+		if how == redrawn {
+			shown = redraw(text, last == nil)
+			last = text
+		}
+		// One write for one look, so that a terminal never shows half of it.
+		if _, err := w.Write(shown); err != nil || over {
 			return err
 		}
 		select {
@@ -67,7 +87,29 @@ func Watch(ctx context.Context, c *Client, w io.Writer, v View) error {
 	}
 }
 
-func (v View) show(ctx context.Context, c *Client, w io.Writer, how looks) (over bool, err error) {
+// What a terminal is told (ECMA-48; 1049 is xterm's).
+const (
+	enterScreen = "\x1b[?1049h\x1b[2J"
+	leaveScreen = "\x1b[?1049l"
+	home        = "\x1b[H"
+	clearLine   = "\x1b[K"
+	clearBelow  = "\x1b[J"
+)
+
+// redraw is a look in the place of the one before.
+func redraw(text []byte, first bool) []byte {
+	var b bytes.Buffer
+	if first {
+		b.WriteString(enterScreen)
+	}
+	b.WriteString(home)
+	b.Write(bytes.ReplaceAll(text, []byte("\n"), []byte(clearLine+"\n")))
+	b.WriteString(time.Now().Format(time.TimeOnly) + clearLine + clearBelow)
+	return b.Bytes()
+}
+
+// look is the status as text, and whether all of it is cut over.
+func (v View) look(ctx context.Context, c *Client, how looks) (_ []byte, over bool, err error) {
 	var shown []proxy.Status
 	if v.Volume == "" {
 		shown, err = c.Statuses(ctx)
@@ -76,13 +118,12 @@ func (v View) show(ctx context.Context, c *Client, w io.Writer, how looks) (over
 		shown[0], err = c.Status(ctx, v.Volume)
 	}
 	if err != nil {
-		return false, err
+		return nil, false, err
 	}
 	over = true
 	for _, s := range shown {
 		over = over && s.Phase == proxy.Cutover
 	}
-	// One write for one look, so that a terminal never shows half of it.
 	var text bytes.Buffer
 	switch {
 	case v.JSON && v.Volume != "":
@@ -98,17 +139,7 @@ func (v View) show(ctx context.Context, c *Client, w io.Writer, how looks) (over
 	default:
 		err = WriteTable(&text, shown)
 	}
-	if err != nil {
-		return over, err
-	}
-	if how == redrawn {
-		const home, clearLine, clearBelow = "\x1b[H", "\x1b[K", "\x1b[J"
-		drawn := bytes.ReplaceAll(text.Bytes(), []byte("\n"), []byte(clearLine+"\n"))
-		_, err = fmt.Fprintf(w, "%s%s%s%s", home, drawn, time.Now().Format(time.TimeOnly)+clearLine, clearBelow)
-		return over, err
-	}
-	_, err = w.Write(text.Bytes())
-	return over, err
+	return text.Bytes(), over, err
 }
 
 // IsTerminal tells whether w is a terminal.
