@@ -30,9 +30,8 @@ refused. Where the service runs, it is asked about its volumes.`,
 			if a.json {
 				show = func() error { return a.print(report) }
 			}
-			err = errors.Join(show(), report.Refused())
-			a.json = false // the report has the refusals
-			return err
+			a.reported = true // the report has the refusals
+			return errors.Join(show(), report.Refused())
 		},
 	}
 }

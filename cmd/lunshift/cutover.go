@@ -2,24 +2,34 @@ package main
 
 import (
 	"context"
+	"time"
 
 	"github.com/spf13/cobra"
 
 	"lunshift/control"
+	"lunshift/proxy"
 )
 
 func (a *app) cutoverCommand() *cobra.Command {
 	var wait bool
+	var timeout time.Duration
 	command := a.step("cutover", "End the migration of a synced volume",
 		`End the migration: commands in flight end, the destination is flushed, and initiators
 are asked to log out. From then on the destination stands alone; point initiators
 at the new array. Done already, it changes nothing.`,
 		func(ctx context.Context, c *control.Client, volume string) (control.Status, error) {
-			if wait {
-				return c.CutoverWhenSynced(ctx, volume)
+			switch {
+			case timeout < 0:
+				return control.Status{}, control.Usagef("--timeout: %s is no time to wait", timeout)
+			case timeout > 0 && !wait:
+				return control.Status{}, control.Usagef("--timeout goes with --wait, for it is how long to wait for phase %s", proxy.Synced)
+			case !wait:
+				return c.Cutover(ctx, volume)
 			}
-			return c.Cutover(ctx, volume)
+			a.tellStuck(ctx, c, volume, proxy.Synced)
+			return c.CutoverWhenSynced(ctx, volume, timeout)
 		})
 	command.Flags().BoolVar(&wait, "wait", false, "wait for phase synced first")
+	command.Flags().DurationVar(&timeout, "timeout", 0, "with --wait, how long at most, such as 1h; 0 is without end")
 	return command
 }

@@ -12,6 +12,7 @@ import (
 	"io/fs"
 	"os"
 	"os/signal"
+	"strconv"
 	"strings"
 	"syscall"
 
@@ -45,11 +46,13 @@ type app struct {
 	json            bool
 	// understood is set once the command line is: errors before are the caller's.
 	understood bool
+	// reported is set once standard output has the JSON that says what failed.
+	reported bool
 }
 
 // run does one command line and gives the exit code.
 func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
-	a := &app{stdout: stdout, stderr: stderr}
+	a := &app{stdout: stdout, stderr: stderr, json: wantsJSON(args)}
 	root := a.root()
 	root.SetArgs(args)
 	command, err := root.ExecuteContextC(ctx)
@@ -60,11 +63,15 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 		text := strings.Join(strings.Fields(err.Error()), " ")
 		err = control.Usagef("%s (see %s --help)", text, command.CommandPath())
 	}
-	if errors.Is(err, context.Canceled) && ctx.Err() != nil {
-		return control.ExitInterrupted
+	interrupted := errors.Is(err, context.Canceled) && ctx.Err() != nil
+	if interrupted {
+		err = &control.Error{Kind: control.Interrupted, Message: "interrupted by a signal"}
 	}
-	if a.json {
+	if a.json && !a.reported {
 		a.print(map[string]control.Error{"error": {Kind: control.KindOf(err), Message: err.Error()}})
+	}
+	if interrupted {
+		return control.ExitCode(err)
 	}
 	for line := range strings.Lines(err.Error()) {
 		fmt.Fprintf(stderr, "lunshift: %s\n", strings.TrimSuffix(line, "\n"))
@@ -72,7 +79,26 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	return control.ExitCode(err)
 }
 
+// wantsJSON tells whether --json is among the arguments, whatever else is wrong with
+// them.
+func wantsJSON(args []string) bool {
+	wants := false
+	for _, arg := range args {
+		if arg == "--" {
+			break
+		}
+		if arg == "--json" {
+			wants = true
+		} else if value, ok := strings.CutPrefix(arg, "--json="); ok {
+			on, err := strconv.ParseBool(value)
+			wants = on || err != nil
+		}
+	}
+	return wants
+}
+
 func (a *app) root() *cobra.Command {
+	var showVersion bool
 	root := &cobra.Command{
 		Use:   "lunshift",
 		Short: "Move iSCSI logical units to another array while they are in use",
@@ -80,24 +106,33 @@ func (a *app) root() *cobra.Command {
 and the destination, and moves the first onto the second while initiators keep
 reading and writing.
 
-Exit codes: 0 done, 1 failed, 2 wrong usage, 3 not allowed in this phase.`,
+Exit codes: 0 done, 1 failed, 2 wrong usage (of serve also: a faulty configuration),
+3 not allowed in this phase, 130 interrupted.`,
 		SilenceUsage:      true,
 		SilenceErrors:     true,
 		CompletionOptions: cobra.CompletionOptions{HiddenDefaultCmd: true},
+		RunE: func(c *cobra.Command, _ []string) error {
+			if showVersion {
+				return a.showVersion()
+			}
+			return c.Help()
+		},
 	}
+	root.Flags().BoolVar(&showVersion, "version", false, "show the version")
+	root.SetHelpCommand(helpCommand())
 	root.SetOut(a.stdout)
 	root.SetErr(a.stderr)
 	flags := root.PersistentFlags()
 	flags.StringVar(&a.config, "config", "", "configuration `FILE` (default "+conf.DefaultPath+")")
 	flags.StringVar(&a.control, "control", "", "control `SOCKET` of the service (default: the one in the configuration)")
-	flags.BoolVar(&a.json, "json", false, "write JSON to standard output")
+	flags.BoolVar(&a.json, "json", a.json, "write JSON to standard output")
 	root.MarkFlagsMutuallyExclusive("config", "control")
 	root.AddCommand(
 		a.serveCommand(), a.checkCommand(), a.startCommand(), a.statusCommand(),
 		a.pauseCommand(), a.resumeCommand(), a.throttleCommand(), a.waitCommand(),
 		a.cutoverCommand(), a.removeCommand(), a.demoCommand(), a.versionCommand(),
 	)
-	for _, command := range root.Commands() {
+	for _, command := range append([]*cobra.Command{root}, root.Commands()...) {
 		do := command.RunE
 		command.RunE = func(c *cobra.Command, args []string) error {
 			a.understood = true
@@ -105,6 +140,24 @@ Exit codes: 0 done, 1 failed, 2 wrong usage, 3 not allowed in this phase.`,
 		}
 	}
 	return root
+}
+
+// helpCommand shows the help of a command, and refuses a name that is none.
+func helpCommand() *cobra.Command {
+	return &cobra.Command{
+		Use:   "help [COMMAND]",
+		Short: "Show the help of a command",
+		RunE: func(c *cobra.Command, args []string) error {
+			command, rest, err := c.Root().Find(args)
+			if err != nil {
+				return err
+			}
+			if len(rest) > 0 {
+				return fmt.Errorf("%q is no command of %s", rest[0], command.CommandPath())
+			}
+			return command.Help()
+		},
+	}
 }
 
 // load reads the configuration that --config names.

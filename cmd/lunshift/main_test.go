@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"os"
 	"os/exec"
@@ -89,31 +90,56 @@ func configFile(t *testing.T, dir string) string {
 	return path
 }
 
+// errorOf reads the error that a command with --json gave, which is its only output.
+func errorOf(t *testing.T, r result) (e struct{ Kind, Message string }) {
+	t.Helper()
+	var reply map[string]*struct{ Kind, Message string }
+	if err := json.Unmarshal([]byte(r.stdout), &reply); err != nil || reply["error"] == nil || len(reply) != 1 {
+		t.Errorf("no error in JSON: %q (%v)", r.stdout, err)
+		return e
+	}
+	return *reply["error"]
+}
+
 func TestWrongUsageIsOneLineAndExitCode2(t *testing.T) {
 	for _, args := range []string{
 		"statsu", "start", "start a b", "status --wacth", "status a b", "serve now", "throttle db01",
 		"throttle db01 --rate fast", "throttle db01 --rate -5", "wait db01", "wait db01 --for sinked",
 		"wait db01 --for synced --timeout soon", "wait db01 --for synced --timeout -1s",
-		"status --config a --control b", "version extra", "check extra", "remove", "status --config",
+		"status --config a --control b", "help nosuch", "help status extra", "--nosuch",
+		"cutover db01 --timeout 1s", "cutover db01 --wait --timeout -1s", "cutover db01 --wait --timeout soon",
+		"demo --size 0", "demo --size 512KiB", "demo --size 1.5MiB", "demo --size 10485761", "demo --size big", "version extra", "check extra", "remove", "status --config",
 	} {
 		t.Run(args, func(t *testing.T) {
 			r := lunshift(t, strings.Fields(args)...)
 			if r.code != 2 || !strings.HasPrefix(r.stderr, "lunshift: ") || strings.Count(r.stderr, "\n") != 1 || r.stdout != "" {
 				t.Errorf("exit %d, stderr %q, stdout %q", r.code, r.stderr, r.stdout)
 			}
+			for _, with := range [][]string{append([]string{"--json"}, strings.Fields(args)...), append(strings.Fields(args), "--json")} {
+				if args == "status --config" && with[0] != "--json" {
+					continue // --json is the name of the file there
+				}
+				r := lunshift(t, with...)
+				if e := errorOf(t, r); r.code != 2 || e.Kind != "usage" || !strings.Contains(r.stderr, e.Message) || strings.Count(r.stderr, "\n") != 1 {
+					t.Errorf("%v: exit %d, stderr %q, stdout %q", with, r.code, r.stderr, r.stdout)
+				}
+			}
 		})
 	}
 }
 
 func TestHelpAndVersionSucceed(t *testing.T) {
-	for _, args := range []string{"--help", "help status", "status --help", "version", ""} {
+	for _, args := range []string{"--help", "help", "help status", "status --help", "version", "--version", "--json=false version", ""} {
 		if r := lunshift(t, strings.Fields(args)...); r.code != 0 || r.stdout == "" || r.stderr != "" {
 			t.Errorf("%s: exit %d, stderr %q, stdout %q", args, r.code, r.stderr, r.stdout)
 		}
 	}
 	var v map[string]string
-	if r := lunshift(t, "version", "--json"); json.Unmarshal([]byte(r.stdout), &v) != nil || v["version"] == "" || v["go"] == "" {
-		t.Errorf("version --json: %q", r.stdout)
+	for _, arg := range []string{"version", "--version"} {
+		clear(v)
+		if r := lunshift(t, arg, "--json"); json.Unmarshal([]byte(r.stdout), &v) != nil || v["version"] == "" || v["go"] == "" {
+			t.Errorf("%s --json: %q", arg, r.stdout)
+		}
 	}
 }
 
@@ -134,11 +160,8 @@ func TestCommandsWithoutAServiceSaySo(t *testing.T) {
 		}
 	}
 	r := lunshift(t, "status", "--json", "--config", config)
-	var reply struct {
-		Error struct{ Kind, Message string }
-	}
-	if err := json.Unmarshal([]byte(r.stdout), &reply); err != nil || r.code != 1 || reply.Error.Kind != "failed" || !strings.Contains(r.stderr, reply.Error.Message) {
-		t.Errorf("--json: exit %d, stdout %q, %v", r.code, r.stdout, err)
+	if e := errorOf(t, r); r.code != 1 || e.Kind != "failed" || !strings.Contains(r.stderr, e.Message) {
+		t.Errorf("--json: exit %d, stdout %q", r.code, r.stdout)
 	}
 }
 
@@ -148,6 +171,7 @@ func TestFaultyConfigurationIsReportedWhole(t *testing.T) {
 	if err := os.WriteFile(path, []byte("[service]\nportal = 1\n[[volume]]\nname = \"db01\"\nlun = -1\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
+	codes := map[string]int{"check": 1, "serve": 2, "status": 1}
 	for _, args := range []string{"check", "serve"} {
 		r := lunshift(t, args, "--config", path)
 		for _, want := range []string{
@@ -161,16 +185,30 @@ func TestFaultyConfigurationIsReportedWhole(t *testing.T) {
 				t.Errorf("%s: missing %q in %q", args, want, r.stderr)
 			}
 		}
-		if r.code != 1 || strings.Count(r.stderr, "\n") != 5 {
+		if r.code != codes[args] || strings.Count(r.stderr, "\n") != 5 {
 			t.Errorf("%s: exit %d, stderr %q", args, r.code, r.stderr)
+		}
+		kinds := map[string]string{"check": "failed", "serve": "configuration"}
+		if e := errorOf(t, lunshift(t, args, "--json", "--config", path)); e.Kind != kinds[args] || strings.Count(e.Message, "\n") != 4 {
+			t.Errorf("%s --json: %+v", args, e)
 		}
 	}
 	for _, args := range []string{"check", "serve", "status"} {
 		missing := filepath.Join(dir, "none.toml")
 		r := lunshift(t, args, "--config", missing)
-		if want := "lunshift: cannot read the configuration " + missing + ": no such file or directory\n"; r.code != 1 || r.stderr != want {
+		if want := "lunshift: cannot read the configuration " + missing + ": no such file or directory\n"; r.code != codes[args] || r.stderr != want {
 			t.Errorf("%s: exit %d, stderr %q, want %q", args, r.code, r.stderr, want)
 		}
+	}
+}
+
+func TestSystemdDoesNotRestartAfterAFaultyConfiguration(t *testing.T) {
+	unit, err := os.ReadFile("../../conf/lunshift.service")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if want := fmt.Sprintf("\nRestartPreventExitStatus=%d\n", control.ExitUsage); !strings.Contains(string(unit), want) {
+		t.Errorf("the unit lacks %q", want)
 	}
 }
 
@@ -260,7 +298,7 @@ func TestCommandsCanBeRepeatedFromStartToRemove(t *testing.T) {
 	}
 	do(0, "nothing would be refused", "check")
 	do(0, "db02", "status")
-	do(3, "cutover is not allowed in phase ready", "cutover", "db01")
+	do(3, "start it first", "cutover", "db01")
 	do(3, "start it first", "cutover", "db01", "--wait")
 	do(3, "remove is not allowed in phase ready", "remove", "db01")
 	do(1, `there is no volume "db09"; the service has db01, db02`, "start", "db09")
@@ -270,6 +308,12 @@ func TestCommandsCanBeRepeatedFromStartToRemove(t *testing.T) {
 		do(0, "db01: ", "throttle", "db01", "--rate", "1MiB")
 		do(0, "db01: migrating", "start", "db01")
 		do(0, "db01: migrating, paused", "pause", "db01")
+	}
+	for _, args := range [][]string{{"wait", "db01", "--for", "synced"}, {"cutover", "db01", "--wait"}} {
+		r := do(1, "db01: still migrating after 10ms, not synced", append(args, "--timeout", "10ms")...)
+		if !strings.HasPrefix(r.stderr, "lunshift: volume db01 is paused; resume it with: lunshift resume db01\n") || strings.Count(r.stderr, "\n") != 2 {
+			t.Errorf("%v of a paused copy: stderr %q", args, r.stderr)
+		}
 	}
 	var status map[string]any
 	r := do(0, "", "status", "db01", "--json")
@@ -296,14 +340,18 @@ func TestCommandsCanBeRepeatedFromStartToRemove(t *testing.T) {
 	do(0, "cutover", "status", "db01", "--watch")
 	do(0, "db01: removed", "remove", "db01")
 	do(0, "db01: nothing to remove", "remove", "db01")
+	do(0, "db01: cutover", "cutover", "db01", "--wait", "--timeout", "1m")
+	do(0, "db01: cutover", "wait", "db01", "--for", "synced")
+	do(0, "there is no volume nosuch, nothing to remove", "remove", "nosuch")
 	do(1, "there is no volume", "status", "db01")
+	do(1, "refused", "check")
 	do(0, "", "start", "db02", "--json")
 }
 
 func TestSignalsEndServeAndWaitQuietly(t *testing.T) {
 	config := configFile(t, t.TempDir())
 	serve(t, config)
-	for _, args := range [][]string{{"wait", "db01", "--for", "synced"}, {"status", "--watch"}} {
+	for _, args := range [][]string{{"wait", "db01", "--for", "synced"}, {"status", "--watch"}, {"wait", "db01", "--for", "synced", "--json"}} {
 		var stderr bytes.Buffer
 		c := command(append(args, "--config", config)...)
 		c.Stderr = &stderr
@@ -324,9 +372,18 @@ func TestSignalsEndServeAndWaitQuietly(t *testing.T) {
 		if err := c.Process.Signal(os.Interrupt); err != nil {
 			t.Fatal(err)
 		}
+		rest, err := io.ReadAll(out)
+		if err != nil {
+			t.Fatal(err)
+		}
 		_ = c.Wait()
 		if code := c.ProcessState.ExitCode(); code != 130 || stderr.Len() > 0 {
 			t.Errorf("%v: exit %d, stderr %q", args, code, stderr.String())
+		}
+		if args[len(args)-1] == "--json" {
+			if e := errorOf(t, result{stdout: string(rest)}); e.Kind != "interrupted" || e.Message == "" {
+				t.Errorf("%v: stdout %q", args, rest)
+			}
 		}
 	}
 }

@@ -27,7 +27,10 @@ stale. Done already, it changes nothing.`,
 				return a.print(report)
 			}
 			text := "%s: removed; delete its [[volume]] from the configuration\n"
-			if !report.Removed {
+			switch {
+			case !report.Known:
+				text = "there is no volume %s, nothing to remove\n"
+			case !report.Removed:
 				text = "%s: nothing to remove\n"
 			}
 			_, err = fmt.Fprintf(a.stdout, text, report.Name)

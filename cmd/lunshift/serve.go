@@ -13,12 +13,13 @@ func (a *app) serveCommand() *cobra.Command {
 		Long: `Run the service in the foreground until SIGTERM or SIGINT: it opens the logical units,
 goes on with what was begun, and serves initiators. The first signal lets commands
 in flight end, the second ends the process at once; neither loses an acknowledged
-write. The log goes to standard error.`,
+write. The log goes to standard error. The exit code is 2 when the configuration
+cannot be read or has faults, which no restart mends.`,
 		Args: cobra.NoArgs,
 		RunE: func(c *cobra.Command, _ []string) error {
 			cfg, err := a.load()
 			if err != nil {
-				return err
+				return &control.Error{Kind: control.Configuration, Message: err.Error()}
 			}
 			log := control.NewLogger(cfg.Service, a.stderr)
 			service, err := control.New(c.Context(), cfg, control.Options{Version: buildVersion(), Log: log})

@@ -2,11 +2,13 @@ package main
 
 import (
 	"context"
+	"fmt"
 	"time"
 
 	"github.com/spf13/cobra"
 
 	"lunshift/control"
+	"lunshift/proxy"
 )
 
 func (a *app) waitCommand() *cobra.Command {
@@ -23,10 +25,18 @@ The exit code is 1 when the time is over first.`,
 			if timeout < 0 {
 				return control.Status{}, control.Usagef("--timeout: %s is no time to wait", timeout)
 			}
+			a.tellStuck(ctx, c, volume, phase)
 			return c.Wait(ctx, volume, phase, timeout)
 		})
 	command.Flags().StringVar(&text, "for", "", "`PHASE` to wait for")
 	command.Flags().DurationVar(&timeout, "timeout", 0, "how long at most, such as 1h; 0 is without end")
 	must(command.MarkFlagRequired("for"))
 	return command
+}
+
+// tellStuck says why a wait that begins now does not end by itself, if so.
+func (a *app) tellStuck(ctx context.Context, c *control.Client, volume string, phase proxy.Phase) {
+	if text := c.Stuck(ctx, volume, phase); text != "" {
+		fmt.Fprintf(a.stderr, "lunshift: %s\n", text)
+	}
 }
