@@ -1,6 +1,7 @@
 #!/bin/sh
-# Installs the peers that the tests talk to (tgtd, libiscsi's tools, qemu's
-# tools, ext4's tools) on Debian through apt. It does nothing when all are there.
+# Installs what the tests need on Debian through apt: the peers that they talk to
+# (tgtd, libiscsi's tools, qemu's tools, ext4's tools) and a C compiler for the race
+# detector. It does nothing when all are there.
 set -eu
 
 PATH="$PATH:/usr/sbin:/sbin"
@@ -21,6 +22,11 @@ need qemu-img qemu-utils
 need mkfs.ext4 e2fsprogs
 need debugfs e2fsprogs
 need dumpe2fs e2fsprogs
+# The race detector is linked by a C compiler, against the C library's headers.
+if [ -z "${CC:-}" ]; then
+	need gcc gcc
+	[ -e /usr/include/stdlib.h ] || missing="$missing libc6-dev"
+fi
 # qemu loads its iSCSI driver from a module that is a package of its own.
 found=""
 for module in /usr/lib/*/qemu/block-iscsi.so /usr/lib/qemu/block-iscsi.so; do
