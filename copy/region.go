@@ -1,0 +1,256 @@
+package copier
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"golang.org/x/sync/errgroup"
+
+	"lunshift/lun"
+)
+
+// copy brings the blocks of a job that are not valid onto the destination.
+func (c *Copier) copy(ctx context.Context, j job) (done, error) {
+	e := c.extent(j)
+	d := done{job: j, era: c.Ledger.Begin(e)}
+	var err error
+	if j.hole {
+		err = c.copyHole(ctx, e, &d)
+	} else {
+		err = c.copyRegion(ctx, e, &d)
+	}
+	return d, err
+}
+
+func (c *Copier) copyRegion(ctx context.Context, e lun.Extent, d *done) error {
+	need := c.Ledger.Invalid(e)
+	if len(need) == 0 {
+		return nil
+	}
+	blank, err := c.blank(ctx, e)
+	if err != nil {
+		return err
+	}
+	p := c.pool.Get().(*[]byte)
+	defer c.pool.Put(p)
+	buf := (*p)[:c.info.Bytes(e)]
+	if err := c.read(ctx, buf, e, need); err != nil {
+		return err
+	}
+	for _, run := range need {
+		for !run.Empty() {
+			slice := run
+			slice.Blocks = min(slice.Blocks, sliceBytes/uint64(c.info.BlockSize))
+			run.Start, run.Blocks = slice.End(), run.Blocks-slice.Blocks
+			if err := c.writeSlice(ctx, buf, e, slice, blank, d); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// read fills buf, the content of e, with what the source has for the runs in need;
+// unallocated blocks are zeroes without being read.
+func (c *Copier) read(ctx context.Context, buf []byte, e lun.Extent, need []lun.Extent) error {
+	// Runs that lie close together are read as one.
+	type read struct {
+		whole lun.Extent
+		parts []lun.Extent
+	}
+	var reads []read
+	gap := uint64(readGapBytes) / uint64(c.info.BlockSize)
+	for _, run := range need {
+		for _, a := range c.allocation.Load().Within(run) {
+			if n := len(reads); n > 0 && uint64(a.Start-reads[n-1].whole.End()) <= gap {
+				last := &reads[n-1]
+				last.whole.Blocks = uint64(a.End() - last.whole.Start)
+				last.parts = append(last.parts, a)
+			} else {
+				reads = append(reads, read{a, []lun.Extent{a}})
+			}
+		}
+	}
+	at := e.Start
+	for _, r := range reads {
+		clear(c.part(buf, e, lun.Extent{Start: at, Blocks: uint64(r.whole.Start - at)}))
+		err := c.readRun(ctx, c.part(buf, e, r.whole), r.whole)
+		if err != nil && len(r.parts) > 1 && ctx.Err() == nil {
+			// What nobody needs may be what cannot be read.
+			err = nil
+			for _, part := range r.parts {
+				if err = c.readRun(ctx, c.part(buf, e, part), part); err != nil {
+					break
+				}
+			}
+		}
+		if err != nil {
+			return err
+		}
+		at = r.whole.End()
+	}
+	clear(c.part(buf, e, lun.Extent{Start: at, Blocks: uint64(e.End() - at)}))
+	return nil
+}
+
+func (c *Copier) readRun(ctx context.Context, p []byte, e lun.Extent) error {
+	if err := c.Throttle.Wait(ctx, len(p)); err != nil {
+		return err
+	}
+	if err := c.Source.ReadAt(ctx, p, e.Start); err != nil {
+		return fmt.Errorf("read %v of the source: %w", e, err)
+	}
+	c.bytesRead.Add(uint64(len(p)))
+	return nil
+}
+
+// part is where buf, the content of whole, holds e.
+func (c *Copier) part(buf []byte, whole, e lun.Extent) []byte {
+	at := uint64(e.Start-whole.Start) * uint64(c.info.BlockSize)
+	return buf[at : at+c.info.Bytes(e)]
+}
+
+// writeSlice writes those blocks of slice that are still not valid, with
+// initiators' writes to the slice kept out.
+func (c *Copier) writeSlice(ctx context.Context, buf []byte, whole, slice lun.Extent, blank []lun.Extent, d *done) error {
+	release, err := c.Ledger.Exclude(ctx, slice)
+	if err != nil {
+		return err
+	}
+	defer release()
+	var writes errgroup.Group
+	writes.SetLimit(16)
+	still := c.Ledger.Invalid(slice)
+	for _, run := range still {
+		err = splitZeroes(c.part(buf, whole, run), run, c.info.BlockSize, func(p []byte, e lun.Extent, zero bool) error {
+			if zero {
+				d.skipped += uint64(len(p))
+				if inside(blank, e) {
+					return nil
+				}
+			} else {
+				d.copied += uint64(len(p))
+			}
+			write := func() error {
+				if zero {
+					return c.Destination.WriteZeroes(ctx, e)
+				}
+				return c.Destination.WriteAt(ctx, p, e.Start)
+			}
+			writes.Go(func() error {
+				if err := write(); err != nil {
+					return fmt.Errorf("write %v of the destination: %w", e, err)
+				}
+				return nil
+			})
+			return nil
+		})
+		if err != nil {
+			break
+		}
+	}
+	// Every write has ended before the lock goes, whatever failed.
+	err = errors.Join(err, writes.Wait())
+	if err == nil {
+		d.extents = append(d.extents, still...)
+	}
+	return err
+}
+
+// copyHole makes the blocks of e that are not valid read as zeroes on the
+// destination.
+func (c *Copier) copyHole(ctx context.Context, e lun.Extent, d *done) error {
+	blank, err := c.blank(ctx, e)
+	if err != nil {
+		return err
+	}
+	slice := uint64(sliceBytes) / uint64(c.info.BlockSize)
+	info := c.Destination.Info()
+	transfers := !info.Thin || !info.UnmapZeroes
+	for !e.Empty() {
+		part := e
+		release, locked := func() {}, false
+		if inside(blank, e) {
+			// Nothing is to be written, so the lock is held for an instant,
+			// however long the extent is. It must not be waited for: writes
+			// that come later would wait as well.
+			release, locked = c.Ledger.TryExclude(e)
+		}
+		if !locked {
+			part.Blocks = min(part.Blocks, slice)
+			if transfers && !inside(blank, part) {
+				if err := c.Throttle.Wait(ctx, int(c.info.Bytes(part))); err != nil {
+					return err
+				}
+			}
+			if release, err = c.Ledger.Exclude(ctx, part); err != nil {
+				return err
+			}
+		}
+		err := c.zeroPart(ctx, part, blank, d)
+		release()
+		if err != nil {
+			return err
+		}
+		e.Start, e.Blocks = part.End(), e.Blocks-part.Blocks
+	}
+	return nil
+}
+
+// zeroPart makes the blocks of part that are not valid read as zeroes on the
+// destination; initiators' writes to it are kept out.
+func (c *Copier) zeroPart(ctx context.Context, part lun.Extent, blank []lun.Extent, d *done) error {
+	for _, run := range c.Ledger.Invalid(part) {
+		if !inside(blank, run) {
+			if err := c.Destination.WriteZeroes(ctx, run); err != nil {
+				return fmt.Errorf("zero %v of the destination: %w", run, err)
+			}
+		}
+		d.skipped += c.info.Bytes(run)
+		d.extents = append(d.extents, run)
+	}
+	return nil
+}
+
+// blank gives the runs of e that the destination has no storage for and that read
+// as zeroes there, in rising order.
+func (c *Copier) blank(ctx context.Context, e lun.Extent) ([]lun.Extent, error) {
+	info := c.Destination.Info()
+	if !info.ReportsAllocation || !info.UnmapZeroes {
+		return nil, nil
+	}
+	var blank []lun.Extent
+	for !e.Empty() {
+		list, err := c.Destination.Extents(ctx, e)
+		if cannotTell(err) {
+			return nil, nil
+		}
+		if err != nil {
+			return nil, fmt.Errorf("read the allocation of %v of the destination: %w", e, err)
+		}
+		if len(list) == 0 {
+			return nil, fmt.Errorf("read the allocation of %v of the destination: no answer", e)
+		}
+		for _, a := range list {
+			if n := len(blank); !a.Allocated && n > 0 && blank[n-1].End() == a.Start {
+				blank[n-1].Blocks += a.Blocks
+			} else if !a.Allocated {
+				blank = append(blank, a.Extent)
+			}
+		}
+		at := list[len(list)-1].End()
+		e.Start, e.Blocks = at, uint64(e.End()-at)
+	}
+	return blank, nil
+}
+
+// inside tells whether one of runs holds all of e.
+func inside(runs []lun.Extent, e lun.Extent) bool {
+	for _, r := range runs {
+		if r.Start <= e.Start && e.End() <= r.End() {
+			return true
+		}
+	}
+	return false
+}
