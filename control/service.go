@@ -62,14 +62,6 @@ type Service struct {
 	stop    context.CancelFunc
 }
 
-// removed is the phase in the record of a volume that was removed while the
-// configuration still had it. Such a volume must not begin anew by itself: its source
-// is stale and its destination in use.
-const removed = "removed"
-
-// errRemoved is why such a volume is not served.
-var errRemoved = errors.New("was cut over and removed; delete its [[volume]] from the configuration")
-
 // LoadConfig reads the configuration of a service and holds the addresses in it
 // against what lun can open.
 func LoadConfig(path string) (*conf.Config, error) {
@@ -241,26 +233,6 @@ func (s *Service) Remove(ctx context.Context, name string) (RemoveReport, error)
 	return report, err
 }
 
-// gone is the status of a volume that is cut over and removed, or whose
-// [[volume]] was deleted after its cutover; false for every other name.
-func (s *Service) gone(name string) (proxy.Status, bool) {
-	status := proxy.Status{Name: name, Phase: proxy.Cutover, Sessions: []target.SessionInfo{},
-		Source: proxy.UnitStatus{State: "released"}, Destination: proxy.UnitStatus{State: "released"}}
-	for _, e := range s.entries {
-		if e.conf.Name == name {
-			status.IQN, status.LUN = e.conf.IQN, e.conf.LUN
-			status.Source.Address, status.Destination.Address = e.conf.Source.Address, e.conf.Destination.Address
-			return status, e.isRemoved()
-		}
-	}
-	record, found, err := s.store.Record(name)
-	if err != nil || !found {
-		return status, false
-	}
-	status.Source.ID, status.Destination.ID = record.SourceID, record.DestinationID
-	return status, record.Phase == removed || proxy.Phase(record.Phase) == proxy.Cutover
-}
-
 func (s *Service) entry(name string) (*entry, error) {
 	for _, e := range s.entries {
 		if e.conf.Name == name && !e.isRemoved() {
@@ -379,54 +351,6 @@ func (s *Service) openVolume(ctx context.Context, v conf.Volume) (_ Volume, unit
 	return volume, units, nil
 }
 
-// takeAnew lets the name of a removed volume be used for another pair of units. The
-// same units, or units that cannot be opened, give errRemoved.
-func (s *Service) takeAnew(mark state.Record, source, destination lun.Device, failure error) error {
-	if sameUnits(mark, source, destination, failure) {
-		return fmt.Errorf("volume %s: %w", mark.Volume, errRemoved)
-	}
-	return s.store.Forget(mark.Volume)
-}
-
-// sameUnits tells whether a volume must be taken for the one that the mark stands
-// for; failure is that of opening its units.
-func sameUnits(mark state.Record, source, destination lun.Device, failure error) bool {
-	return failure != nil || source.Info().ID == mark.SourceID || destination.Info().ID == mark.DestinationID
-}
-
-func (s *Service) foreign(name, source, destination string) error {
-	records, err := s.store.Records()
-	if err != nil {
-		return err
-	}
-	return foreign(records, name, source, destination)
-}
-
-// foreign refuses units whose migration the state has under another name: a volume
-// that was renamed would otherwise begin anew with a stale source. The destination
-// of a volume that is cut over may move on, as the source of another.
-func foreign(records []state.Record, name, source, destination string) error {
-	for _, r := range records {
-		phase := proxy.Phase(r.Phase)
-		if r.Volume == name || phase == proxy.Ready {
-			continue
-		}
-		moving := phase == proxy.Migrating || phase == proxy.Synced
-		switch {
-		case source == r.SourceID || destination == r.DestinationID:
-		case moving && (source == r.DestinationID || destination == r.SourceID):
-		default:
-			continue
-		}
-		hint := fmt.Sprintf("forget that one first (lunshift remove %s)", r.Volume)
-		if moving {
-			hint = "give the volume its name back"
-		}
-		return fmt.Errorf("volume %s: the state has volume %s with these logical units in phase %s: %s", name, r.Volume, r.Phase, hint)
-	}
-	return nil
-}
-
 // reopen tries the volumes that are not open until the service stops.
 func (s *Service) reopen() {
 	timer := time.NewTicker(reopenInterval)
@@ -507,49 +431,4 @@ func ignoreClosed(err error) error {
 		return nil
 	}
 	return err
-}
-
-// knownOf is what can be told of a volume whose units cannot be opened.
-func (s *Service) knownOf(v conf.Volume, failure error) proxy.Status {
-	status := proxy.Status{
-		Name: v.Name, IQN: v.IQN, LUN: v.LUN, Phase: proxy.Ready,
-		Degraded: true, DegradedReason: "not served: " + oneLine(failure), RateLimit: uint64(v.Copy.Rate),
-		Sessions:    []target.SessionInfo{},
-		Source:      proxy.UnitStatus{Address: v.Source.Address, State: "unavailable"},
-		Destination: proxy.UnitStatus{Address: v.Destination.Address, State: "unavailable"},
-	}
-	record, found, err := s.store.Record(v.Name)
-	if err != nil || !found {
-		return status
-	}
-	status.Phase, status.Paused = proxy.Phase(record.Phase), record.Paused
-	status.Size, status.BlockSize = record.Blocks*uint64(record.BlockSize), record.BlockSize
-	status.Copied, status.Skipped = record.CopiedBytes, record.SkippedBytes
-	status.InitiatorWritten, status.Remaining = record.InitiatorWrittenBytes, status.Size
-	if record.AllocatedBytes != nil {
-		status.Allocated, status.AllocatedKnown = *record.AllocatedBytes, true
-	}
-	if record.RateLimit != nil {
-		status.RateLimit = *record.RateLimit
-	}
-	if record.Hold != nil {
-		ms := float64(record.Hold.Microseconds()) / 1000
-		status.Hold = &ms
-	}
-	status.Source.ID, status.Destination.ID = record.SourceID, record.DestinationID
-	switch status.Phase {
-	case proxy.Migrating:
-		// The record's tally is as old as the last progress; the flags are exact.
-		flags, err := s.store.Flags(v.Name, state.Geometry{Blocks: record.Blocks, RegionBlocks: record.RegionBlocks})
-		if err == nil {
-			status.Remaining -= min(flags.Count(state.Valid)*uint64(record.BlockSize), status.Size)
-			status.InitiatorWritten = flags.Count(state.Dirty) * uint64(record.BlockSize)
-		} else {
-			s.log.WithError(err).Debug("progress of a volume that is not served")
-		}
-	case proxy.Synced, proxy.Cutover:
-		status.Remaining = 0
-	}
-	status.StartedAt, status.SyncedAt, status.CutoverAt = record.StartedAt, record.SyncedAt, record.CutoverAt
-	return status
 }
