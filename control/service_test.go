@@ -490,10 +490,15 @@ destination = "`+unitFile(t, dir, "new2", 1<<20, 0)+`"
 	if _, err := service.client.Start(t.Context(), "db02"); err != nil {
 		t.Error(err)
 	}
-	back.Service.Portals = []string{portal}
-	start(t, back)
 	deadline, cancel := context.WithTimeout(t.Context(), 20*time.Second)
 	defer cancel()
+	started := make(chan error, 1)
+	go func() {
+		_, err := service.client.Wait(deadline, "db01", proxy.Migrating, 0)
+		started <- err
+	}()
+	back.Service.Portals = []string{portal}
+	start(t, back)
 	for {
 		s, err := service.client.Status(deadline, "db01")
 		if err != nil {
@@ -510,5 +515,8 @@ destination = "`+unitFile(t, dir, "new2", 1<<20, 0)+`"
 	}
 	if _, err := service.client.Start(t.Context(), "db01"); err != nil && !errors.Is(err, proxy.ErrPhase) {
 		t.Error(err)
+	}
+	if err := <-started; err != nil {
+		t.Errorf("wait that began while the array was away: %v", err)
 	}
 }
