@@ -178,8 +178,10 @@ func checkVolume(ctx context.Context, service conf.Service, client *Client, serv
 		}
 	}
 	source, destination, err := openUnits(ctx, service, v, log, true)
-	if wasRemoved && sameUnits(record, source, destination, err) {
-		return report.refuse("volume %s: %v", v.Name, errRemoved).close(v, source, destination)
+	if wasRemoved {
+		if same := sameUnits(record, source, destination, err); same != nil {
+			return report.refuse("volume %s: %v", v.Name, same).close(v, source, destination)
+		}
 	}
 	if err != nil {
 		for _, e := range lines(err) {

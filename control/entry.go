@@ -28,6 +28,8 @@ type entry struct {
 	failure error
 	known   proxy.Status
 	removed bool
+	// unsure is set where removed may not be true: no unit could be opened to tell.
+	unsure bool
 	// opened is closed when volume is set or removed; nil while nobody waits for it.
 	opened chan struct{}
 }
@@ -48,6 +50,13 @@ func (e *entry) isRemoved() bool {
 	return e.removed
 }
 
+// isGone tells whether the volume is removed for sure.
+func (e *entry) isGone() bool {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return e.removed && !e.unsure
+}
+
 func (e *entry) status() proxy.Status {
 	e.mu.Lock()
 	volume, known := e.volume, e.known
@@ -64,7 +73,7 @@ func (e *entry) status() proxy.Status {
 func (e *entry) wait(ctx context.Context, phase proxy.Phase, served bool) error {
 	for {
 		e.mu.Lock()
-		volume, recorded, gone := e.volume, e.known.Phase, e.removed
+		volume, recorded, gone := e.volume, e.known.Phase, e.removed && !e.unsure
 		if volume == nil && e.opened == nil {
 			e.opened = make(chan struct{})
 		}

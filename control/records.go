@@ -19,19 +19,29 @@ const removed = "removed"
 // errRemoved is why such a volume is not served.
 var errRemoved = errors.New("was cut over and removed; delete its [[volume]] from the configuration")
 
+// errUnsure is errRemoved where no unit could be opened that would tell. Such a volume
+// is tried again, and nobody is told that its migration is done.
+var errUnsure = fmt.Errorf("%w (its logical units cannot be opened; another pair is served once they can)", errRemoved)
+
 // takeAnew lets the name of a removed volume be used for another pair of units. The
 // same units, or units that cannot be opened, give errRemoved.
 func (s *Service) takeAnew(mark state.Record, source, destination lun.Device, failure error) error {
-	if sameUnits(mark, source, destination, failure) {
-		return fmt.Errorf("volume %s: %w", mark.Volume, errRemoved)
+	if err := sameUnits(mark, source, destination, failure); err != nil {
+		return fmt.Errorf("volume %s: %w", mark.Volume, err)
 	}
 	return s.store.Forget(mark.Volume)
 }
 
-// sameUnits tells whether a volume must be taken for the one that the mark stands
-// for; failure is that of opening its units.
-func sameUnits(mark state.Record, source, destination lun.Device, failure error) bool {
-	return failure != nil || source.Info().ID == mark.SourceID || destination.Info().ID == mark.DestinationID
+// sameUnits gives errRemoved for units that the mark stands for, and errUnsure where
+// failure, that of opening them, leaves it open. A unit that was not opened is nil.
+func sameUnits(mark state.Record, source, destination lun.Device, failure error) error {
+	switch {
+	case source != nil && source.Info().ID == mark.SourceID, destination != nil && destination.Info().ID == mark.DestinationID:
+		return errRemoved
+	case failure != nil:
+		return errUnsure
+	}
+	return nil
 }
 
 func (s *Service) foreign(name, source, destination string) error {
@@ -76,7 +86,7 @@ func (s *Service) gone(name string) (proxy.Status, bool) {
 		if e.conf.Name == name {
 			status.IQN, status.LUN = e.conf.IQN, e.conf.LUN
 			status.Source.Address, status.Destination.Address = e.conf.Source.Address, e.conf.Destination.Address
-			return status, e.isRemoved()
+			return status, e.isGone()
 		}
 	}
 	record, found, err := s.store.Record(name)

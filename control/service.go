@@ -297,13 +297,13 @@ func (s *Service) openEntry(ctx context.Context, e *entry) error {
 	volume, units, err := s.openVolume(ctx, e.conf)
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	e.failure, e.removed = err, errors.Is(err, errRemoved)
+	e.failure, e.removed, e.unsure = err, errors.Is(err, errRemoved), errors.Is(err, errUnsure)
 	if err != nil {
 		e.known = s.knownOf(e.conf, err)
 	} else {
 		e.volume, e.units = volume, units
 	}
-	if e.opened != nil && (err == nil || e.removed) {
+	if e.opened != nil && (err == nil || e.removed && !e.unsure) {
 		close(e.opened)
 		e.opened = nil
 	}
@@ -362,7 +362,7 @@ func (s *Service) reopen() {
 		case <-timer.C:
 		}
 		for _, e := range s.entries {
-			if _, err := e.open(); err == nil || e.isRemoved() {
+			if _, err := e.open(); err == nil || e.isGone() {
 				continue
 			}
 			if err := s.openEntry(s.running, e); err != nil {

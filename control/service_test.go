@@ -311,11 +311,51 @@ func TestRemovedVolumeDoesNotBeginAnew(t *testing.T) {
 	if _, err := lun.Open(ctx, "iscsi://"+second.info.Portals[0]+"/iqn.2026-11.net.example:db01/0", lun.Options{LoginTimeout: time.Second}); err == nil {
 		t.Error("initiators find the removed volume")
 	}
+	if s, err := second.client.CutoverWhenSynced(ctx, "db01", time.Second); err != nil || s.Phase != proxy.Cutover {
+		t.Errorf("cutover of a removed volume: %+v, %v", s, err)
+	}
 	if err := second.stop(); err != nil {
 		t.Fatal(err)
 	}
 	if got, err := os.ReadFile(destination); err != nil || !bytes.Equal(got, inUse) {
 		t.Errorf("the destination was overwritten (%v)", err)
+	}
+
+	// With neither unit there, nobody can tell whether the name is used anew.
+	for _, from := range []string{"old", "new"} {
+		if err := os.Rename(filepath.Join(dir, from), filepath.Join(dir, from+".away")); err != nil {
+			t.Fatal(err)
+		}
+	}
+	unsure := start(t, cfg)
+	if _, err := unsure.client.CutoverWhenSynced(ctx, "db01", time.Second); KindOf(err) != Unknown {
+		t.Errorf("cutover of what may be another pair: %v", err)
+	}
+	if report, err := Check(ctx, cfg, quiet()); err != nil || report.Refused() == nil || !strings.Contains(report.Refused().Error(), "another pair is served once they can") {
+		t.Errorf("check: %v, %v", report.Refused(), err)
+	}
+	for _, from := range []string{"old", "new"} {
+		unitFile(t, dir, from+"3", 4<<20, 0)
+		if err := os.Rename(filepath.Join(dir, from+"3"), filepath.Join(dir, from)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for deadline := time.Now().Add(20 * time.Second); ; time.Sleep(20 * time.Millisecond) {
+		if all, err := unsure.client.Statuses(ctx); err == nil && len(all) == 1 {
+			break
+		}
+		if time.Now().After(deadline) {
+			t.Fatal("another pair that came later is not served")
+		}
+	}
+	if _, err := unsure.client.CutoverWhenSynced(ctx, "db01", 20*time.Second); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := unsure.client.Remove(ctx, "db01"); err != nil {
+		t.Fatal(err)
+	}
+	if err := unsure.stop(); err != nil {
+		t.Fatal(err)
 	}
 
 	// The name is free for another pair.
