@@ -33,7 +33,7 @@ func (s *Service) handler() http.Handler {
 		"start":   func(ctx context.Context, v Volume) error { return v.Start(ctx) },
 		"pause":   func(ctx context.Context, v Volume) error { return v.Pause(ctx) },
 		"resume":  func(ctx context.Context, v Volume) error { return v.Resume(ctx) },
-		"cutover": func(ctx context.Context, v Volume) error { return startFirst(v.Cutover(ctx)) },
+		"cutover": func(ctx context.Context, v Volume) error { return v.Cutover(ctx) },
 	}
 	for name, step := range steps {
 		do := s.answerVolume(func(r *http.Request, e *entry) error {

@@ -333,7 +333,11 @@ func (v *Volume) Cutover(ctx context.Context) error {
 		return nil
 	case Synced:
 	default:
-		return v.notAllowed("cutover", fmt.Sprintf("wait for phase %s (lunshift wait %s --for %s)", Synced, v.cfg.Name, Synced))
+		hint := fmt.Sprintf("wait for phase %s (lunshift wait %s --for %s)", Synced, v.cfg.Name, Synced)
+		if v.Phase() == Ready {
+			hint = fmt.Sprintf("start it first (lunshift start %s)", v.cfg.Name)
+		}
+		return v.notAllowed("cutover", hint)
 	}
 	if v.closed {
 		return v.errorf("cutover: %w", lun.ErrClosed)
