@@ -90,7 +90,7 @@ func (c *Client) CutoverWhenSynced(ctx context.Context, volume string, timeout t
 		return status, err
 	}
 	if status.Phase == proxy.Ready {
-		return status, startFirst(&proxy.PhaseError{Volume: volume, Step: "cutover", Phase: status.Phase})
+		return status, &proxy.PhaseError{Volume: volume, Step: "cutover", Phase: status.Phase, Hint: fmt.Sprintf("start it first (lunshift start %s)", volume)}
 	}
 	if status, err = c.wait(ctx, volume, proxy.Synced, timeout, true); err != nil {
 		return status, err

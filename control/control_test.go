@@ -72,7 +72,7 @@ func TestKindsOfFailureKeepTheirExitCodesOverTheSocket(t *testing.T) {
 		exit int
 		text string
 	}{
-		{"phase", func() error { _, err := client.Cutover(ctx, "db01"); return err }, WrongPhase, 3, "cutover is not allowed in phase ready: start it first (lunshift start db01)"},
+		{"phase", func() error { _, err := client.Cutover(ctx, "db01"); return err }, WrongPhase, 3, "cutover is not allowed in phase ready: do something else"},
 		{"cutover --wait before start", func() error { _, err := client.CutoverWhenSynced(ctx, "db01", 0); return err }, WrongPhase, 3, "start it first"},
 		{"unknown", func() error { _, err := client.Start(ctx, "db/9?x"); return err }, Unknown, 1, `there is no volume "db/9?x"; the service has db01`},
 		{"dots", func() error { _, err := client.Remove(ctx, ".."); return err }, Usage, 2, "no volume name"},

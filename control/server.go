@@ -156,17 +156,6 @@ func (s *Service) unlessGone(do http.HandlerFunc) http.HandlerFunc {
 
 func (s *Service) logStep(r *http.Request) { s.log.Infof("control: %s %s", r.Method, r.URL.Path) }
 
-// startFirst says what comes before the cutover of a volume in phase ready.
-func startFirst(err error) error {
-	var refused *proxy.PhaseError
-	if errors.As(err, &refused) && refused.Phase == proxy.Ready {
-		hinted := *refused
-		hinted.Hint = fmt.Sprintf("start it first (lunshift start %s)", refused.Volume)
-		return &hinted
-	}
-	return err
-}
-
 // answer writes what do gives as JSON, or its error.
 func (s *Service) answer(do func(*http.Request) (any, error)) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
