@@ -4,11 +4,15 @@ import (
 	"bytes"
 	"errors"
 	"io"
+	"math/rand/v2"
+	"net"
 	"strconv"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"testing/iotest"
+	"time"
 
 	"pgregory.net/rapid"
 )
@@ -440,4 +444,82 @@ func FuzzText(f *testing.F) {
 			}
 		}
 	})
+}
+
+// TestDirectSocketMovesEveryByteAndEndsLikeANetConn sends more segments than one call
+// takes, and more bytes than the socket's buffers.
+func TestDirectSocketMovesEveryByteAndEndsLikeANetConn(t *testing.T) {
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	a, err := net.Dial("tcp", ln.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer a.Close()
+	b, err := ln.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer b.Close()
+	out, in := newDirect(a), newDirect(b)
+	if out == nil || in == nil {
+		t.Fatal("a TCP connection is taken for no socket")
+	}
+	var segs [][]byte
+	var want []byte
+	rnd := rand.New(rand.NewPCG(1, 2))
+	for n := range 3000 {
+		seg := make([]byte, rnd.IntN(20000))
+		for i := range seg {
+			seg[i] = byte(i*7 + n)
+		}
+		segs = append(segs, seg)
+		want = append(want, seg...)
+	}
+	sent := make(chan error, 1)
+	go func() { sent <- out.writeAll(segs...) }()
+	got := make([]byte, len(want))
+	if _, err := io.ReadFull(in, got); err != nil || !bytes.Equal(got, want) {
+		t.Fatalf("what arrived differs, or %v", err)
+	}
+	if err := <-sent; err != nil {
+		t.Fatal(err)
+	}
+	b.SetReadDeadline(time.Unix(1, 0))
+	var ne net.Error
+	if _, err := in.Read(got); !errors.As(err, &ne) || !ne.Timeout() {
+		t.Errorf("read after its deadline: %v", err)
+	}
+	b.SetReadDeadline(time.Time{})
+	a.(*net.TCPConn).CloseWrite()
+	if n, err := in.Read(got); n != 0 || err != io.EOF {
+		t.Errorf("read at the end: %d, %v", n, err)
+	}
+	full := make(chan error, 1)
+	go func() {
+		for {
+			if err := out.writeAll(got); err != nil {
+				full <- err
+				return
+			}
+		}
+	}()
+	waiting := make(chan error, 1)
+	go func() {
+		_, err := newDirect(a).Read(make([]byte, 1))
+		waiting <- err
+	}()
+	a.Close()
+	for _, c := range []chan error{full, waiting} {
+		if err := <-c; !errors.Is(err, net.ErrClosed) && !errors.Is(err, syscall.EPIPE) {
+			t.Errorf("after Close: %v", err)
+		}
+	}
+	b.Close()
+	if _, err := in.Read(got); !errors.Is(err, net.ErrClosed) {
+		t.Errorf("read of a closed connection: %v", err)
+	}
 }

@@ -54,6 +54,9 @@ type Reader struct {
 // NewReader makes a Reader with a buffer of size bytes, at least 4096. It accepts
 // data segments of 8192 bytes, as a login may use, until MaxData is changed.
 func NewReader(r io.Reader, size int) *Reader {
+	if d := newDirect(r); d != nil {
+		r = d
+	}
 	return &Reader{r: r, buf: make([]byte, max(size, 4096)), MaxData: 8192, MaxAHS: maxAHS}
 }
 

@@ -35,6 +35,7 @@ type Writer struct {
 	HeaderDigest, DataDigest bool
 
 	w        io.Writer
+	direct   *direct // to w; nil where w is no socket
 	lock     sync.Locker
 	idle     *sync.Cond // no write is under way
 	cur      *batch
@@ -55,7 +56,7 @@ type batch struct {
 
 // NewWriter makes a Writer to w whose state lock protects.
 func NewWriter(w io.Writer, lock sync.Locker) *Writer {
-	return &Writer{w: w, lock: lock, idle: sync.NewCond(lock), cur: newBatch()}
+	return &Writer{w: w, direct: newDirect(w), lock: lock, idle: sync.NewCond(lock), cur: newBatch()}
 }
 
 func newBatch() *batch {
@@ -232,7 +233,7 @@ func (w *Writer) Drain() error {
 func (w *Writer) unlocked(b *batch) error {
 	w.lock.Unlock()
 	defer w.lock.Lock()
-	err := b.send(w.w)
+	err := b.send(w.w, w.direct)
 	b.reset()
 	return err
 }
@@ -258,12 +259,18 @@ func (b *batch) close() {
 	}
 }
 
-func (b *batch) send(w io.Writer) error {
+func (b *batch) send(w io.Writer, d *direct) error {
 	if len(b.segs) == 0 {
+		if d != nil {
+			return d.writeAll(b.arena)
+		}
 		_, err := w.Write(b.arena)
 		return err
 	}
 	b.close()
+	if d != nil {
+		return d.writeAll(b.segs...)
+	}
 	b.out = b.segs
 	_, err := b.out.WriteTo(w)
 	return err

@@ -33,6 +33,9 @@ type Command struct {
 	done    chan struct{} // buffered 1
 	err     error         // of the transport; set before pending falls
 
+	s     *session // and
+	ender Ender    // the caller's context, while the caller receives
+
 	prev, next *Command // in the queue or in flight
 	list       *commandList
 
@@ -45,6 +48,13 @@ type Command struct {
 	aborting  bool  // an ABORT TASK is under way
 	abortErr  error // what the command fails with once it is known to be gone
 	abortTick int64
+}
+
+// Ended aborts the command whose caller is receiving.
+func (c *Command) Ended(err error) {
+	c.s.mu.Lock()
+	defer c.s.mu.Unlock()
+	c.s.abort(c, err)
 }
 
 // Release tells that the writer has no further use for a part of Out.

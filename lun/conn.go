@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"net"
 	"runtime"
+	"sync"
 	"sync/atomic"
 
 	"lunshift/iscsi"
@@ -25,12 +26,12 @@ const (
 )
 
 // conn is one connection in full feature phase. Its fields are protected by the
-// session's lock except those of the reader.
+// session's lock except those of the receiver.
 type conn struct {
 	s  *session
 	nc net.Conn
 	w  *iscsi.Writer
-	r  *iscsi.Reader // the reader's alone
+	r  *iscsi.Reader // the receiver's alone
 	p  iscsi.Params
 	// scratch is the header of a PDU while it is put into w; w copies it.
 	scratch iscsi.BHS
@@ -42,6 +43,12 @@ type conn struct {
 	cmdSN     uint32
 	expStatSN uint32
 	maxCmdSN  uint32
+
+	// The role of the receiver is its goroutine's, or that of the caller of a lone
+	// command, or for a moment nobody's; see receive.go. Only its holder uses r.
+	receiving bool
+	summoned  bool       // the receiver goroutine is to take the role
+	role      *sync.Cond // receiving, summoned or err changed
 
 	slots []*Command
 	gens  []uint16
@@ -55,7 +62,7 @@ type conn struct {
 	pinging   bool     // ... or unanswered
 	logout    bool     // Logout is to be sent
 	loggedOut chan struct{}
-	wanted    bool          // the reader found something for the sender
+	wanted    bool          // the receiver found something for the sender
 	heard     atomic.Uint64 // counts PDUs received
 }
 
@@ -76,6 +83,7 @@ func newConn(s *session, l *link) *conn {
 	c := &conn{
 		s: s, nc: l.nc, r: l.r, p: l.params, lost: make(chan struct{}), loggedOut: make(chan struct{}),
 		cmdSN: l.cmdSN, expStatSN: l.expStatSN, maxCmdSN: l.maxCmdSN,
+		role: sync.NewCond(&s.mu), summoned: true,
 	}
 	c.w = iscsi.NewWriter(l.nc, &s.mu)
 	c.w.HeaderDigest, c.w.DataDigest = l.params.HeaderDigest, l.params.DataDigest
@@ -97,6 +105,7 @@ func (c *conn) fail(err error) {
 		c.err = err
 		c.nc.Close()
 		close(c.lost)
+		c.role.Broadcast()
 	}
 }
 

@@ -179,6 +179,20 @@ type Reachable interface {
 	Unreachable() error
 }
 
+// Ender is a context that tells its end by a call, which costs no goroutine and no
+// memory. A Device that waits for an array on the caller's own goroutine asks for it.
+type Ender interface {
+	context.Context
+	// OnEnd has e.Ended called once when the context ends, and reports true; or
+	// reports false where it has ended. A nil e takes the wish back; once that
+	// returned Ended is not running and does not run. One wish at a time.
+	OnEnd(e Ended) bool
+}
+
+// Ended is told that a context ended. It must not block, nor call the context but
+// for Err.
+type Ended interface{ Ended(err error) }
+
 // Errors a Device returns, wrapped with what was being done. Sense travels in
 // a SenseError.
 var (

@@ -9,38 +9,101 @@ import (
 	"lunshift/iscsi"
 )
 
-// receive takes PDUs until the connection is lost. It never sends, so that two
-// ends that both have full buffers do not wait for each other.
-func (c *conn) receive() {
+// A PDU that arrives is taken by who has the role of the receiver. While commands
+// come one at a time that is the caller who waits for the answer: no goroutine has to
+// wake another. Otherwise it is the receiver goroutine, which also looks after an idle
+// connection. Whenever a command is in flight somebody has the role or the goroutine
+// is summoned. Neither sends, so that two ends that both have full buffers do not
+// wait for each other.
+
+// lonelyAfter is how many commands must have come one at a time, since several were
+// last in flight, before their callers receive.
+const lonelyAfter = 16
+
+// receiver is the receiver goroutine. It ends when the connection is lost and nobody
+// uses the reader or a caller's buffer any more.
+func (c *conn) receiver() {
+	c.s.mu.Lock()
+	defer c.s.mu.Unlock()
 	for {
+		for c.receiving || !c.summoned && c.err == nil {
+			c.role.Wait()
+		}
+		if c.err != nil {
+			return
+		}
+		c.receiving, c.summoned = true, false
+		c.receive(nil)
+	}
+}
+
+// receiveFor makes the caller of t, the only command there is, the receiver until t
+// ended or the connection is lost. The lock is held, and given up in between.
+func (c *conn) receiveFor(t *Command) {
+	c.receiving = true
+	c.receive(t)
+	if c.s.flight.n > 0 || c.s.queue.n > 0 || c.r.Ready() {
+		c.summon()
+	}
+}
+
+// summon has the receiver goroutine take the role unless somebody has it. The lock is
+// held.
+func (c *conn) summon() {
+	if !c.receiving && !c.summoned {
+		c.summoned = true
+		c.role.Broadcast()
+	}
+}
+
+// receive takes PDUs until the connection is lost, or until t ended; where t is nil,
+// until callers may receive themselves. Then it gives the role up. The lock is held, and
+// given up while there is nothing to take.
+func (c *conn) receive(t *Command) {
+	s := c.s
+	for c.err == nil {
+		s.mu.Unlock()
 		h, err := c.r.Next()
 		if err == nil {
 			c.heard.Add(1)
 			err = c.take(h)
 		}
-		if err == nil && !c.r.Ready() {
-			// What one read brought is answered with one write.
-			c.s.mu.Lock()
-			if c.wanted {
-				c.wanted = false
-				c.s.wakeSender()
-			}
-			many := c.s.flight.n > 2
-			c.s.mu.Unlock()
-			if many {
-				// Those who were answered go on first; meanwhile more answers come.
-				runtime.Gosched()
-			}
-		}
+		s.mu.Lock()
 		if err != nil {
-			c.s.mu.Lock()
 			if !errors.Is(err, ErrUnavailable) {
 				err = fmt.Errorf("%w: receive: %w", ErrUnavailable, err)
 			}
 			c.fail(err)
-			c.s.mu.Unlock()
-			return
+			break
 		}
+		if t != nil && t.list != &s.flight {
+			break
+		}
+		if c.r.Ready() {
+			continue
+		}
+		// What one read brought is answered with one write.
+		if c.wanted {
+			c.wanted = false
+			s.wakeSender()
+		}
+		if t == nil && s.flight.n == 0 && s.queue.n == 0 && s.lonely >= 0 && c.opened && !s.closing {
+			break
+		}
+		if s.flight.n > 2 {
+			// Those who were answered go on first; meanwhile more answers come.
+			s.mu.Unlock()
+			runtime.Gosched()
+			s.mu.Lock()
+		}
+	}
+	if c.wanted {
+		c.wanted = false
+		s.wakeSender()
+	}
+	c.receiving = false
+	if c.err != nil {
+		c.role.Broadcast()
 	}
 }
 

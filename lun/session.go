@@ -57,6 +57,8 @@ type session struct {
 	queue   commandList
 	flight  commandList
 	sending bool // somebody is sending; others leave their commands in queue
+	// lonely is not negative when the latest commands came one at a time.
+	lonely  int
 	closing bool
 	closed  bool
 	downErr error // why there is no connection
@@ -121,6 +123,11 @@ func (s *session) do(ctx context.Context, c *Command) error {
 		s.mu.Unlock()
 		return ErrClosed
 	}
+	if s.flight.n+s.queue.n > 0 {
+		s.lonely = -lonelyAfter
+	} else if s.lonely < 0 {
+		s.lonely++
+	}
 	c.born = s.tick
 	if c.urgent {
 		s.queue.pushFront(c)
@@ -128,7 +135,17 @@ func (s *session) do(ctx context.Context, c *Command) error {
 		s.queue.pushBack(c)
 	}
 	s.send(2)
+	// To be watched takes the lock away for a moment, so the question is put twice.
+	if s.lone(c) && s.watched(ctx, c) && s.lone(c) {
+		s.c.receiveFor(c)
+	} else if s.c != nil {
+		s.c.summon()
+	}
 	s.mu.Unlock()
+	if c.ender != nil {
+		c.ender.OnEnd(nil)
+		c.ender = nil
+	}
 
 	if ctx.Done() == nil {
 		<-c.done
@@ -143,6 +160,30 @@ func (s *session) do(ctx context.Context, c *Command) error {
 		<-c.done
 	}
 	return c.outcome()
+}
+
+// lone tells whether c is all there is, so that its caller may receive. The lock is held.
+func (s *session) lone(c *Command) bool {
+	return s.c != nil && s.c.err == nil && !s.c.receiving && !s.c.summoned &&
+		c.list == &s.flight && s.flight.n == 1 && s.queue.n == 0 && s.lonely >= 0
+}
+
+// watched makes sure that the end of ctx aborts c while its caller receives. The lock is
+// held.
+func (s *session) watched(ctx context.Context, c *Command) bool {
+	e, ok := ctx.(Ender)
+	if !ok {
+		return ctx.Done() == nil
+	}
+	c.s, c.ender = s, e
+	// Ended takes the lock, so it must not run within.
+	s.mu.Unlock()
+	ok = e.OnEnd(c)
+	s.mu.Lock()
+	if !ok {
+		c.ender = nil
+	}
+	return ok
 }
 
 // outcome is the error of a command that ended.
@@ -216,7 +257,7 @@ func (s *session) manage(l *link, first chan<- error) {
 		ctx, cancel := context.WithCancel(s.stopCtx)
 		verified := make(chan error, 1)
 		var carriers, qualifier sync.WaitGroup
-		carriers.Go(c.receive)
+		carriers.Go(c.receiver)
 		carriers.Go(func() { s.sender(c) })
 		qualifier.Go(func() { verified <- s.qualify(ctx, c) })
 		err := s.watch(c, verified, first)
@@ -313,6 +354,7 @@ func (s *session) watch(c *conn, verified <-chan error, first chan<- error) (err
 			}
 			s.mu.Lock()
 			s.tick = int64(time.Since(s.start) / s.period)
+			c.summon()
 			if quiet >= s.opts.PingInterval && !c.pinging {
 				c.pinging, c.ping = true, true
 				s.wakeSender()
@@ -532,7 +574,12 @@ func (s *session) inFlight() int {
 	return s.queue.n + s.flight.n
 }
 
+// wakeSender has the sender goroutine look for what there is to send, and sees to it
+// that the answers are received. The lock is held.
 func (s *session) wakeSender() {
+	if s.c != nil && s.c.err == nil {
+		s.c.summon()
+	}
 	select {
 	case s.wake <- struct{}{}:
 	default:

@@ -57,6 +57,11 @@ func (c *conn) newTask(h *iscsi.BHS) *task {
 		c.inFlight++
 	}
 	c.tasks[t.itt] = t
+	if len(c.tasks) > 1 {
+		c.lonely = -lonelyAfter
+	} else if c.lonely < 0 {
+		c.lonely++
+	}
 	return t
 }
 
@@ -235,9 +240,9 @@ func (c *conn) granted(t *task, n int64) {
 	case t.aborted:
 		c.end(t)
 	case t.want == 0:
-		c.dispatch(t)
+		c.enqueue(t)
 	case !t.unsolicited:
-		c.proceed(t)
+		c.proceed(t, c.enqueue)
 		c.w.Flush()
 	}
 }

@@ -27,8 +27,9 @@ const portalGroup = "1"
 
 // conn is one connection and the session on it.
 //
-// One goroutine reads PDUs and answers what can be answered without waiting;
-// tasks that may wait run on the connection's workers.
+// One goroutine at a time reads PDUs and answers what can be answered without waiting;
+// tasks that may wait run on the connection's workers, or on the reader where they
+// are alone (inline.go).
 type conn struct {
 	srv   *Server
 	nc    net.Conn
@@ -44,7 +45,9 @@ type conn struct {
 	node      *node // nil in a discovery session
 	params    iscsi.Params
 
-	r     *iscsi.Reader
+	r     *iscsi.Reader // the reader's
+	ready *task         // what the PDU at hand made ready to run; the reader's, under mu
+	watch *watch        // nil where no task runs on the reader; the reader's
 	heard atomic.Uint64 // counts PDUs received
 
 	mu        sync.Mutex // protects what follows, and the writer
@@ -66,6 +69,13 @@ type conn struct {
 	text      []byte // rest of a text answer
 	textTTT   uint32
 
+	inline bool   // the reader runs a task
+	reader uint64 // counts how often the role of the reader was handed over
+	lonely int    // not negative when the latest tasks came one at a time
+
+	readers sync.WaitGroup // those that the role was handed over to
+	readEnd chan error     // buffered 1: what ended the reading
+
 	queue   chan *task // tasks for the workers; never full
 	idle    int        // workers that wait, less tasks on their way to them
 	backlog int        // tasks in queue that no idle worker waits for
@@ -80,7 +90,8 @@ func newConn(s *Server, nc net.Conn) *conn {
 		log:    s.log.WithField("address", nc.RemoteAddr().String()),
 		window: uint32(s.cfg.CommandsPerSession),
 		tasks:  map[uint32]*task{}, attention: map[uint64][]sense{},
-		queue: make(chan *task, s.cfg.CommandsPerSession+mostImmediate),
+		readEnd: make(chan error, 1),
+		queue:   make(chan *task, s.cfg.CommandsPerSession+mostImmediate),
 	}
 	c.r = iscsi.NewReader(nc, readBuffer)
 	c.r.MaxAHS = 0 // until the login is done
@@ -93,7 +104,8 @@ func (c *conn) serve() {
 	defer close(c.done)
 	err := c.guarded(c.login)
 	if err == nil {
-		err = c.guarded(c.receive)
+		c.watched(c.srv.watcher)
+		err = c.lead()
 	}
 	c.mu.Lock()
 	drained := c.draining && !c.closing
@@ -104,6 +116,8 @@ func (c *conn) serve() {
 	}
 	c.close(err)
 	c.claims.Wait()
+	c.readers.Wait()
+	c.unwatched()
 	c.mu.Lock()
 	close(c.queue)
 	c.mu.Unlock()
@@ -195,7 +209,8 @@ func (c *conn) lastWords() {
 	c.w.Drain()
 }
 
-// receive takes PDUs in full feature phase until the connection ends.
+// receive takes PDUs in full feature phase until the connection ends or another
+// goroutine has become the reader.
 func (c *conn) receive() error {
 	for {
 		h, err := c.r.Next()
@@ -203,7 +218,11 @@ func (c *conn) receive() error {
 			return err
 		}
 		c.heard.Add(1)
-		if err := c.pdu(h); err != nil {
+		t, err := c.pdu(h)
+		if err == nil && t != nil {
+			err = c.runHere(t)
+		}
+		if err != nil {
 			return err
 		}
 	}
@@ -217,18 +236,33 @@ func (c *conn) unlocked(f func()) {
 }
 
 // pdu handles one PDU, and sends what there is to send when no other PDU is there
-// already. An error ends the connection.
-func (c *conn) pdu(h *iscsi.BHS) error {
+// already. An error ends the connection. A task that it gives is to be run.
+func (c *conn) pdu(h *iscsi.BHS) (*task, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if err := c.handle(h); err != nil {
+		if c.ready != nil {
+			c.enqueue(c.ready)
+			c.ready = nil
+		}
 		c.lastWords()
-		return err
+		return nil, err
 	}
+	t := c.alone()
 	if c.r.Ready() {
-		return nil
+		return nil, nil
 	}
-	return c.w.Flush()
+	if err := c.w.Flush(); err != nil {
+		if t != nil {
+			c.enqueue(t)
+		}
+		return nil, err
+	}
+	if t != nil {
+		// Before the watcher is set: what it tells when nothing is inline is lost.
+		c.inline, t.reader = true, c.reader
+	}
+	return t, nil
 }
 
 // handle is called with c.mu held, as is all that it calls.

@@ -126,7 +126,7 @@ func (c *conn) take(t *task, n int) error {
 		}
 	case t.unsolicited || t.ttt != 0 || !t.admitted:
 	default:
-		c.proceed(t)
+		c.proceed(t, c.dispatch)
 	}
 	if err != nil {
 		return fmt.Errorf("data of a command: %w", err)
@@ -135,7 +135,7 @@ func (c *conn) take(t *task, n int) error {
 }
 
 // proceed asks for the data that is missing, or lets the task run. c.mu is held.
-func (c *conn) proceed(t *task) {
+func (c *conn) proceed(t *task, run func(*task)) {
 	t.reading = true // keeps the task while room is made
 	c.w.Reserve(0)
 	t.reading = false
@@ -153,7 +153,7 @@ func (c *conn) proceed(t *task) {
 		}
 	}
 	if t.received == t.want {
-		c.dispatch(t)
+		run(t)
 		return
 	}
 	n := min(t.want-t.received, int(c.params.MaxBurstLength))

@@ -5,6 +5,8 @@ import (
 	"slices"
 	"sync"
 	"time"
+
+	"lunshift/lun"
 )
 
 // life is a context.Context that costs nothing until somebody waits for it, and
@@ -14,7 +16,10 @@ type life struct {
 	ch    chan struct{}
 	err   error
 	after []*func()
+	ended lun.Ended // may be nil
 }
+
+var _ lun.Ender = (*life)(nil)
 
 // Deadline is that of no command.
 func (l *life) Deadline() (time.Time, bool) { return time.Time{}, false }
@@ -65,6 +70,17 @@ func (l *life) AfterFunc(f func()) (stop func() bool) {
 	}
 }
 
+// OnEnd implements lun.Ender. Lock order: the device's locks come after mu.
+func (l *life) OnEnd(e lun.Ended) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if e != nil && l.err != nil {
+		return false
+	}
+	l.ended = e
+	return true
+}
+
 func (l *life) cancel() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -74,6 +90,9 @@ func (l *life) cancel() {
 	l.err = context.Canceled
 	if l.ch != nil {
 		close(l.ch)
+	}
+	if l.ended != nil {
+		l.ended.Ended(l.err)
 	}
 	for _, f := range l.after {
 		go (*f)()

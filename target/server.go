@@ -108,6 +108,7 @@ type Server struct {
 	tsih      uint16
 	closed    bool
 	serving   bool
+	watcher   *watcher // constant once serving; nil before
 }
 
 // node is one target: a name and its logical units.
@@ -220,7 +221,13 @@ func (s *Server) Serve(ctx context.Context) error {
 		s.mu.Unlock()
 		return ErrClosed
 	}
-	s.serving = true
+	w, err := newWatcher()
+	if err != nil {
+		s.mu.Unlock()
+		return err
+	}
+	s.serving, s.watcher = true, w
+	go w.run() // finish waits for it
 	for _, l := range s.listeners {
 		s.pending.Go(func() { s.accept(l) })
 	}
@@ -298,7 +305,7 @@ func (s *Server) Shutdown(ctx context.Context) error {
 		c.drain()
 	}
 	done := make(chan struct{})
-	go func() { s.pending.Wait(); close(done) }()
+	go func() { s.finish(); close(done) }()
 	select {
 	case <-done:
 		return nil
@@ -314,8 +321,20 @@ func (s *Server) Shutdown(ctx context.Context) error {
 func (s *Server) Close() error {
 	s.stopListening()
 	s.drop()
-	s.pending.Wait()
+	s.finish()
 	return nil
+}
+
+// finish returns when nothing of the server runs any more.
+func (s *Server) finish() {
+	s.pending.Wait()
+	s.mu.Lock()
+	w := s.watcher
+	s.watcher = nil
+	s.mu.Unlock()
+	if w != nil {
+		w.close()
+	}
 }
 
 func (s *Server) stopListening() {

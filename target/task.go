@@ -59,6 +59,7 @@ type work struct {
 	credit      int64  // bytes granted and not yet given to a buffer
 
 	// Under conn.mu.
+	reader  uint64 // conn.reader when it began to run on the reader
 	running bool
 	reading bool // the reader is putting data into the task's memory
 	aborted bool
@@ -162,8 +163,18 @@ func (c *conn) dispose(t *task) {
 	taskPool.Put(t)
 }
 
-// dispatch hands the task to a worker. conn.mu is held.
+// dispatch makes the task run, once the PDU at hand is done with. Only the reader calls
+// it. conn.mu is held.
 func (c *conn) dispatch(t *task) {
+	if c.ready != nil {
+		c.enqueue(c.ready)
+	}
+	t.running = true
+	c.ready = t
+}
+
+// enqueue hands the task to a worker. conn.mu is held.
+func (c *conn) enqueue(t *task) {
 	t.running = true
 	switch {
 	case c.idle > 0:
