@@ -49,7 +49,7 @@ func openDir(dir string) (*dirLock, error) {
 	if err != nil {
 		return nil, fmt.Errorf("state directory %s: cannot write %s: %w: give this user the directory", dir, lockName, reason(err))
 	}
-	if err := unix.Flock(int(file.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+	if err := flock(file); err != nil {
 		defer file.Close()
 		if errors.Is(err, unix.EWOULDBLOCK) {
 			pid, _ := io.ReadAll(io.LimitReader(file, 20))
@@ -69,6 +69,19 @@ func openDir(dir string) (*dirLock, error) {
 		return nil, fmt.Errorf("state directory %s: write %s: %w", dir, lockName, reason(err))
 	}
 	return &dirLock{file}, nil
+}
+
+// flock locks file. A process that is just ending, or the instant between a fork and an
+// exec, may hold the lock for a moment longer, so it is tried for a while.
+func flock(file *os.File) error {
+	const tries, pause = 10, 25 * time.Millisecond
+	for i := 1; ; i++ {
+		err := unix.Flock(int(file.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		if !errors.Is(err, unix.EWOULDBLOCK) || i == tries {
+			return err
+		}
+		time.Sleep(pause)
+	}
 }
 
 // release gives the lock up. The file stays: removing it would let two processes
