@@ -17,7 +17,7 @@ tools:            ## what the tests talk to: tgt, libiscsi, qemu and a C compile
 	sh tests/install.sh
 
 test: tools lint build ## every test, with the race detector
-	CGO_ENABLED=1 go test -race -timeout 20m ./...
+	CGO_ENABLED=1 LUNSHIFT_REQUIRE_TOOLS=1 go test -race -timeout 20m ./...
 
 bench: build      ## lunshift against tgtd, gotgt and qemu-img, as ratios
 	go run ./tests/bench
