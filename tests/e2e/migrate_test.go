@@ -83,6 +83,13 @@ func migrate(t *testing.T, p *pair) {
 			t.Errorf("read capacity lacks %q:\n%s", want, out)
 		}
 	}
+	for page, want := range map[int]string{-1: "LUNSHIFT", 0x00: "DEVICE_IDENTIFICATION", 0x80: "Unit Serial Number", 0x83: "NAA", 0xb0: "maximum unmap lba count", 0xb1: "rotation", 0xb2: "lbprz"} {
+		out, err := front.Inquiry(ctx, page)
+		must(t, err)
+		if !strings.Contains(strings.ToLower(out), strings.ToLower(want)) {
+			t.Errorf("INQUIRY page %#x lacks %q:\n%s", page, want, out)
+		}
+	}
 	list, err := front.List(ctx)
 	must(t, err)
 	if !strings.Contains(list, front.IQN) || !strings.Contains(list, "Lun:0") {

@@ -159,6 +159,22 @@ func TestPortalInUseIsRefused(t *testing.T) {
 	s.serveFails(s.portal, "in use")
 }
 
+func TestPortalsListenOnExactlyTheirAddresses(t *testing.T) {
+	s := newService(t, files(t))
+	s.start()
+	_, port, err := net.SplitHostPort(s.portal)
+	must(t, err)
+	other := net.JoinHostPort("127.0.0.2", port)
+	if c, err := net.Dial("tcp", other); err == nil {
+		c.Close()
+		t.Errorf("%s answers though the portal is %s", other, s.portal)
+	}
+	c, err := net.Dial("tcp", s.portal)
+	must(t, err)
+	c.Close()
+	s.stop()
+}
+
 func TestLockedStateDirectoryIsRefused(t *testing.T) {
 	s := newService(t, files(t))
 	s.start()
