@@ -3,7 +3,7 @@
 VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
 FUZZTIME ?= 30s
 
-.PHONY: all build demo tools test bench fuzz fmt lint clean
+.PHONY: all build demo tools test race bench fuzz fmt lint clean
 
 all: build
 
@@ -18,6 +18,9 @@ tools:            ## what the tests talk to: tgt, libiscsi, qemu and a C compile
 
 test: tools lint build ## every test, with the race detector
 	CGO_ENABLED=1 LUNSHIFT_REQUIRE_TOOLS=1 go test -race -timeout 20m ./...
+
+race: tools       ## the end-to-end tests with the race detector in the service as well (7 minutes)
+	CGO_ENABLED=1 LUNSHIFT_E2E_RACE=1 go test -timeout 30m ./tests/e2e
 
 bench: build      ## lunshift against tgtd, gotgt and qemu-img, as ratios
 	go run ./tests/bench
