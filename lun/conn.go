@@ -6,6 +6,7 @@ import (
 	"runtime"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"lunshift/iscsi"
 )
@@ -36,7 +37,9 @@ type conn struct {
 	// scratch is the header of a PDU while it is put into w; w copies it.
 	scratch iscsi.BHS
 
+	since  time.Time     // when it was logged in
 	opened bool          // callers' commands were let in
+	served bool          // ... and one was answered
 	err    error         // why it is lost
 	lost   chan struct{} // closed with err
 
@@ -81,7 +84,7 @@ type echo struct {
 
 func newConn(s *session, l *link) *conn {
 	c := &conn{
-		s: s, nc: l.nc, r: l.r, p: l.params, lost: make(chan struct{}), loggedOut: make(chan struct{}),
+		s: s, since: time.Now(), nc: l.nc, r: l.r, p: l.params, lost: make(chan struct{}), loggedOut: make(chan struct{}),
 		cmdSN: l.cmdSN, expStatSN: l.expStatSN, maxCmdSN: l.maxCmdSN,
 		role: sync.NewCond(&s.mu), summoned: true,
 	}

@@ -267,6 +267,7 @@ func (t *Command) residual(h *iscsi.BHS) {
 
 // finish ends a command that was answered.
 func (c *conn) finish(t *Command) {
+	c.served = c.served || !t.urgent
 	c.retire(t)
 	if c.s.queue.head != nil {
 		c.wanted = true

@@ -16,6 +16,10 @@ import (
 const (
 	backoffMin = 50 * time.Millisecond
 	backoffMax = 2 * time.Second
+	// steady is how long a connection must last for its loss to be news: the next login
+	// then follows at once. newsEvery bounds how often losses are logged.
+	steady    = 5 * time.Second
+	newsEvery = 10 * time.Second
 )
 
 // abortWait is how long a target may take to confirm that a task is gone before
@@ -47,8 +51,10 @@ type session struct {
 	// period is the grain of time-outs.
 	period time.Duration
 	start  time.Time
-	// delay is the pause before the next login; the manager's alone.
+	// delay is the pause before the next login, told when a loss was last logged; both
+	// are the manager's alone.
 	delay time.Duration
+	told  time.Time
 
 	mu      sync.Mutex // protects all that follows, and the fields of commands
 	c       *conn      // nil while there is none
@@ -271,9 +277,14 @@ func (s *session) manage(l *link, first chan<- error) {
 		s.requeue()
 		qualifier.Wait()
 		s.mu.Lock()
+		// Connections may be lost faster than a ticker ticks.
+		s.keepTime()
 		end := s.closing || !s.wasOpen
-		if c.opened {
+		switch {
+		case c.opened && time.Since(c.since) >= steady:
 			s.delay = 0
+		case c.served:
+			s.delay = min(s.delay, backoffMin)
 		}
 		s.mu.Unlock()
 		if s.stopCtx.Err() != nil || end {
@@ -353,13 +364,12 @@ func (s *session) watch(c *conn, verified <-chan error, first chan<- error) (err
 				return fmt.Errorf("%w: no answer for %v", ErrUnavailable, quiet)
 			}
 			s.mu.Lock()
-			s.tick = int64(time.Since(s.start) / s.period)
 			c.summon()
 			if quiet >= s.opts.PingInterval && !c.pinging {
 				c.pinging, c.ping = true, true
 				s.wakeSender()
 			}
-			late := s.expire()
+			late := s.keepTime()
 			s.mu.Unlock()
 			if late != nil {
 				return late
@@ -368,9 +378,11 @@ func (s *session) watch(c *conn, verified <-chan error, first chan<- error) (err
 	}
 }
 
-// expire gives up commands whose time is over. The lock is held. It returns an error
-// when the connection must go because the target does not confirm an abort.
-func (s *session) expire() error {
+// keepTime reads the clock and gives up commands whose time is over. The lock is held.
+// It returns an error when the connection must go because the target does not confirm
+// an abort.
+func (s *session) keepTime() error {
+	s.tick = int64(time.Since(s.start) / s.period)
 	limit := s.tick - int64(s.opts.IOTimeout/s.period) - 1
 	timeout := func() error {
 		if s.downErr != nil {
@@ -445,9 +457,13 @@ func (s *session) requeue() {
 
 // relogin tries until it succeeds or the session is closed; then it gives nil.
 func (s *session) relogin(why error) *link {
-	s.log.WithError(why).Warn("iSCSI session lost; logging in again")
+	level := logrus.DebugLevel
+	if time.Since(s.told) >= newsEvery {
+		level, s.told = logrus.WarnLevel, time.Now()
+	}
+	s.log.WithError(why).Log(level, "iSCSI session lost; logging in again")
 	for attempt := 1; ; attempt++ {
-		// A login after which the unit was not the right one counts as a failure too.
+		// A login after which the connection did no good counts as a failure too.
 		if s.delay > 0 {
 			pause, cancel := context.WithTimeout(s.stopCtx, s.delay)
 			s.tickUntil(pause.Done())
@@ -466,7 +482,10 @@ func (s *session) relogin(why error) *link {
 		}()
 		s.tickUntil(tried)
 		if err == nil {
-			s.log.WithField("attempts", attempt).Info("iSCSI target is back")
+			if level == logrus.WarnLevel {
+				level = logrus.InfoLevel
+			}
+			s.log.WithField("attempts", attempt).Log(level, "iSCSI target is back")
 			return l
 		}
 		if s.stopCtx.Err() != nil {
@@ -474,6 +493,7 @@ func (s *session) relogin(why error) *link {
 		}
 		s.mu.Lock()
 		if attempt == 1 {
+			level = logrus.WarnLevel
 			s.log.WithError(err).Warn("iSCSI login failed; trying on")
 		}
 		s.downErr = err
@@ -494,8 +514,7 @@ func (s *session) tickUntil(end <-chan struct{}) {
 			return
 		case <-ticker.C:
 			s.mu.Lock()
-			s.tick = int64(time.Since(s.start) / s.period)
-			s.expire()
+			s.keepTime()
 			s.mu.Unlock()
 		}
 	}
