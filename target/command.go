@@ -158,7 +158,19 @@ func (c *conn) readNow(h *iscsi.BHS) bool {
 	n := int(blocks << u.shift)
 	if h.Flags()&iscsi.FlagRead == 0 || h.ExpectedLength() != uint32(n) || h.AHSLength() > 0 || h.DataLength() > 0 ||
 		lba >= u.info.Blocks || blocks > u.info.Blocks-lba ||
-		n > int(min(c.params.PeerMaxRecv, c.params.MaxBurstLength)) || len(c.attention) > 0 || !u.gate.enter() {
+		n > int(min(c.params.PeerMaxRecv, c.params.MaxBurstLength)) {
+		return false
+	}
+	// To make room may give up the lock: until the answer the command has its place in
+	// the window, or what is sent meanwhile promises the place to another.
+	place := uint32(1)
+	if h.Immediate() {
+		place = 0
+	}
+	c.inFlight += place
+	c.w.Reserve(n)
+	c.inFlight -= place
+	if len(c.attention) > 0 || !u.gate.enter() {
 		return false
 	}
 	defer u.gate.leave()
@@ -170,7 +182,6 @@ func (c *conn) readNow(h *iscsi.BHS) bool {
 			return false
 		}
 		var r iscsi.BHS
-		c.w.Reserve(n)
 		c.dataIn(&r, itt, 0, 0, true)
 		c.status(&r)
 		c.w.Append(&r, nil, b.b, b)

@@ -46,6 +46,12 @@ func dial(t testing.TB, addr string) *initiator {
 	if err != nil {
 		t.Fatal(err)
 	}
+	return over(t, nc)
+}
+
+// over is an initiator on a connection that is there already.
+func over(t testing.TB, nc net.Conn) *initiator {
+	t.Helper()
 	t.Cleanup(func() { nc.Close() })
 	nc.SetDeadline(time.Now().Add(20 * time.Second))
 	i := &initiator{t: t, nc: nc, r: iscsi.NewReader(nc, 1<<16), cmdSN: 100, itt: 1}
@@ -57,6 +63,13 @@ func dial(t testing.TB, addr string) *initiator {
 func tryLogin(t testing.TB, addr string, o loginOptions) (*initiator, uint16) {
 	t.Helper()
 	i := dial(t, addr)
+	return i, i.tryLogin(o)
+}
+
+// tryLogin logs in and gives the login status.
+func (i *initiator) tryLogin(o loginOptions) uint16 {
+	t := i.t
+	t.Helper()
 	want := iscsi.DefaultParams()
 	want.InitialR2T = false
 	want.MaxRecv = 1 << 18
@@ -101,11 +114,11 @@ func tryLogin(t testing.TB, addr string, o loginOptions) (*initiator, uint16) {
 	}
 	p, _ := step(iscsi.StageSecurity, iscsi.StageOperational, pairs)
 	if s := p.LoginStatus(); s != 0 {
-		return i, s
+		return s
 	}
 	p, got := step(iscsi.StageOperational, iscsi.StageFullFeature, neg.Offer())
 	if s := p.LoginStatus(); s != 0 {
-		return i, s
+		return s
 	}
 	for _, g := range got {
 		if _, err := neg.Apply(g); err != nil {
@@ -119,7 +132,7 @@ func tryLogin(t testing.TB, addr string, o loginOptions) (*initiator, uint16) {
 	}
 	i.r.HeaderDigest, i.r.DataDigest = i.params.HeaderDigest, i.params.DataDigest
 	i.digest = i.params.HeaderDigest
-	return i, 0
+	return 0
 }
 
 // login logs in and takes the unit attention that follows.
