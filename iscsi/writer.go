@@ -41,6 +41,7 @@ type Writer struct {
 	cur      *batch
 	spare    *batch
 	flushing bool
+	writes   uint64
 	err      error
 }
 
@@ -74,6 +75,13 @@ func (w *Writer) Reserve(n int) {
 		}
 	}
 }
+
+// Room tells whether a PDU with n bytes of data fits at once: Reserve would not wait.
+func (w *Writer) Room(n int) bool { return w.cur.room(n) }
+
+// Writes counts the writes that are done, for who wants to know whether the other side
+// takes anything.
+func (w *Writer) Writes() uint64 { return w.writes }
 
 func (b *batch) room(n int) bool {
 	if len(b.arena) == 0 && len(b.segs) == 0 {
@@ -204,6 +212,7 @@ func (w *Writer) Flush() error {
 		w.flushing = true
 		err := w.unlocked(b)
 		w.flushing = false
+		w.writes++
 		w.spare = b
 		if err != nil && w.err == nil {
 			w.err = err

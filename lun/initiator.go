@@ -25,7 +25,34 @@ type Initiator struct {
 
 	mu         sync.Mutex // protects what follows
 	identified bool
-	identity   string // VPD 83h, as of the first session
+	identity   identity // as of the first session
+}
+
+// identity is what tells one logical unit from another. Where the unit has no
+// designator the rest has to do.
+type identity struct {
+	designator              string // VPD page 83h
+	serial, vendor, product string // only without a designator
+	blocks                  uint64 // 0 while the unit does not say
+	blockSize               uint32
+}
+
+// is tells whether now may be the unit that was was. A unit that proves itself may have
+// grown; its firmware may have changed in any case.
+func (was identity) is(now identity) bool {
+	grown := was.designator != "" && now.blockSize == was.blockSize && now.blocks > was.blocks
+	if was.blocks == 0 || grown {
+		now.blocks, now.blockSize = was.blocks, was.blockSize
+	}
+	return now == was
+}
+
+func (u identity) String() string {
+	name := u.designator
+	if name == "" {
+		name = u.vendor + " " + u.product + " " + u.serial
+	}
+	return fmt.Sprintf("%q of %d blocks of %d bytes", name, u.blocks, u.blockSize)
 }
 
 // DialInitiator logs in to the target of an iSCSI address.
@@ -142,33 +169,85 @@ func (i *Initiator) Close() error {
 // verify makes sure that the logical unit behind a new connection is the one
 // that was there before.
 func (i *Initiator) verify(ctx context.Context, s *session) error {
-	c := Command{In: make([]byte, 1024), urgent: true}
-	inquiryCDB(&c.CDB, true, 0x83, len(c.In))
-	for {
-		if err := s.do(ctx, &c); err != nil {
+	c := Command{urgent: true}
+	buf := make([]byte, 1024)
+	i.mu.Lock()
+	known := i.identified
+	i.mu.Unlock()
+	inquire := func(vpd bool, page byte, n int) ([]byte, error) {
+		c.In = buf[:n]
+		inquiryCDB(&c.CDB, vpd, page, n)
+		return ask(ctx, s, &c, known)
+	}
+	var now identity
+	page, err := inquire(true, 0x83, len(buf))
+	if err != nil {
+		return err
+	}
+	now.designator = parseDesignator(page)
+	if now.designator == "" {
+		if page, err = inquire(true, 0x80, 255); err != nil {
 			return err
 		}
-		if c.Status == statusGood {
-			break
+		now.serial = parseSerial(page)
+		if page, err = inquire(false, 0, 255); err != nil {
+			return err
 		}
-		if c.Status == statusCheckCondition && c.CheckSense().Key == senseIllegalRequest {
-			c.Received = 0 // a unit without the page has no identity to compare
-			break
-		}
-		if err := sleep(ctx, 5*time.Millisecond); err != nil {
-			return fmt.Errorf("%w: INQUIRY gets status %02Xh", ErrUnavailable, c.Status)
-		}
+		inq, _ := parseInquiry(page)
+		now.vendor, now.product = inq.vendor, inq.product
 	}
-	id := parseDesignator(c.In[:c.Received])
+	// An answer that makes no sense counts as none: opening the unit tells what is wrong.
+	c.In = buf[:32]
+	readCapacity16CDB(&c.CDB, len(c.In))
+	if page, err = ask(ctx, s, &c, known); err != nil {
+		return err
+	}
+	capa, err := parseCapacity16(page)
+	if len(page) == 0 {
+		c.CDB, c.In = [16]byte{0: opReadCapacity10}, buf[:8]
+		if page, err = ask(ctx, s, &c, known); err != nil {
+			return err
+		}
+		capa, err = parseCapacity10(page)
+	}
+	if err == nil {
+		now.blocks, now.blockSize = capa.blocks, capa.blockSize
+	}
 	i.mu.Lock()
 	defer i.mu.Unlock()
 	if !i.identified {
-		i.identified, i.identity = true, id
+		i.identified, i.identity = true, now
 	}
-	if id != i.identity {
-		return fmt.Errorf("%w: another logical unit answers at %s: %q instead of %q", ErrUnavailable, i.addr, id, i.identity)
+	if !i.identity.is(now) {
+		return fmt.Errorf("%w: another logical unit answers at %s: %v instead of %v", ErrUnavailable, i.addr, now, i.identity)
 	}
 	return nil
+}
+
+// ask runs c on a session that is not open yet and gives what it brought: nothing
+// where the unit does not know the command. A unit that is not ready, or reserved, is
+// waited for when wait, otherwise it gives nothing either.
+func ask(ctx context.Context, s *session, c *Command, wait bool) ([]byte, error) {
+	for {
+		if err := s.do(ctx, c); err != nil {
+			return nil, err
+		}
+		if c.Status == statusGood {
+			return c.In[:c.Received], nil
+		}
+		if c.Status == statusReservationConflict && !wait {
+			return nil, nil
+		}
+		if c.Status == statusCheckCondition {
+			key := c.CheckSense().Key
+			if key == senseIllegalRequest || key == senseNotReady && !wait {
+				return nil, nil
+			}
+		}
+		if err := sleep(ctx, 5*time.Millisecond); err != nil {
+			return nil, fmt.Errorf("%w: command %02Xh gets status %02Xh", ErrUnavailable, c.CDB[0], c.Status)
+		}
+	}
 }
 
 func sleep(ctx context.Context, d time.Duration) error {

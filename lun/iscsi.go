@@ -104,7 +104,9 @@ func (r *remote) setUp(ctx context.Context) error {
 		r.info.Serial = parseSerial(page(0x80))
 	}
 	r.mu.Lock()
-	r.info.ID = r.identity
+	r.info.ID = r.identity.designator
+	// A unit that was not ready at login did not say.
+	r.identity.blocks, r.identity.blockSize = capa.blocks, capa.blockSize
 	r.mu.Unlock()
 	if r.info.ID == "" {
 		r.info.ID = fmt.Sprintf("iscsi:%s:%d", r.addr.Target, r.addr.LUN)

@@ -2,7 +2,10 @@ package lun
 
 import (
 	"context"
+	"encoding/binary"
 	"errors"
+	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -37,4 +40,79 @@ func TestCommandThatLosesEveryConnectionTimesOut(t *testing.T) {
 	}
 	f.bend(func(*fakeConn, *iscsi.BHS, []byte) bool { return false })
 	roundTrip(t, dev, 512)
+}
+
+// TestAnotherUnitIsNotTakenForTheOldOne: what answers after a reconnect must be the
+// unit that was there, also where neither has a designator.
+func TestAnotherUnitIsNotTakenForTheOldOne(t *testing.T) {
+	capacity := func(blocks int) []byte {
+		p := make([]byte, 32)
+		binary.BigEndian.PutUint64(p, uint64(blocks-1))
+		binary.BigEndian.PutUint32(p[8:], 512)
+		return p
+	}
+	serial := func(s string) []byte { return append([]byte{0, 0x80, 0, byte(len(s))}, s...) }
+	standard := func(name string) []byte {
+		p := make([]byte, 36)
+		copy(p[8:], name)
+		return p
+	}
+	for _, tc := range []struct {
+		name                           string
+		named                          bool
+		capacityNow, serialNow, stdNow []byte
+		same                           bool
+	}{
+		{name: "nothing changed", same: true},
+		{name: "smaller", capacityNow: capacity(4096)},
+		{name: "larger", capacityNow: capacity(1 << 20)},
+		{name: "other serial number", serialNow: serial("TWO")},
+		{name: "other product", stdNow: standard("FAKE    OTHER               1   ")},
+		{name: "other firmware", stdNow: standard("FAKE    BENDABLE        2   "), same: true},
+		{name: "named and smaller", named: true, capacityNow: capacity(4096)},
+		{name: "named and grown", named: true, capacityNow: capacity(1 << 20), same: true},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			f := newFakeTarget(t)
+			var swapped atomic.Bool
+			f.bend(func(c *fakeConn, h *iscsi.BHS, data []byte) bool {
+				if h.Opcode() != iscsi.OpSCSICommand {
+					return false
+				}
+				answer := func(before, now []byte) bool {
+					if swapped.Load() && now != nil {
+						before = now
+					}
+					if before == nil {
+						return false
+					}
+					c.in(h, before)
+					return true
+				}
+				cdb := h.CDB()
+				switch {
+				case cdb[0] == opServiceIn16 && cdb[1] == serviceReadCapacity16:
+					return answer(nil, tc.capacityNow)
+				case cdb[0] == opInquiry && cdb[1] == 0:
+					return answer(nil, tc.stdNow)
+				case cdb[0] == opInquiry && cdb[2] == 0x80:
+					return answer(serial("ONE"), tc.serialNow)
+				case cdb[0] == opInquiry && cdb[2] == 0x83 && !tc.named:
+					c.check(h, senseIllegalRequest, 0x24, 0)
+					return true
+				}
+				return false
+			})
+			dev := f.open(Options{IOTimeout: 500 * time.Millisecond})
+			swapped.Store(true)
+			f.drop()
+			err := dev.ReadAt(t.Context(), make([]byte, 512), 0)
+			if tc.same && err != nil || !tc.same && !errors.Is(err, ErrUnavailable) {
+				t.Fatalf("read: %v", err)
+			}
+			if !tc.same && !strings.Contains(err.Error(), "another logical unit") {
+				t.Fatalf("the error does not say why: %v", err)
+			}
+		})
+	}
 }
