@@ -65,6 +65,8 @@ type conn struct {
 	attention map[uint64][]sense // unit attentions by unit number
 	ping      uint32             // TTT of the NOP-In that was not answered; 0 none
 	pingHeard uint64
+	stuck     bool   // there was no room for a ping
+	stuckAt   uint64 // writes done then
 	nextTTT   uint32
 	text      []byte // rest of a text answer
 	textTTT   uint32
@@ -394,11 +396,23 @@ func (c *conn) keepAlive() {
 	c.pingHeard = heard
 	if c.closing || !c.full || !silent {
 		if !silent {
-			c.ping = 0
+			c.ping, c.stuck = 0, false
 		}
 		c.mu.Unlock()
 		return
 	}
+	// This goroutine serves every session: it must not wait for one that takes nothing.
+	if !c.w.Room(0) {
+		if dead := c.stuck && c.stuckAt == c.w.Writes(); !dead {
+			c.stuck, c.stuckAt = true, c.w.Writes()
+			c.mu.Unlock()
+			return
+		}
+		c.mu.Unlock()
+		c.close(fmt.Errorf("initiator took nothing of what was sent within %v", c.srv.cfg.NopInterval/2))
+		return
+	}
+	c.stuck = false
 	if c.ping != 0 {
 		c.mu.Unlock()
 		c.close(fmt.Errorf("initiator did not answer a ping within %v", c.srv.cfg.NopInterval/2))
@@ -471,19 +485,28 @@ func (c *conn) logout(h *iscsi.BHS) error {
 }
 
 // askLogout sends the Asynchronous Message that requests a logout within so many
-// seconds (RFC 7143 11.9.1, event 1).
+// seconds (RFC 7143 11.9.1, event 1). It does not wait for an initiator that takes
+// nothing.
 func (c *conn) askLogout(seconds uint16) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.closing || !c.full {
 		return
 	}
-	r, data := c.w.Frame(0)
-	r.SetOpcode(iscsi.OpAsync)
-	r.SetFlags(iscsi.FlagFinal)
-	r.SetITT(iscsi.NoTag)
-	c.status(r)
-	r.SetAsync(iscsi.AsyncLogoutRequest, 0, 0, 0, seconds)
-	c.w.Commit(r, data)
-	c.w.Flush()
+	c.claims.Go(func() {
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		c.w.Reserve(0)
+		if c.closing {
+			return
+		}
+		r, data := c.w.Frame(0)
+		r.SetOpcode(iscsi.OpAsync)
+		r.SetFlags(iscsi.FlagFinal)
+		r.SetITT(iscsi.NoTag)
+		c.status(r)
+		r.SetAsync(iscsi.AsyncLogoutRequest, 0, 0, 0, seconds)
+		c.w.Commit(r, data)
+		c.w.Flush()
+	})
 }

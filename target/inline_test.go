@@ -25,9 +25,19 @@ func TestCommandOnTheReaderStallsNothing(t *testing.T) {
 		return false
 	}
 	for round := range 6 {
-		for range lonelyAfter + 1 {
+		// The next command may arrive before the reader is done with the one before.
+		waitFor(t, "commands that come one at a time", func() bool {
 			i.good(rw16(0x88, 0, 1), nil, 512)
-		}
+			for inline() {
+				time.Sleep(time.Millisecond)
+			}
+			for _, c := range s.sessions(iqn) {
+				c.mu.Lock()
+				defer c.mu.Unlock()
+				return c.lonely >= 0
+			}
+			return false
+		})
 		hold := make(chan struct{})
 		m.set(hold, nil)
 		h := i.command(rw16(0x8a, 0, 1), iscsi.FlagWrite, 512)
