@@ -15,6 +15,9 @@ const (
 	maxCommandBytes = 4 << 20
 	// maxZeroBytes bounds one WRITE SAME or UNMAP of a device that names no limit.
 	maxZeroBytes = 64 << 20
+	// maxZeroCommand bounds them on a device that names one: a command must end well
+	// within Options.IOTimeout also where the device writes every block.
+	maxZeroCommand = 256 << 20
 	// statusRuns is how many descriptors one GET LBA STATUS has room for, and
 	// statusCalls how many of them make one Extents.
 	statusRuns  = 1024
@@ -307,11 +310,7 @@ func (r *remote) unmapAndZero(ctx context.Context, e Extent) error {
 }
 
 func (r *remote) unmapAll(ctx context.Context, e Extent) error {
-	limit := uint64(r.limits.maxUnmapBlocks)
-	if limit == 0 {
-		limit = uint64(maxZeroBytes / r.info.BlockSize)
-	}
-	return r.inParts(ctx, e, limit, func(c *Command, part Extent) error {
+	return r.inParts(ctx, e, r.zeroLimit(uint64(r.limits.maxUnmapBlocks)), func(c *Command, part Extent) error {
 		c.Out = unmapList(part)
 		unmapCDB(&c.CDB, len(c.Out))
 		return r.run(ctx, c)
@@ -324,11 +323,15 @@ func (r *remote) writeSame(ctx context.Context, c *Command, part Extent, unmap b
 	return r.run(ctx, c)
 }
 
-func (r *remote) sameLimit() uint64 {
-	if r.limits.maxWriteSame > 0 {
-		return r.limits.maxWriteSame
+func (r *remote) sameLimit() uint64 { return r.zeroLimit(r.limits.maxWriteSame) }
+
+// zeroLimit is how many blocks one command zeroes or unmaps, of as many as the device
+// says it takes; 0 says nothing.
+func (r *remote) zeroLimit(said uint64) uint64 {
+	if said == 0 {
+		return uint64(maxZeroBytes / r.info.BlockSize)
 	}
-	return uint64(maxZeroBytes / r.info.BlockSize)
+	return min(said, uint64(maxZeroCommand/r.info.BlockSize))
 }
 
 // inParts does a command on e in parts of at most limit blocks.

@@ -116,3 +116,63 @@ func TestAnotherUnitIsNotTakenForTheOldOne(t *testing.T) {
 		})
 	}
 }
+
+// TestOneCommandZeroesABoundedStretch: what the device says it takes in one WRITE SAME
+// or UNMAP may be more than it can do before the command's time is over.
+func TestOneCommandZeroesABoundedStretch(t *testing.T) {
+	const blocks = 4 << 30 / 512
+	for _, provisioning := range []byte{0x40, 0x80} {
+		f := newFakeTarget(t)
+		var largest, total atomic.Uint64
+		f.bend(func(c *fakeConn, h *iscsi.BHS, data []byte) bool {
+			if h.Opcode() != iscsi.OpSCSICommand {
+				return false
+			}
+			note := func(n uint64) bool {
+				largest.Store(max(largest.Load(), n))
+				total.Add(n)
+				c.good(h)
+				return true
+			}
+			switch cdb := h.CDB(); {
+			case cdb[0] == opServiceIn16 && cdb[1] == serviceReadCapacity16:
+				p := make([]byte, 32)
+				binary.BigEndian.PutUint64(p, blocks-1)
+				binary.BigEndian.PutUint32(p[8:], 512)
+				p[14] = 0x80 // LBPME
+				c.in(h, p)
+				return true
+			case cdb[0] == opInquiry && cdb[2] == 0xb0:
+				p := make([]byte, 64)
+				p[1], p[3] = 0xb0, 60
+				binary.BigEndian.PutUint32(p[20:], 0xffffffff) // MAXIMUM UNMAP LBA COUNT
+				binary.BigEndian.PutUint32(p[24:], 1)
+				binary.BigEndian.PutUint64(p[36:], 1<<40) // MAXIMUM WRITE SAME LENGTH
+				c.in(h, p)
+				return true
+			case cdb[0] == opInquiry && cdb[2] == 0xb2:
+				c.in(h, []byte{0, 0xb2, 0, 4, 0, provisioning, 2, 0})
+				return true
+			case cdb[0] == opWriteSame16:
+				return note(uint64(binary.BigEndian.Uint32(cdb[10:])))
+			case cdb[0] == opUnmap:
+				return note(uint64(binary.BigEndian.Uint32(data[16:])))
+			}
+			return false
+		})
+		dev := f.open(Options{})
+		if err := dev.Unmap(t.Context(), Extent{Blocks: blocks}); err != nil {
+			t.Fatal(err)
+		}
+		if total.Load() != blocks || largest.Load() > 1<<30/512 {
+			t.Errorf("unmap in commands of up to %d blocks, %d in all of %d", largest.Load(), total.Load(), blocks)
+		}
+		total.Store(0)
+		if err := dev.WriteZeroes(t.Context(), Extent{Blocks: blocks}); err != nil {
+			t.Fatal(err)
+		}
+		if total.Load() != blocks || largest.Load() > 1<<30/512 {
+			t.Errorf("zeroes in commands of up to %d blocks, %d in all of %d", largest.Load(), total.Load(), blocks)
+		}
+	}
+}
