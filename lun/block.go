@@ -107,8 +107,7 @@ func (b *block) setUp() error {
 	b.info.UnmapZeroes = b.punch
 	b.info.UnmapGranularity = uint32(sysNumber(sys, "queue/discard_granularity") / uint64(bs))
 	if b.scsi {
-		_, err := b.lbaStatus(Extent{Blocks: min(b.info.Blocks, 1<<31)})
-		b.info.ReportsAllocation = err == nil
+		b.info.ReportsAllocation = reportsAllocation(&b.info, func(cdb, answer []byte) (int, error) { return sgRead(b.fd, cdb, answer) })
 	}
 	return nil
 }
@@ -273,10 +272,33 @@ func (b *block) Extents(ctx context.Context, e Extent) ([]Allocation, error) {
 }
 
 func (b *block) lbaStatus(e Extent) ([]Allocation, error) {
+	return askLBAStatus(e, func(cdb, answer []byte) (int, error) { return sgRead(b.fd, cdb, answer) })
+}
+
+// reportsAllocation tells whether a SCSI device says which of its blocks are
+// deallocated, and reads those as zeroes: a device without LBPRZ may give anything.
+func reportsAllocation(i *Info, read func(cdb, answer []byte) (int, error)) bool {
+	var cdb [16]byte
+	answer := make([]byte, 32)
+	readCapacity16CDB(&cdb, len(answer))
+	n, err := read(cdb[:], answer)
+	if err != nil {
+		return false
+	}
+	capa, err := parseCapacity16(answer[:n])
+	if err != nil || !capa.provisioned || !capa.readsZeroes || capa.blocks != i.Blocks || capa.blockSize != i.BlockSize {
+		return false
+	}
+	_, err = askLBAStatus(Extent{Blocks: min(i.Blocks, 1<<31)}, read)
+	return err == nil
+}
+
+// askLBAStatus gives the runs at the beginning of e.
+func askLBAStatus(e Extent, read func(cdb, answer []byte) (int, error)) ([]Allocation, error) {
 	var cdb [16]byte
 	answer := make([]byte, 8+16*256)
 	getLBAStatusCDB(&cdb, e.Start, len(answer))
-	n, err := sgRead(b.fd, cdb[:], answer)
+	n, err := read(cdb[:], answer)
 	if err != nil {
 		return nil, err
 	}
