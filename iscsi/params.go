@@ -111,7 +111,8 @@ func (n *Negotiation) Offer() []Pair {
 		case kindDigest:
 			v := None
 			if *k.boolean(&n.Want) {
-				v = "CRC32C,None"
+				// Alone: who asks for a digest must not go without one unawares.
+				v = "CRC32C"
 			}
 			out = append(out, Pair{k.name, v})
 		case kindOwn:
@@ -197,19 +198,25 @@ func (n *Negotiation) Apply(p Pair) (known bool, err error) {
 			return true, fmt.Errorf("%s negotiated twice", p.Key)
 		}
 		n.settled |= 1 << i
+		if k.kind == kindDigest {
+			want := *k.boolean(&n.Want)
+			switch {
+			case want && p.Value == "CRC32C":
+				*k.boolean(&n.Params) = true
+			case want:
+				return true, fmt.Errorf("the target answers %s=%s to CRC32C: switch the digest on there or do without it here", p.Key, clip([]byte(p.Value)))
+			case p.Value == RejectValue:
+				return true, fmt.Errorf("%s rejected by the target", p.Key)
+			case p.Value != None && p.Value != NotUnderstood && p.Value != Irrelevant:
+				return true, fmt.Errorf("%s=%s was not offered", p.Key, clip([]byte(p.Value)))
+			}
+			return true, nil
+		}
 		switch p.Value {
 		case NotUnderstood, Irrelevant, RejectValue:
-			if k.kind == kindDigest && p.Value == RejectValue {
-				return true, fmt.Errorf("%s rejected by the target", p.Key)
-			}
 			return true, nil // the default holds
 		}
 		switch k.kind {
-		case kindDigest:
-			if p.Value != None && (p.Value != "CRC32C" || !*k.boolean(&n.Want)) {
-				return true, fmt.Errorf("%s=%s was not offered", p.Key, clip([]byte(p.Value)))
-			}
-			*k.boolean(&n.Params) = p.Value != None
 		case kindAnd, kindOr:
 			v, err := parseBool(p)
 			if err != nil {

@@ -28,7 +28,7 @@ func stall(t *testing.T, s *Server, i *initiator) {
 				return !c.w.Room(iscsi.MaxFrame)
 			}
 		}
-		return false
+		return true // dropped already
 	})
 }
 
@@ -74,5 +74,54 @@ func TestRetireKeepsToItsContextWhenAnInitiatorTakesNothing(t *testing.T) {
 	}
 	if n := len(s.Sessions(iqn)); n != 0 {
 		t.Errorf("%d sessions are left", n)
+	}
+}
+
+func TestResetIsAnsweredWhileAnotherInitiatorTakesNothing(t *testing.T) {
+	s, addr := begin(t, Config{NopInterval: -1}, Unit{IQN: iqn, Device: newMemory(512, 4096)})
+	stalling(t, s, addr)
+	j := login(t, addr, loginOptions{isid: iscsi.ISID{2}})
+	for _, f := range []byte{iscsi.TMFLUNReset, iscsi.TMFClearTaskSet, iscsi.TMFTargetWarmReset} {
+		ref := j.tmf(f, 0)
+		if p := j.recv(); p.Opcode() != iscsi.OpTaskMgmtResp || p.ITT() != ref || p.Response() != iscsi.TMFComplete {
+			t.Fatalf("%s: %v, response %d", tmfName(f), p.Opcode(), p.Response())
+		}
+	}
+}
+
+func TestResetIsAnsweredWhileAnotherInitiatorSendsHalfAWrite(t *testing.T) {
+	m := newMemory(512, 4096)
+	s, addr := begin(t, Config{NopInterval: -1}, Unit{IQN: iqn, Device: m})
+	i := login(t, addr, loginOptions{isid: iscsi.ISID{1}})
+	h := i.command(rw16(0x8a, 0, 16), iscsi.FlagWrite|iscsi.FlagFinal, 8192)
+	h.SetDataLength(8192)
+	data := pattern(8192, 3)
+	if _, err := i.nc.Write(append(h[:], data[:1000]...)); err != nil {
+		t.Fatal(err)
+	}
+	waitFor(t, "the task", func() bool {
+		for _, c := range s.sessions(iqn) {
+			c.mu.Lock()
+			defer c.mu.Unlock()
+			if len(c.tasks) == 1 {
+				return true
+			}
+		}
+		return false
+	})
+	j := login(t, addr, loginOptions{isid: iscsi.ISID{2}})
+	ref := j.tmf(iscsi.TMFLUNReset, 0)
+	if p := j.recv(); p.Opcode() != iscsi.OpTaskMgmtResp || p.ITT() != ref || p.Response() != iscsi.TMFComplete {
+		t.Fatalf("%v, response %d", p.Opcode(), p.Response())
+	}
+	if _, err := i.nc.Write(data[1000:]); err != nil {
+		t.Fatal(err)
+	}
+	// The session goes on: it learns of the reset, and the write was not done.
+	if r := i.do(tur, nil, 0); !r.is(attnLUNReset) {
+		t.Errorf("after the reset: %v", r)
+	}
+	if got := i.good(rw16(0x88, 0, 1), nil, 512); got.data[1] != 0 {
+		t.Error("a write was done after the reset that aborted it was answered")
 	}
 }

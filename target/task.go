@@ -62,6 +62,8 @@ type work struct {
 	reader  uint64 // conn.reader when it began to run on the reader
 	running bool
 	reading bool // the reader is putting data into the task's memory
+	held    bool // its device is done with it; it waits for room for its answer
+	left    bool // it is off the session's books
 	aborted bool
 	waiters []*barrier
 }
@@ -113,7 +115,15 @@ func (t *task) abort() {
 	}
 	t.aborted = true
 	t.cancel()
-	if t.running || t.reading {
+	if t.held || t.reading {
+		// No device works for it, and none will: for whom waits for that it has ended,
+		// however long its initiator takes nothing or sends nothing. Who holds it
+		// disposes of it.
+		t.c.leave(t)
+		t.tell()
+		return
+	}
+	if t.running {
 		return
 	}
 	if t.claim != nil {
@@ -135,6 +145,10 @@ func (c *conn) end(t *task) {
 // leave takes the task off the session's books: its place in the command window is
 // free.
 func (c *conn) leave(t *task) {
+	if t.left {
+		return
+	}
+	t.left = true
 	if c.tasks[t.itt] == t {
 		delete(c.tasks, t.itt)
 	}
@@ -145,11 +159,17 @@ func (c *conn) leave(t *task) {
 	}
 }
 
-// dispose gives back what the task holds.
-func (c *conn) dispose(t *task) {
+// tell lets the barriers know that the task has ended. conn.mu is held.
+func (t *task) tell() {
 	for _, b := range t.waiters {
 		b.step(1, nil)
 	}
+	t.waiters = t.waiters[:0]
+}
+
+// dispose gives back what the task holds.
+func (c *conn) dispose(t *task) {
+	t.tell()
 	for _, b := range [...]*buffer{t.outBuf, t.inBuf, t.early} {
 		if b != nil {
 			b.Release()
@@ -243,6 +263,7 @@ func (c *conn) finish(t *task, err error) {
 	if !t.aborted && !c.closing {
 		// Room first: from here on the lock stays held, so that an abort either
 		// meets the task or finds it answered.
+		t.held = true
 		c.w.Reserve(min(len(t.in), iscsi.MaxFrame))
 	}
 	if t.aborted || c.closing {
