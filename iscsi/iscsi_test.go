@@ -248,7 +248,15 @@ func TestBothSidesAgreeOnWhatWasNegotiated(t *testing.T) {
 		}
 		back = append(back, Pair{"MaxRecvDataSegmentLength", strconv.Itoa(int(r.Want.MaxRecv))})
 		for _, p := range back {
-			if known, err := i.Apply(p); err != nil || !known {
+			known, err := i.Apply(p)
+			if p.Key == "HeaderDigest" && i.Want.HeaderDigest && !r.Want.HeaderDigest ||
+				p.Key == "DataDigest" && i.Want.DataDigest && !r.Want.DataDigest {
+				if err == nil {
+					t.Fatalf("%v: a digest that was asked for is silently not on", p)
+				}
+				return
+			}
+			if err != nil || !known {
 				t.Fatalf("%v: %v", p, err)
 			}
 		}
@@ -275,6 +283,15 @@ func TestAnswersThatDoNotFollowAreRefused(t *testing.T) {
 		n.Offer()
 		if _, err := n.Apply(p); err == nil {
 			t.Errorf("%s=%s was taken", p.Key, p.Value)
+		}
+	}
+	for _, answer := range []string{None, RejectValue, NotUnderstood, Irrelevant, "CRC32C,None", ""} {
+		want := DefaultParams()
+		want.DataDigest = true
+		n := NewNegotiation(want)
+		n.Offer()
+		if _, err := n.Apply(Pair{"DataDigest", answer}); err == nil {
+			t.Errorf("DataDigest=%s was taken where CRC32C was asked for", answer)
 		}
 	}
 	n := NewNegotiation(DefaultParams())

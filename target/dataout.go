@@ -104,9 +104,14 @@ func (c *conn) take(t *task, n int) error {
 	}
 	n = min(n, len(dst)-t.received) // more than the CDB wants is dropped
 	var err error
-	if n > 0 {
+	if n > 0 || c.r.Left() > 0 {
 		t.reading = true
-		c.unlocked(func() { err = c.r.ReadData(dst[t.received : t.received+n]) })
+		c.unlocked(func() {
+			// To the end of the segment: only there is its digest.
+			if err = c.r.ReadData(dst[t.received : t.received+n]); err == nil {
+				err = c.r.Discard()
+			}
+		})
 		t.reading = false
 		t.received += n
 	}
