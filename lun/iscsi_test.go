@@ -29,7 +29,7 @@ func TestISCSIKeepsTheContract(t *testing.T) {
 	}{
 		{"Thin512", peer.Unit{Thin: true}, lun.Options{}},
 		{"Thick512TwoSessions", peer.Unit{}, lun.Options{Sessions: 2}},
-		{"Thin4096Digests", peer.Unit{BlockSize: 4096, Thin: true}, lun.Options{HeaderDigest: true, DataDigest: true}},
+		{"Thin4096", peer.Unit{BlockSize: 4096, Thin: true}, lun.Options{}},
 		{"Thick4096FewCommands", peer.Unit{BlockSize: 4096}, lun.Options{QueueDepth: 2}},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
@@ -68,6 +68,22 @@ func TestISCSIDeviceIsWhatTheTargetSays(t *testing.T) {
 	}
 	if names, err := d.Initiators(t.Context(), testIQN); err != nil || len(names) != 4 {
 		t.Errorf("sessions at the target: %v, %v", names, err)
+	}
+}
+
+// TestDigestThatTheTargetRefusesIsAnError: tgtd has digests off unless told otherwise.
+func TestDigestThatTheTargetRefusesIsAnError(t *testing.T) {
+	d := peer.StartTgtd(t)
+	url := serve(t, d, 8<<20, peer.Unit{}).URL()
+	for _, opts := range []lun.Options{{HeaderDigest: true}, {DataDigest: true}} {
+		dev, err := lun.Open(t.Context(), url, opts)
+		if err == nil {
+			dev.Close()
+			t.Fatal("the digest is silently not on")
+		}
+		if !strings.Contains(err.Error(), "Digest") {
+			t.Errorf("the error does not say why: %v", err)
+		}
 	}
 }
 

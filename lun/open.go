@@ -53,7 +53,8 @@ type Options struct {
 	// PingInterval is the idle time after which a NOP-Out asks whether the target
 	// is there; a session without any answer for two intervals is dropped. Default 5 s.
 	PingInterval time.Duration
-	// HeaderDigest and DataDigest ask for CRC32C (RFC 7143 13.1).
+	// HeaderDigest and DataDigest ask for CRC32C (RFC 7143 13.1); a target that does not
+	// agree is not logged in to.
 	HeaderDigest, DataDigest bool
 }
 
