@@ -32,7 +32,7 @@ func (c *conn) manage(head *iscsi.BHS) {
 		o.mu.Lock()
 		defer o.mu.Unlock()
 		for _, t := range o.tasks {
-			if all || t.lunField == head.LUN() {
+			if all || sameUnit(t.lunField, head.LUN()) {
 				t.join(b)
 				t.abort()
 			}
@@ -121,12 +121,20 @@ func (c *conn) abortTask(h *iscsi.BHS, b *barrier) byte {
 	if t == nil {
 		return iscsi.TMFNoTask
 	}
-	if t.lunField != h.LUN() {
+	if !sameUnit(t.lunField, h.LUN()) {
 		return iscsi.TMFNoTask
 	}
 	t.join(b)
 	t.abort()
 	return iscsi.TMFComplete
+}
+
+// sameUnit tells whether two LUN fields mean one unit, which has a number in the
+// peripheral and in the flat space format (SAM-5 4.7.7).
+func sameUnit(a, b uint64) bool {
+	n, ok := iscsi.DecodeLUN(a)
+	m, known := iscsi.DecodeLUN(b)
+	return a == b || ok && known && n == m
 }
 
 // attend establishes a unit attention condition, once. c.mu is held.
