@@ -2,6 +2,7 @@ package target
 
 import (
 	"math/bits"
+	"slices"
 	"sync"
 )
 
@@ -22,7 +23,7 @@ type buffer struct {
 	b     []byte
 	class int
 	// from is where to give n bytes back when the buffer is released; may be nil.
-	from *admission
+	from *share
 	n    int64
 }
 
@@ -48,62 +49,94 @@ func (b *buffer) Release() {
 	pools[b.class].Put(b)
 }
 
-// admission bounds bytes in use. Who does not fit waits in order.
+// admission bounds bytes in use. Who does not fit waits in order; who waits for bytes of
+// its own session's share holds up nobody else.
 type admission struct {
-	mu      sync.Mutex // protects what follows
+	each int64 // the most one share holds, at least maxTransfer
+
+	mu      sync.Mutex // protects what follows, and the shares
 	free    int64
 	waiting []*claim
+}
+
+// share is what one session has of an admission.
+type share struct {
+	a      *admission
+	held   int64
+	behind bool // within grant: a claim of it does not fit
 }
 
 // claim is one that waits for n bytes; granted is called, on a goroutine of its own,
 // when they are its.
 type claim struct {
 	n       int64
+	of      *share
 	granted func()
+	calling bool // acquire tells it itself
+	has     bool
 }
 
-func newAdmission(n int64) *admission { return &admission{free: n} }
+// newAdmission makes one of n bytes, at least maxTransfer.
+func newAdmission(n int64) *admission { return &admission{free: n, each: max(n/4, maxTransfer)} }
 
 // acquire takes n bytes now, or files the claim for later.
-func (a *admission) acquire(n int64, c *claim) bool {
+func (s *share) acquire(n int64, c *claim) bool {
+	a := s.a
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	if len(a.waiting) == 0 && a.free >= n {
-		a.free -= n
-		return true
-	}
-	c.n = n
+	c.n, c.of, c.calling = n, s, true
 	a.waiting = append(a.waiting, c)
-	return false
+	a.grant()
+	c.calling = false
+	return c.has
 }
 
 // cancel takes a claim back; false when it was granted.
-func (a *admission) cancel(c *claim) bool {
+func (s *share) cancel(c *claim) bool {
+	a := s.a
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	for i, w := range a.waiting {
-		if w == c {
-			a.waiting = append(a.waiting[:i], a.waiting[i+1:]...)
-			a.grant()
-			return true
+	i := slices.Index(a.waiting, c)
+	if i < 0 {
+		return false
+	}
+	a.waiting = slices.Delete(a.waiting, i, i+1)
+	a.grant()
+	return true
+}
+
+func (s *share) release(n int64) {
+	s.a.mu.Lock()
+	defer s.a.mu.Unlock()
+	s.a.free += n
+	s.held -= n
+	s.a.grant()
+}
+
+// grant serves the claims in order; one that is beyond its share is passed over. mu is
+// held.
+func (a *admission) grant() {
+	left := a.waiting[:0]
+	for i, c := range a.waiting {
+		if c.of.behind || c.of.held+c.n > a.each {
+			c.of.behind = true // and so are its later claims
+			left = append(left, c)
+			continue
+		}
+		if a.free < c.n {
+			left = append(left, a.waiting[i:]...)
+			break
+		}
+		a.free -= c.n
+		c.of.held += c.n
+		if c.has = true; !c.calling {
+			// The claimant's connection waits for it through its count of claims.
+			go c.granted()
 		}
 	}
-	return false
-}
-
-func (a *admission) release(n int64) {
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	a.free += n
-	a.grant()
-}
-
-func (a *admission) grant() {
-	for len(a.waiting) > 0 && a.free >= a.waiting[0].n {
-		c := a.waiting[0]
-		a.waiting = a.waiting[1:]
-		a.free -= c.n
-		// The claimant's connection waits for it through its count of claims.
-		go c.granted()
+	clear(a.waiting[len(left):])
+	a.waiting = left
+	for _, c := range left {
+		c.of.behind = false
 	}
 }

@@ -232,7 +232,7 @@ func (c *conn) admit(t *task, n int64) bool {
 	cl.granted = func() { c.granted(t, n) }
 	t.claim = cl
 	c.claims.Add(1)
-	if c.srv.bytes.acquire(n, cl) {
+	if c.bytes.acquire(n, cl) {
 		c.claims.Done()
 		t.claim, t.credit, t.admitted = nil, n, true
 		return true
@@ -263,7 +263,7 @@ func (c *conn) granted(t *task, n int64) {
 func (t *task) buffer(n int) *buffer {
 	b := newBuffer(n)
 	if t.credit > 0 {
-		b.from, b.n, t.credit = t.c.srv.bytes, t.credit, 0
+		b.from, b.n, t.credit = &t.c.bytes, t.credit, 0
 	}
 	return b
 }

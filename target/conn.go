@@ -45,6 +45,7 @@ type conn struct {
 	node      *node // nil in a discovery session
 	params    iscsi.Params
 
+	bytes share         // of the server's
 	r     *iscsi.Reader // the reader's
 	ready *task         // what the PDU at hand made ready to run; the reader's, under mu
 	watch *watch        // nil where no task runs on the reader; the reader's
@@ -88,7 +89,7 @@ type conn struct {
 
 func newConn(s *Server, nc net.Conn) *conn {
 	c := &conn{
-		srv: s, nc: nc, since: time.Now(), done: make(chan struct{}),
+		srv: s, nc: nc, bytes: share{a: s.bytes}, since: time.Now(), done: make(chan struct{}),
 		log:    s.log.WithField("address", nc.RemoteAddr().String()),
 		window: uint32(s.cfg.CommandsPerSession),
 		tasks:  map[uint32]*task{}, attention: map[uint64][]sense{},

@@ -2,6 +2,7 @@ package target
 
 import (
 	"fmt"
+	"time"
 
 	"lunshift/iscsi"
 )
@@ -85,7 +86,7 @@ func (c *conn) dataOut(h *iscsi.BHS) error {
 // dropped (RFC 7143 7.9, 11.4.7.2). c.mu is held.
 func (c *conn) lost(t *task, h *iscsi.BHS) error {
 	if t.claim != nil {
-		if !c.srv.bytes.cancel(t.claim) {
+		if !c.bytes.cancel(t.claim) {
 			return c.malformed(h, "Data-Out number %d where %d is next", h.DataSN(), t.outSN)
 		}
 		t.claim = nil
@@ -118,7 +119,7 @@ func (c *conn) take(t *task, n int) error {
 	switch {
 	case t.aborted:
 		if t.claim != nil {
-			if !c.srv.bytes.cancel(t.claim) {
+			if !c.bytes.cancel(t.claim) {
 				return err // granted is on its way and ends it
 			}
 			t.claim = nil
@@ -129,7 +130,10 @@ func (c *conn) take(t *task, n int) error {
 		if !c.closing {
 			t.abort()
 		}
-	case t.unsolicited || t.ttt != 0 || !t.admitted:
+	case t.unsolicited || t.ttt != 0:
+		t.since = time.Now()
+	case !t.admitted:
+		t.since = time.Time{}
 	default:
 		c.proceed(t, c.dispatch)
 	}
@@ -137,6 +141,18 @@ func (c *conn) take(t *task, n int) error {
 		return fmt.Errorf("data of a command: %w", err)
 	}
 	return nil
+}
+
+// dataMissing tells whether data-out is due for longer than DataTimeout.
+func (c *conn) dataMissing(now time.Time) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, t := range c.tasks {
+		if !t.running && !t.since.IsZero() && now.Sub(t.since) > c.srv.cfg.DataTimeout {
+			return true
+		}
+	}
+	return false
 }
 
 // proceed asks for the data that is missing, or lets the task run. c.mu is held.
@@ -158,9 +174,11 @@ func (c *conn) proceed(t *task, run func(*task)) {
 		}
 	}
 	if t.received == t.want {
+		t.since = time.Time{}
 		run(t)
 		return
 	}
+	t.since = time.Now()
 	n := min(t.want-t.received, int(c.params.MaxBurstLength))
 	t.ttt = c.newTTT()
 	t.r2tEnd = t.received + n

@@ -51,8 +51,13 @@ type Config struct {
 	// then how long it may take to answer; 0 is 15 s, negative never pings.
 	NopInterval time.Duration
 	// BytesInFlight bounds the data of all commands larger than 64 KiB together,
-	// in bytes, at least 64 MiB; 0 is 256 MiB.
+	// in bytes, at least 64 MiB; 0 is 256 MiB. One session has a quarter of it at
+	// most, but not less than 32 MiB.
 	BytesInFlight int64
+	// DataTimeout is how long an initiator may take to send the next part of a
+	// command's data-out before its session is dropped; 0 is 2 min. It is looked at
+	// every half of it.
+	DataTimeout time.Duration
 }
 
 // Unit is one logical unit and its place.
@@ -162,6 +167,9 @@ func New(cfg Config) (*Server, error) {
 	if cfg.BytesInFlight == 0 {
 		cfg.BytesInFlight = 256 << 20
 	}
+	if cfg.DataTimeout <= 0 {
+		cfg.DataTimeout = 2 * time.Minute
+	}
 	cfg.BytesInFlight = max(cfg.BytesInFlight, 2*maxTransfer)
 	return &Server{
 		cfg: cfg, log: cfg.Log, bytes: newAdmission(cfg.BytesInFlight),
@@ -232,6 +240,7 @@ func (s *Server) Serve(ctx context.Context) error {
 		s.pending.Go(func() { s.accept(l) })
 	}
 	s.pending.Go(s.watch)
+	s.pending.Go(s.watchData)
 	s.mu.Unlock()
 	select {
 	case <-ctx.Done():
@@ -291,6 +300,24 @@ func (s *Server) watch() {
 		case <-tick.C:
 			for _, c := range s.sessions("") {
 				c.keepAlive()
+			}
+		}
+	}
+}
+
+// watchData drops sessions that do not send the data that they announced.
+func (s *Server) watchData() {
+	tick := time.NewTicker(max(s.cfg.DataTimeout/2, time.Millisecond))
+	defer tick.Stop()
+	for {
+		select {
+		case <-s.ending:
+			return
+		case now := <-tick.C:
+			for _, c := range s.sessions("") {
+				if c.dataMissing(now) {
+					c.close(fmt.Errorf("initiator did not send the data of a command within %v", s.cfg.DataTimeout))
+				}
 			}
 		}
 	}

@@ -57,7 +57,9 @@ func TestLargeCommandsWaitForMemoryAndAllComplete(t *testing.T) {
 	s, addr := begin(t, Config{}, Unit{IQN: iqn, Device: m})
 	i := login(t, addr, loginOptions{})
 	// All the memory is taken: commands queue up, unsolicited data and all.
-	if !s.bytes.acquire(s.cfg.BytesInFlight, &claim{}) {
+	all := &share{a: s.bytes}
+	s.bytes.each = s.cfg.BytesInFlight
+	if !all.acquire(s.cfg.BytesInFlight, &claim{}) {
 		t.Fatal("memory is in use")
 	}
 	const n = 4096 // 2 MiB
@@ -74,7 +76,7 @@ func TestLargeCommandsWaitForMemoryAndAllComplete(t *testing.T) {
 	if p := i.recv(); p.ITT() != ref || p.Response() != iscsi.TMFComplete {
 		t.Fatalf("abort of a waiting command: %v %d", p.Opcode(), p.Response())
 	}
-	s.bytes.release(s.cfg.BytesInFlight)
+	all.release(s.cfg.BytesInFlight)
 	for left := len(out); left > 0; {
 		p := i.recv()
 		switch p.Opcode() {

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"runtime/debug"
 	"sync"
+	"time"
 
 	"lunshift/iscsi"
 )
@@ -52,11 +53,12 @@ type work struct {
 	ttt         uint32 // of the open R2T; 0 none
 	r2tEnd      int    // where the open R2T ends
 	r2tSN       uint32
-	outSN       uint32 // DataSN of the next Data-Out of the sequence
-	dataSN      uint32 // of the next Data-In
-	claim       *claim // that waits for bytes; nil none
-	admitted    bool   // bytes were granted
-	credit      int64  // bytes granted and not yet given to a buffer
+	outSN       uint32    // DataSN of the next Data-Out of the sequence
+	since       time.Time // when data was last asked for or came; zero where none is due
+	dataSN      uint32    // of the next Data-In
+	claim       *claim    // that waits for bytes; nil none
+	admitted    bool      // bytes were granted
+	credit      int64     // bytes granted and not yet given to a buffer
 
 	// Under conn.mu.
 	reader  uint64 // conn.reader when it began to run on the reader
@@ -127,7 +129,7 @@ func (t *task) abort() {
 		return
 	}
 	if t.claim != nil {
-		if !t.c.srv.bytes.cancel(t.claim) {
+		if !t.c.bytes.cancel(t.claim) {
 			return // granted is on its way and ends it
 		}
 		t.claim = nil
@@ -176,7 +178,7 @@ func (c *conn) dispose(t *task) {
 		}
 	}
 	if t.credit > 0 {
-		c.srv.bytes.release(t.credit)
+		c.bytes.release(t.credit)
 	}
 	t.work = work{waiters: t.waiters[:0]}
 	t.life.reset()
