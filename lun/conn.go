@@ -57,16 +57,21 @@ type conn struct {
 	gens  []uint16
 	free  []uint16
 
-	r2ts      []transfer // data the target asked for, in the order it asked, from r2tHead on
-	r2tHead   int
-	aborts    []uint32 // tags of tasks to abort
-	echoes    []echo   // NOP-Ins to answer
-	ping      bool     // a NOP-Out of ours is to be sent
-	pinging   bool     // ... or unanswered
-	logout    bool     // Logout is to be sent
-	loggedOut chan struct{}
-	wanted    bool          // the receiver found something for the sender
-	heard     atomic.Uint64 // counts PDUs received
+	r2ts    []transfer // data the target asked for, in the order it asked, from r2tHead on
+	r2tHead int
+	aborts  []uint32 // tags of tasks to abort
+	echoes  []echo   // NOP-Ins to answer
+	ping    bool     // a NOP-Out of ours is to be sent
+	pinging bool     // ... or unanswered
+	logout  bool     // Logout is to be sent
+	left    bool     // Logout was sent: nothing may follow it
+	// leaving is set once the target asked for a Logout: no command of a caller is sent,
+	// and Logout follows when none is in flight or at drainBy. At leaveBy the connection goes.
+	leaving          bool
+	drainBy, leaveBy time.Time
+	loggedOut        chan struct{}
+	wanted           bool          // the receiver found something for the sender
+	heard            atomic.Uint64 // counts PDUs received
 }
 
 // transfer is a part of a command's Out that the target asked for.
@@ -199,7 +204,7 @@ func (s *session) send(rounds int) {
 
 // sendable tells whether there is something that may be sent now.
 func (c *conn) sendable() bool {
-	return len(c.echoes) > 0 || len(c.aborts) > 0 || len(c.r2ts) > c.r2tHead || c.ping || c.logout || c.nextCommand() != nil
+	return !c.left && (len(c.echoes) > 0 || len(c.aborts) > 0 || len(c.r2ts) > c.r2tHead || c.ping || c.logout || c.nextCommand() != nil)
 }
 
 // nextCommand is the command that may be sent next: within the command window
@@ -209,7 +214,7 @@ func (c *conn) nextCommand() *Command {
 	if t == nil || len(c.free) == 0 || iscsi.SNLess(c.maxCmdSN, c.cmdSN) {
 		return nil
 	}
-	if !t.urgent && (!c.s.open || len(c.free) <= 8) {
+	if !t.urgent && (!c.s.open || c.leaving || len(c.free) <= 8) {
 		return nil
 	}
 	return t
@@ -221,7 +226,7 @@ const gatherLimit = 1 << 20
 // gather puts PDUs into the writer until there are none or the write is large
 // enough. It may give up the lock, so it looks at everything anew each time.
 func (c *conn) gather() {
-	for bytes := 0; c.err == nil && bytes < gatherLimit; {
+	for bytes := 0; c.err == nil && !c.left && bytes < gatherLimit; {
 		switch {
 		case c.ping:
 			c.ping = false
@@ -237,7 +242,7 @@ func (c *conn) gather() {
 		case len(c.r2ts) > c.r2tHead:
 			bytes += c.sendRequested()
 		case c.logout:
-			c.logout = false
+			c.logout, c.left = false, true
 			h, data := c.w.Frame(0)
 			h.SetOpcode(iscsi.OpLogout)
 			h.SetImmediate()

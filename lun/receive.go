@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"runtime"
+	"time"
 
 	"lunshift/iscsi"
 )
@@ -42,7 +43,7 @@ func (c *conn) receiver() {
 func (c *conn) receiveFor(t *Command) {
 	c.receiving = true
 	c.receive(t)
-	if c.s.flight.n > 0 || c.s.queue.n > 0 || c.r.Ready() {
+	if c.s.flight.n > 0 || c.s.queue.n > 0 || c.leaving || c.r.Ready() {
 		c.summon()
 	}
 }
@@ -87,7 +88,7 @@ func (c *conn) receive(t *Command) {
 			c.wanted = false
 			s.wakeSender()
 		}
-		if t == nil && s.flight.n == 0 && s.queue.n == 0 && s.lonely >= 0 && c.opened && !s.closing {
+		if t == nil && s.flight.n == 0 && s.queue.n == 0 && s.lonely >= 0 && c.opened && !s.closing && !c.leaving {
 			break
 		}
 		if s.flight.n > 2 {
@@ -155,6 +156,9 @@ func (c *conn) take(h *iscsi.BHS) error {
 		case <-c.loggedOut:
 		default:
 			close(c.loggedOut)
+		}
+		if c.leaving {
+			return fmt.Errorf("%w: the target asked for a logout", ErrUnavailable)
 		}
 		return errors.New("logged out")
 	case iscsi.OpAsync:
@@ -272,6 +276,15 @@ func (c *conn) finish(t *Command) {
 	if c.s.queue.head != nil {
 		c.wanted = true
 	}
+	if c.leaving && c.s.flight.n == 0 {
+		c.logOut()
+	}
+}
+
+// logOut has Logout sent, once. The lock is held.
+func (c *conn) logOut() {
+	c.logout = !c.left
+	c.wanted = true
 }
 
 func (c *conn) takeR2T(h *iscsi.BHS) error {
@@ -317,7 +330,19 @@ func (c *conn) takeAborted(h *iscsi.BHS) error {
 
 func (c *conn) takeAsync(h *iscsi.BHS) error {
 	switch e := h.AsyncEvent(); e {
-	case iscsi.AsyncLogoutRequest, iscsi.AsyncConnectionDrop, iscsi.AsyncSessionDrop, iscsi.AsyncNegotiate:
+	case iscsi.AsyncLogoutRequest, iscsi.AsyncNegotiate:
+		// Parameter 3 is the time for it in seconds (RFC 7143 11.9.1); commands in flight
+		// get half of that to end. A new login negotiates as well.
+		if c.leaving {
+			break
+		}
+		_, _, seconds := h.AsyncParameters()
+		limit := time.Duration(seconds) * time.Second
+		c.leaving, c.drainBy, c.leaveBy = true, time.Now().Add(limit/2), time.Now().Add(limit+logoutWait)
+		if c.s.flight.n == 0 || seconds == 0 {
+			c.logOut()
+		}
+	case iscsi.AsyncConnectionDrop, iscsi.AsyncSessionDrop:
 		return fmt.Errorf("the target ends the connection, event %d", e)
 	default:
 		c.s.log.WithField("event", e).Debug("asynchronous message")

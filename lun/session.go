@@ -370,12 +370,28 @@ func (s *session) watch(c *conn, verified <-chan error, first chan<- error) (err
 				s.wakeSender()
 			}
 			late := s.keepTime()
+			if late == nil {
+				late = c.leave()
+			}
 			s.mu.Unlock()
 			if late != nil {
 				return late
 			}
 		}
 	}
+}
+
+// leave keeps time for a connection that the target asked to end. The lock is held.
+func (c *conn) leave() error {
+	switch now := time.Now(); {
+	case !c.leaving || now.Before(c.drainBy):
+	case now.After(c.leaveBy):
+		return fmt.Errorf("%w: the target asked for a logout and does not answer it", ErrUnavailable)
+	case !c.left:
+		c.logOut()
+		c.s.wakeSender()
+	}
+	return nil
 }
 
 // keepTime reads the clock and gives up commands whose time is over. The lock is held.
