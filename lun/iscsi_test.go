@@ -38,7 +38,7 @@ func TestISCSIKeepsTheContract(t *testing.T) {
 			if err := d.AddTarget(t.Context(), iqn, []peer.Unit{tc.unit}); err != nil {
 				t.Fatal(err)
 			}
-			luntest.Run(t, func(t *testing.T) lun.Device { return openPath(t, d.LUN(iqn, 1).URL(), tc.opts) })
+			luntest.Run(t, func(t *testing.T) lun.Device { return openPath(t, d.LUN(iqn, 1).URL(), tc.opts) }, luntest.MustCancel)
 		})
 	}
 }

@@ -47,7 +47,7 @@ func TestISCSIKeepsTheContractOnOurOwnTarget(t *testing.T) {
 				}
 			})
 			url := fmt.Sprintf("iscsi://%s/%s/0", s.Addrs()[0], testIQN)
-			luntest.Run(t, func(t *testing.T) lun.Device { return openPath(t, url, tc.opts) })
+			luntest.Run(t, func(t *testing.T) lun.Device { return openPath(t, url, tc.opts) }, luntest.MustCancel)
 		})
 	}
 }

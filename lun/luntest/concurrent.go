@@ -130,6 +130,7 @@ func testCancelInFlight(t *testing.T, b *bench) {
 				ctx, cancel := context.WithTimeout(t.Context(), time.Duration(rnd.IntN(400))*time.Microsecond)
 				version := uint64(round + 2)
 				var err error
+				alive := ctx.Err() == nil
 				if round%2 == 0 {
 					err = b.dev.ReadAt(ctx, p, e.Start)
 				} else {
@@ -138,7 +139,9 @@ func testCancelInFlight(t *testing.T, b *bench) {
 				}
 				cancel()
 				if err != nil {
-					cancelled.Add(1)
+					if alive {
+						cancelled.Add(1)
+					}
 					if !errors.Is(err, context.DeadlineExceeded) {
 						t.Errorf("want the context's error, got %v", err)
 						return
@@ -179,6 +182,9 @@ func testCancelInFlight(t *testing.T, b *bench) {
 	}
 	wg.Wait()
 	t.Logf("%d of %d commands were cancelled", cancelled.Load(), workers*rounds)
+	if cancelled.Load() == 0 && b.must(MustCancel) {
+		t.Error("no command was cancelled, so nothing was tested")
+	}
 }
 
 func testCloseInFlight(t *testing.T, b *bench) {
@@ -297,6 +303,9 @@ func testUpdateFails(t *testing.T, b *bench) {
 
 func testProber(t *testing.T, b *bench) {
 	p, ok := b.dev.(lun.Prober)
+	if !ok && b.must(MustTry) {
+		t.Fatal("the device is not a Prober")
+	}
 	if !ok {
 		t.Skip("the device is not a Prober")
 	}
@@ -327,6 +336,9 @@ func testProber(t *testing.T, b *bench) {
 		}
 	}
 	t.Logf("%d tried reads were served", hits)
+	if hits == 0 && b.must(MustTry) {
+		t.Error("no tried read was served, so nothing was tested")
+	}
 	if had, err := p.TryReadAt(got[:b.bs], lun.LBA(b.info.Blocks)); had || err != nil && !errors.Is(err, lun.ErrOutOfRange) {
 		t.Fatalf("try beyond the capacity: %v, %v", had, err)
 	}

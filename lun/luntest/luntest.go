@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"math"
 	"math/rand/v2"
+	"slices"
 	"testing"
 
 	"lunshift/lun"
@@ -18,10 +19,21 @@ import (
 // area is how much of the device the suite writes, in bytes.
 const area = 8 << 20
 
+// Must is what the suite cannot demand of every device, but of some: that a check met
+// what it is there for.
+type Must int
+
+const (
+	// MustCancel: some commands are cut short while the device works on them.
+	MustCancel Must = iota
+	// MustTry: TryReadAt serves blocks that were just written.
+	MustTry
+)
+
 // Run runs the suite. Each call of open gives the same or a fresh device of at
 // least 2 MiB, open and writable, whose content the suite destroys; the
 // suite closes what it opened, and open's own clean-up must bear that.
-func Run(t *testing.T, open func(t *testing.T) lun.Device) {
+func Run(t *testing.T, open func(t *testing.T) lun.Device, musts ...Must) {
 	tests := []struct {
 		name string
 		test func(*testing.T, *bench)
@@ -56,7 +68,9 @@ func Run(t *testing.T, open func(t *testing.T) lun.Device) {
 					t.Errorf("close: %v", err)
 				}
 			}()
-			tc.test(t, newBench(t, dev))
+			b := newBench(t, dev)
+			b.musts = musts
+			tc.test(t, b)
 		})
 	}
 }
@@ -69,7 +83,10 @@ type bench struct {
 	blocks uint64 // that the suite uses, from LBA 0
 	seed   uint64
 	rnd    *rand.Rand
+	musts  []Must
 }
+
+func (b *bench) must(m Must) bool { return slices.Contains(b.musts, m) }
 
 func newBench(t *testing.T, dev lun.Device) *bench {
 	t.Helper()
