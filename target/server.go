@@ -47,8 +47,10 @@ type Config struct {
 	LoginTimeout time.Duration
 	// CommandsPerSession is the command window of a session, 1 to 4096; 0 is 128.
 	CommandsPerSession int
-	// NopInterval is how long a session may be silent before it is pinged, and
-	// then how long it may take to answer; 0 is 15 s, negative never pings.
+	// NopInterval is twice the time between two looks at each session. One that was silent
+	// since the last look is pinged, and dropped if it does not answer until the next;
+	// one with no room for a ping, as it takes nothing, is dropped as well. 0 is 15 s,
+	// negative never pings.
 	NopInterval time.Duration
 	// BytesInFlight bounds the data of all commands larger than 64 KiB together,
 	// in bytes, at least 64 MiB; 0 is 256 MiB. One session has a quarter of it at
