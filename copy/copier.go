@@ -18,8 +18,6 @@ import (
 	"sync/atomic"
 	"time"
 
-	"github.com/sirupsen/logrus"
-
 	"lunshift/lun"
 )
 
@@ -85,7 +83,6 @@ type Options struct {
 	// Fault is told of each failed step, and nil when steps succeed again. The
 	// copier goes on by itself.
 	Fault func(error)
-	Log   logrus.FieldLogger
 }
 
 // Progress counts what a Copier did since it was made, in bytes.

@@ -145,8 +145,8 @@ func Open(ctx context.Context, cfg Config) (*Volume, error) {
 	v.copier = copier.New(copier.Options{
 		Source: v.source, Destination: v.destination, Ledger: (*ledger)(v),
 		Volume: v.info.All(), RegionBlocks: v.record.RegionBlocks, Depth: cfg.CopyDepth,
-		Throttle: v.throttle, Log: v.log,
-		Fault: func(err error) { v.fault("copy", err) },
+		Throttle: v.throttle,
+		Fault:    func(err error) { v.fault("copy", err) },
 	})
 	v.before = copier.Progress{Copied: v.record.CopiedBytes, Skipped: v.record.SkippedBytes}
 	// What is valid and was never written by an initiator came from the copier, also

@@ -477,19 +477,25 @@ func checkName(name string) error {
 	return nil
 }
 
+// mapped gives a logical unit and its target; s.mu is held.
+func (s *Server) mapped(iqn string, lun uint64) (*node, *unit, error) {
+	if n := s.targets[iqn]; n != nil {
+		if u := (*n.units.Load())[lun]; u != nil {
+			return n, u, nil
+		}
+	}
+	return nil, nil, fmt.Errorf("%s LUN %d: %w", iqn, lun, ErrNoUnit)
+}
+
 // RemoveUnit takes a logical unit off: no new command reaches its device, and it
 // returns when those in flight have ended. The target goes with its last unit, and
 // its sessions are dropped then.
 func (s *Server) RemoveUnit(iqn string, lun uint64) error {
 	s.mu.Lock()
-	n := s.targets[iqn]
-	var u *unit
-	if n != nil {
-		u = (*n.units.Load())[lun]
-	}
-	if u == nil {
+	n, u, err := s.mapped(iqn, lun)
+	if err != nil {
 		s.mu.Unlock()
-		return fmt.Errorf("%s LUN %d: %w", iqn, lun, ErrNoUnit)
+		return err
 	}
 	units := maps.Clone(*n.units.Load())
 	delete(units, lun)
@@ -521,14 +527,10 @@ func (s *Server) RemoveUnit(iqn string, lun uint64) error {
 // ends first it drops them and gives ctx's error. Retiring twice is no error.
 func (s *Server) Retire(ctx context.Context, iqn string, lun uint64) error {
 	s.mu.Lock()
-	n := s.targets[iqn]
-	var u *unit
-	if n != nil {
-		u = (*n.units.Load())[lun]
-	}
-	if u == nil {
+	n, u, err := s.mapped(iqn, lun)
+	if err != nil {
 		s.mu.Unlock()
-		return fmt.Errorf("%s LUN %d: %w", iqn, lun, ErrNoUnit)
+		return err
 	}
 	u.gate.close()
 	live := false
