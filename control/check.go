@@ -385,7 +385,7 @@ func at(runs []lun.Extent, n, blocks uint64) lun.Extent {
 // checkListeners says whether the service could listen on its portals and on the
 // address of the metrics, all at once.
 func checkListeners(service conf.Service, log logrus.FieldLogger) error {
-	server, err := target.New(target.Config{Portals: service.Portals, Log: log})
+	server, err := target.New(target.Config{Portals: portals(service), Log: log})
 	if err != nil {
 		return err
 	}

@@ -310,7 +310,7 @@ func (u *unit) close() error { return errors.Join(u.server.Close(), u.file.Close
 
 // listen makes a target on a free port of the loopback address, and serves.
 func listen(o Options) (*target.Server, error) {
-	s, err := target.New(target.Config{Portals: []string{portal}, Log: o.Log})
+	s, err := target.New(target.Config{Portals: []target.Portal{{Address: portal}}, Log: o.Log})
 	if err != nil {
 		return nil, err
 	}

@@ -25,7 +25,7 @@ func TestISCSIKeepsTheContractOnOurOwnTarget(t *testing.T) {
 		t.Run(fmt.Sprint(tc.bs), func(t *testing.T) {
 			log := logrus.New()
 			log.SetOutput(io.Discard)
-			s, err := target.New(target.Config{Portals: []string{"127.0.0.1:0"}, Log: log})
+			s, err := target.New(target.Config{Portals: []target.Portal{{Address: "127.0.0.1:0"}}, Log: log})
 			if err != nil {
 				t.Fatal(err)
 			}

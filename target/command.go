@@ -72,7 +72,7 @@ func (c *conn) check(t *task) error {
 	var id uint64
 	var known bool
 	if id, known = iscsi.DecodeLUN(t.lunField); known {
-		t.u = (*c.node.units.Load())[id]
+		t.u = c.units()[id]
 	}
 	if t.op == nil {
 		t.op = &unknownOperation
@@ -122,15 +122,6 @@ func (c *conn) check(t *task) error {
 	return nil
 }
 
-// clearAttention takes the first unit attention off. c.mu is held.
-func (c *conn) clearAttention(id uint64) {
-	if a := c.attention[id]; len(a) > 1 {
-		c.attention[id] = a[1:]
-	} else {
-		delete(c.attention, id)
-	}
-}
-
 // readNow answers a READ on the spot when its blocks can be had without waiting:
 // they go from the device straight into what is sent. c.mu is held.
 func (c *conn) readNow(h *iscsi.BHS) bool {
@@ -151,7 +142,7 @@ func (c *conn) readNow(h *iscsi.BHS) bool {
 		return false
 	}
 	id, known := iscsi.DecodeLUN(h.LUN())
-	u := (*c.node.units.Load())[id]
+	u := c.units()[id]
 	if !known || u == nil || u.prober == nil || blocks == 0 || blocks > maxTransfer>>u.shift {
 		return false
 	}

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"net/netip"
 	"runtime/debug"
 	"sync"
 	"sync/atomic"
@@ -22,9 +23,6 @@ const readBuffer = 256 << 10
 // window does not count.
 const mostImmediate = 32
 
-// portalGroup is the tag of the one portal group there is (RFC 7143 13.9).
-const portalGroup = "1"
-
 // conn is one connection and the session on it.
 //
 // One goroutine at a time reads PDUs and answers what can be answered without waiting;
@@ -36,6 +34,8 @@ type conn struct {
 	log   logrus.FieldLogger
 	since time.Time
 	done  chan struct{} // closed when nothing of the connection is left
+	from  netip.Addr    // the initiator's
+	group uint16        // of the portal it came to
 
 	// Set by the login, constant afterwards; loggedIn is under Server.mu.
 	loggedIn  bool
@@ -59,9 +59,11 @@ type conn struct {
 	inFlight  uint32 // non-immediate tasks
 	immediate uint32 // immediate tasks
 	tasks     map[uint32]*task
-	closing   bool // no task begins any more
-	full      bool // the login is answered: other PDUs may be sent
-	draining  bool // what runs is answered before the connection closes
+	mapped    *map[uint64]*unit // the units that visible is made from
+	visible   map[uint64]*unit  // the units of the target that the session sees
+	closing   bool              // no task begins any more
+	full      bool              // the login is answered: other PDUs may be sent
+	draining  bool              // what runs is answered before the connection closes
 	cause     error
 	attention map[uint64][]sense // unit attentions by unit number
 	ping      uint32             // TTT of the NOP-In that was not answered; 0 none
@@ -87,9 +89,9 @@ type conn struct {
 	claims  sync.WaitGroup // claims on the server's bytes, and other helpers
 }
 
-func newConn(s *Server, nc net.Conn) *conn {
+func newConn(s *Server, nc net.Conn, group uint16) *conn {
 	c := &conn{
-		srv: s, nc: nc, bytes: share{a: s.bytes}, since: time.Now(), done: make(chan struct{}),
+		srv: s, nc: nc, from: remote(nc), group: group, bytes: share{a: s.bytes}, since: time.Now(), done: make(chan struct{}),
 		log:    s.log.WithField("address", nc.RemoteAddr().String()),
 		window: uint32(s.cfg.CommandsPerSession),
 		tasks:  map[uint32]*task{}, attention: map[uint64][]sense{},

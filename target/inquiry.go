@@ -147,7 +147,9 @@ func reportLUNs(t *task) error {
 	if n < 16 {
 		return senseInvalidField
 	}
-	ids := slices.Sorted(maps.Keys(*t.c.node.units.Load()))
+	t.c.mu.Lock()
+	ids := slices.Sorted(maps.Keys(t.c.units()))
+	t.c.mu.Unlock()
 	switch t.cdb[2] {
 	case 0x00, 0x02: // all that are accessible
 	case 0x01: // well known units: none
@@ -161,17 +163,7 @@ func reportLUNs(t *task) error {
 		field, _ := iscsi.EncodeLUN(id)
 		b = binary.BigEndian.AppendUint64(b, field)
 	}
-	// The inventory is known now (SPC-4 6.33): the attention is done with.
-	t.c.mu.Lock()
-	for id, list := range t.c.attention {
-		list = slices.DeleteFunc(slices.Clone(list), func(s sense) bool { return s == attnLUNsChanged })
-		if len(list) == 0 {
-			delete(t.c.attention, id)
-		} else {
-			t.c.attention[id] = list
-		}
-	}
-	t.c.mu.Unlock()
+	t.c.inventoryKnown()
 	return t.reply(b, n)
 }
 

@@ -38,6 +38,7 @@ type negotiation struct {
 	target    string
 	discovery bool
 	alias     string
+	group     uint16 // of the portal
 	text      []byte // of requests with the C bit
 	declared  bool   // MaxRecvDataSegmentLength was sent
 }
@@ -107,7 +108,7 @@ func (n *negotiation) answer(pairs []iscsi.Pair) (out []iscsi.Pair, status uint1
 			if n.alias != "" {
 				out = append(out, iscsi.Pair{Key: "TargetAlias", Value: n.alias})
 			}
-			out = append(out, iscsi.Pair{Key: "TargetPortalGroupTag", Value: portalGroup})
+			out = append(out, iscsi.Pair{Key: "TargetPortalGroupTag", Value: fmt.Sprint(n.group)})
 		}
 	}
 	for _, p := range pairs {
@@ -191,7 +192,7 @@ func (c *conn) login() error {
 	want.MaxRecv = cfg.MaxRecvDataSegmentLength
 	want.MaxBurstLength, want.FirstBurstLength = cfg.MaxBurstLength, cfg.FirstBurstLength
 	want.DefaultTime2Wait, want.DefaultTime2Retain = 2, 0
-	n := &negotiation{neg: iscsi.NewNegotiation(want), resolve: func(_, iqn string) uint16 {
+	n := &negotiation{group: c.group, neg: iscsi.NewNegotiation(want), resolve: func(_, iqn string) uint16 {
 		found, status := c.srv.find(iqn)
 		if found != nil {
 			c.node = found
@@ -336,7 +337,7 @@ func (c *conn) begin(n *negotiation) (status uint16, err error) {
 			return status, fmt.Errorf("%w: target %s was removed", errLoginRefused, c.node.iqn)
 		}
 		c.mu.Lock()
-		for id := range *c.node.units.Load() {
+		for id := range c.units() {
 			c.attention[id] = []sense{attnPowerOn}
 		}
 		c.mu.Unlock()

@@ -207,7 +207,7 @@ func logTo(t testing.TB) logrus.FieldLogger {
 // begin serves units and gives the server and its portal.
 func begin(t testing.TB, cfg Config, units ...Unit) (*Server, string) {
 	t.Helper()
-	cfg.Portals = []string{"127.0.0.1:0"}
+	cfg.Portals = []Portal{{Address: "127.0.0.1:0"}}
 	if cfg.Log == nil {
 		cfg.Log = logTo(t)
 	}

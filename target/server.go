@@ -26,58 +26,7 @@ import (
 	"github.com/sirupsen/logrus"
 
 	"lunshift/iscsi"
-	"lunshift/lun"
 )
-
-// Config is what a Server is made of.
-type Config struct {
-	// Portals are the TCP addresses to listen on, host:port.
-	Portals []string
-	Log     logrus.FieldLogger
-	// MaxRecvDataSegmentLength is the longest data segment the target accepts, in
-	// bytes, 512 to 16 MiB less one; 0 is 256 KiB (RFC 7143 13.12).
-	MaxRecvDataSegmentLength uint32
-	// MaxBurstLength and FirstBurstLength are in bytes, 512 to 16 MiB less one
-	// (RFC 7143 13.13, 13.14); 0 is 1 MiB and 256 KiB.
-	MaxBurstLength, FirstBurstLength uint32
-	// MaxConnections is how many connections the server holds at a time, each one
-	// a session; 0 is 1024.
-	MaxConnections int
-	// LoginTimeout is how long a connection may take to log in; 0 is 15 s.
-	LoginTimeout time.Duration
-	// CommandsPerSession is the command window of a session, 1 to 4096; 0 is 128.
-	CommandsPerSession int
-	// NopInterval is twice the time between two looks at each session. One that was silent
-	// since the last look is pinged, and dropped if it does not answer until the next;
-	// one with no room for a ping, as it takes nothing, is dropped as well. 0 is 15 s,
-	// negative never pings.
-	NopInterval time.Duration
-	// BytesInFlight bounds the data of all commands larger than 64 KiB together,
-	// in bytes, at least 64 MiB; 0 is 256 MiB. One session has a quarter of it at
-	// most, but not less than 32 MiB.
-	BytesInFlight int64
-	// DataTimeout is how long an initiator may take to send the next part of a
-	// command's data-out before its session is dropped; 0 is 2 min. It is looked at
-	// every half of it.
-	DataTimeout time.Duration
-}
-
-// Unit is one logical unit and its place.
-type Unit struct {
-	// IQN is the target's name, LUN the unit's number in it, 0 to 16383.
-	IQN    string
-	LUN    uint64
-	Device lun.Updater
-	// Vendor, Product, Revision are the INQUIRY identification, at most 8, 16
-	// and 4 characters; Serial is VPD page 80h, at most 64. Where Vendor, Product or
-	// Revision is empty the target's own is used; where Serial is empty it is
-	// made from IQN and LUN.
-	Vendor, Product, Revision, Serial string
-	// NAA is the NAA designator of VPD page 83h; 0 makes one from IQN and LUN.
-	NAA uint64
-	// Alias is the TargetAlias; may be empty.
-	Alias string
-}
 
 // SessionInfo is one session as people see it.
 type SessionInfo struct {
@@ -109,13 +58,19 @@ type Server struct {
 	pending sync.WaitGroup // every goroutine of the server
 
 	mu        sync.Mutex // protects what follows
-	listeners []net.Listener
+	listeners []portal
 	targets   map[string]*node
 	conns     map[*conn]struct{}
 	tsih      uint16
 	closed    bool
 	serving   bool
 	watcher   *watcher // constant once serving; nil before
+}
+
+// portal is one address that is listened on.
+type portal struct {
+	net.Listener
+	group uint16 // its portal group (RFC 7143 13.9)
 }
 
 // node is one target: a name and its logical units.
@@ -127,59 +82,6 @@ type node struct {
 	alias string
 }
 
-// New checks cfg and makes a Server that does not listen yet.
-func New(cfg Config) (*Server, error) {
-	if cfg.Log == nil {
-		l := logrus.New()
-		l.SetLevel(logrus.PanicLevel)
-		cfg.Log = l
-	}
-	set := func(v *uint32, def uint32, name string) error {
-		if *v == 0 {
-			*v = def
-		}
-		if *v < 512 || *v > 1<<24-1 {
-			return fmt.Errorf("target: %s %d is not 512 to 16777215 bytes", name, *v)
-		}
-		return nil
-	}
-	if err := errors.Join(
-		set(&cfg.MaxRecvDataSegmentLength, 256<<10, "MaxRecvDataSegmentLength"),
-		set(&cfg.MaxBurstLength, 1<<20, "MaxBurstLength"),
-		set(&cfg.FirstBurstLength, 256<<10, "FirstBurstLength"),
-	); err != nil {
-		return nil, err
-	}
-	cfg.FirstBurstLength = min(cfg.FirstBurstLength, cfg.MaxBurstLength)
-	if cfg.MaxConnections == 0 {
-		cfg.MaxConnections = 1024
-	}
-	if cfg.LoginTimeout == 0 {
-		cfg.LoginTimeout = 15 * time.Second
-	}
-	if cfg.CommandsPerSession == 0 {
-		cfg.CommandsPerSession = 128
-	}
-	if cfg.CommandsPerSession < 1 || cfg.CommandsPerSession > 4096 {
-		return nil, fmt.Errorf("target: CommandsPerSession %d is not 1 to 4096", cfg.CommandsPerSession)
-	}
-	if cfg.NopInterval == 0 {
-		cfg.NopInterval = 15 * time.Second
-	}
-	if cfg.BytesInFlight == 0 {
-		cfg.BytesInFlight = 256 << 20
-	}
-	if cfg.DataTimeout <= 0 {
-		cfg.DataTimeout = 2 * time.Minute
-	}
-	cfg.BytesInFlight = max(cfg.BytesInFlight, 2*maxTransfer)
-	return &Server{
-		cfg: cfg, log: cfg.Log, bytes: newAdmission(cfg.BytesInFlight),
-		ending:  make(chan struct{}),
-		targets: map[string]*node{}, conns: map[*conn]struct{}{},
-	}, nil
-}
-
 // Listen binds every portal, or none and says which could not be bound.
 func (s *Server) Listen() error {
 	s.mu.Lock()
@@ -187,9 +89,9 @@ func (s *Server) Listen() error {
 	if s.closed {
 		return ErrClosed
 	}
-	var all []net.Listener
+	var all []portal
 	for _, p := range s.cfg.Portals {
-		l, err := net.Listen("tcp", p)
+		l, err := net.Listen("tcp", p.Address)
 		if err != nil {
 			for _, o := range all {
 				o.Close()
@@ -198,9 +100,9 @@ func (s *Server) Listen() error {
 			if errors.As(err, &op) {
 				err = op.Err
 			}
-			return fmt.Errorf("portal %s: %w", p, err)
+			return fmt.Errorf("portal %s: %w", p.Address, err)
 		}
-		all = append(all, l)
+		all = append(all, portal{l, p.Group})
 	}
 	s.listeners = append(s.listeners, all...)
 	return nil
@@ -252,7 +154,7 @@ func (s *Server) Serve(ctx context.Context) error {
 	}
 }
 
-func (s *Server) accept(l net.Listener) {
+func (s *Server) accept(l portal) {
 	for {
 		nc, err := l.Accept()
 		if err != nil {
@@ -281,7 +183,7 @@ func (s *Server) accept(l net.Listener) {
 			}
 			continue
 		}
-		c := newConn(s, nc)
+		c := newConn(s, nc, l.group)
 		s.conns[c] = struct{}{}
 		s.pending.Go(c.serve)
 		s.mu.Unlock()

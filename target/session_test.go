@@ -582,7 +582,7 @@ func TestCloseCancelsCommands(t *testing.T) {
 func TestPortalsAreBoundAllOrNone(t *testing.T) {
 	s, addr := begin(t, Config{}, Unit{IQN: iqn, Device: newMemory(512, 64)})
 	_ = s
-	o, err := New(Config{Portals: []string{"127.0.0.1:0", addr}, Log: logTo(t)})
+	o, err := New(Config{Portals: []Portal{{Address: "127.0.0.1:0"}, {Address: addr}}, Log: logTo(t)})
 	if err != nil {
 		t.Fatal(err)
 	}

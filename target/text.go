@@ -110,7 +110,7 @@ func (c *conn) sendTargets(out []byte, which string) []byte {
 			a := portalAddress(l.Addr(), c.nc.LocalAddr())
 			if !slices.Contains(listed, a) {
 				listed = append(listed, a)
-				out = iscsi.AppendText(out, iscsi.Pair{Key: "TargetAddress", Value: a + "," + portalGroup})
+				out = iscsi.AppendText(out, iscsi.Pair{Key: "TargetAddress", Value: fmt.Sprintf("%s,%d", a, l.group)})
 			}
 		}
 	}

@@ -23,7 +23,9 @@ func (c *conn) manage(head *iscsi.BHS) {
 	var u *unit
 	id, known := iscsi.DecodeLUN(head.LUN())
 	if known {
-		u = (*c.node.units.Load())[id]
+		c.mu.Lock()
+		u = c.units()[id]
+		c.mu.Unlock()
 	}
 	b := &barrier{}
 	response := byte(iscsi.TMFComplete)
@@ -39,7 +41,7 @@ func (c *conn) manage(head *iscsi.BHS) {
 		}
 		if attn != (sense{}) && !o.closing {
 			if all {
-				for id := range *c.node.units.Load() {
+				for id := range o.units() {
 					o.attend(id, attn)
 				}
 			} else {
@@ -135,30 +137,6 @@ func sameUnit(a, b uint64) bool {
 	n, ok := iscsi.DecodeLUN(a)
 	m, known := iscsi.DecodeLUN(b)
 	return a == b || ok && known && n == m
-}
-
-// attend establishes a unit attention condition, once. c.mu is held.
-func (c *conn) attend(id uint64, s sense) {
-	for _, have := range c.attention[id] {
-		if have == s {
-			return
-		}
-	}
-	c.attention[id] = append(c.attention[id], s)
-}
-
-// lunsChanged establishes REPORTED LUNS DATA HAS CHANGED on every unit of the
-// session.
-func (c *conn) lunsChanged(added uint64) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	for id := range *c.node.units.Load() {
-		if id != added {
-			c.attend(id, attnLUNsChanged)
-		} else {
-			c.attend(id, attnPowerOn)
-		}
-	}
 }
 
 func tmfName(f byte) string {

@@ -2,6 +2,7 @@ package target
 
 import (
 	"net"
+	"net/netip"
 	"testing"
 	"time"
 
@@ -12,7 +13,8 @@ import (
 // gives the other.
 func attach(s *Server) net.Conn {
 	ours, theirs := net.Pipe()
-	c := newConn(s, theirs)
+	c := newConn(s, theirs, 1)
+	c.from = netip.MustParseAddr("127.0.0.1")
 	s.mu.Lock()
 	s.conns[c] = struct{}{}
 	s.pending.Go(c.serve)

@@ -93,7 +93,7 @@ func runArray(args []string) error {
 	pace := newDelay(*span)
 	ctx, cancel := signal.NotifyContext(context.Background(), syscall.SIGTERM)
 	defer cancel()
-	server, err := target.New(target.Config{Portals: []string{"127.0.0.1:0"}})
+	server, err := target.New(target.Config{Portals: []target.Portal{{Address: "127.0.0.1:0"}}})
 	if err != nil {
 		return err
 	}

@@ -1,0 +1,162 @@
+package target
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/sirupsen/logrus"
+
+	"lunshift/lun"
+)
+
+// Config is what a Server is made of. Past a limit that it sets an initiator gets the
+// protocol's own refusal, and nobody else is disturbed.
+type Config struct {
+	// Portals are where to listen.
+	Portals []Portal
+	// Discovery is what an initiator must prove before it sees a target name in a
+	// discovery session; nil for nothing.
+	Discovery *Authentication
+	Log       logrus.FieldLogger
+
+	// MaxRecvDataSegmentLength is the longest data segment the target accepts, in
+	// bytes, 512 to 16 MiB less one; 0 is 256 KiB (RFC 7143 13.12).
+	MaxRecvDataSegmentLength uint32
+	// MaxBurstLength and FirstBurstLength are in bytes, 512 to 16 MiB less one
+	// (RFC 7143 13.13, 13.14); 0 is 1 MiB and 256 KiB.
+	MaxBurstLength, FirstBurstLength uint32
+	// MaxOutstandingR2T is how many R2Ts of one command may be open, 1 to 64; 0 is 8
+	// (RFC 7143 13.17).
+	MaxOutstandingR2T uint32
+	// MaxText is the longest text of a login or a text request over all its PDUs, in
+	// bytes, 8 KiB to 1 MiB; 0 is 64 KiB.
+	MaxText int
+
+	// MaxConnections is how many connections the server holds at a time, each one
+	// a session; 0 is 1024.
+	MaxConnections int
+	// ConnectionsPerAddress is how many of them may come from one IP address; 0 is
+	// 256.
+	ConnectionsPerAddress int
+	// SessionsPerUnit is how many sessions may see one logical unit; 0 is 256.
+	SessionsPerUnit int
+	// LoginTimeout is how long a connection may take to log in; 0 is 15 s.
+	LoginTimeout time.Duration
+	// LoginFailures is how many logins of one IP address may fail within a minute
+	// before further ones are refused unheard; 0 is 20.
+	LoginFailures int
+	// CommandsPerSession is the command window of a session, 1 to 4096; 0 is 128.
+	CommandsPerSession int
+	// BytesInFlight bounds the data of all commands together, in bytes, at least 64
+	// MiB; 0 is 256 MiB. One session has a quarter of it at most, but not less than
+	// 32 MiB.
+	BytesInFlight int64
+	// DataTimeout is how long an initiator may take to send the next part of a
+	// command's data-out before its session is dropped; 0 is 2 min. It is looked at
+	// every half of it.
+	DataTimeout time.Duration
+	// NopInterval is twice the time between two looks at each session. One that was silent
+	// since the last look is pinged, and dropped if it does not answer until the next;
+	// one with no room for a ping, as it takes nothing, is dropped as well. 0 is 15 s,
+	// negative never pings.
+	NopInterval time.Duration
+}
+
+// Portal is one TCP address to listen on and the portal group that it belongs to
+// (RFC 7143 4.4.1).
+type Portal struct {
+	// Address is host:port.
+	Address string
+	// Group is the target portal group tag, 1 to 65535; 0 is 1 (RFC 7143 13.9).
+	Group uint16
+}
+
+// Unit is one logical unit and its place.
+type Unit struct {
+	// IQN is the target's name, LUN the unit's number in it, 0 to 16383.
+	IQN    string
+	LUN    uint64
+	Device lun.Updater
+	// Vendor, Product, Revision are the INQUIRY identification, at most 8, 16
+	// and 4 characters; Serial is VPD page 80h, at most 64. Where Vendor, Product or
+	// Revision is empty the target's own is used; where Serial is empty it is
+	// made from IQN and LUN.
+	Vendor, Product, Revision, Serial string
+	// NAA is the NAA designator of VPD page 83h; 0 makes one from IQN and LUN.
+	NAA uint64
+	// Alias is the TargetAlias; may be empty.
+	Alias string
+	// Initiators may see the unit; the first that matches counts. Empty is any
+	// initiator on the loopback of this host, and no other.
+	Initiators []Initiator
+	// PortalGroups are the groups whose portals lead to the unit; empty is all.
+	PortalGroups []uint16
+	// Reservations keeps the persistent reservations of the unit; nil keeps them for
+	// as long as the server lives, and APTPL is refused (SPC-4 5.12.5).
+	Reservations ReservationStore
+	// ReservationsByName makes registrations those of an initiator name: they stay with
+	// an initiator that changes its ISID between logins. Otherwise they are those of an
+	// initiator port, which has the ISID in its name (RFC 7143 4.4.1, SPC-4 5.12.1).
+	ReservationsByName bool
+}
+
+// ReservationStore keeps the persistent reservations of one logical unit over a
+// restart. What it keeps is the target's own form.
+type ReservationStore interface {
+	// Load gives what was saved last; nil where nothing ever was.
+	Load() ([]byte, error)
+	// Save returns once data is on stable storage.
+	Save(ctx context.Context, data []byte) error
+}
+
+// New checks cfg and makes a Server that does not listen yet.
+func New(cfg Config) (*Server, error) {
+	if cfg.Log == nil {
+		l := logrus.New()
+		l.SetLevel(logrus.PanicLevel)
+		cfg.Log = l
+	}
+	err := errors.Join(
+		limit(&cfg.MaxRecvDataSegmentLength, 256<<10, 512, 1<<24-1, "MaxRecvDataSegmentLength"),
+		limit(&cfg.MaxBurstLength, 1<<20, 512, 1<<24-1, "MaxBurstLength"),
+		limit(&cfg.FirstBurstLength, 256<<10, 512, 1<<24-1, "FirstBurstLength"),
+		limit(&cfg.MaxOutstandingR2T, 8, 1, 64, "MaxOutstandingR2T"),
+		limit(&cfg.MaxText, 64<<10, 8<<10, 1<<20, "MaxText"),
+		limit(&cfg.MaxConnections, 1024, 1, 1<<20, "MaxConnections"),
+		limit(&cfg.ConnectionsPerAddress, 256, 1, 1<<20, "ConnectionsPerAddress"),
+		limit(&cfg.SessionsPerUnit, 256, 1, 1<<20, "SessionsPerUnit"),
+		limit(&cfg.LoginTimeout, 15*time.Second, time.Millisecond, time.Hour, "LoginTimeout"),
+		limit(&cfg.LoginFailures, 20, 1, 1<<20, "LoginFailures"),
+		limit(&cfg.CommandsPerSession, 128, 1, 4096, "CommandsPerSession"),
+		limit(&cfg.BytesInFlight, 256<<20, 2*maxTransfer, 1<<50, "BytesInFlight"),
+		limit(&cfg.DataTimeout, 2*time.Minute, time.Millisecond, 24*time.Hour, "DataTimeout"),
+	)
+	if err != nil {
+		return nil, err
+	}
+	cfg.FirstBurstLength = min(cfg.FirstBurstLength, cfg.MaxBurstLength)
+	if cfg.NopInterval == 0 {
+		cfg.NopInterval = 15 * time.Second
+	}
+	for i := range cfg.Portals {
+		cfg.Portals[i].Group = max(cfg.Portals[i].Group, 1)
+	}
+	return &Server{
+		cfg: cfg, log: cfg.Log, bytes: newAdmission(cfg.BytesInFlight),
+		ending:  make(chan struct{}),
+		targets: map[string]*node{}, conns: map[*conn]struct{}{},
+	}, nil
+}
+
+// limit sets a limit of 0 to its default and holds it against its range.
+func limit[T int | int64 | uint32 | time.Duration](v *T, def, low, high T, name string) error {
+	if *v == 0 {
+		*v = def
+	}
+	if *v < low || *v > high {
+		return fmt.Errorf("target: %s %v is not %v to %v", name, *v, low, high)
+	}
+	return nil
+}
