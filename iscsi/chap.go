@@ -46,8 +46,16 @@ var (
 	ErrReflection = errors.New("CHAP challenge reflected")
 )
 
-// Credentials are a CHAP name and secret.
-type Credentials struct{ Name, Secret string }
+// Credentials are a CHAP name and secret. Printed, they show the name alone.
+type Credentials struct {
+	Name   string
+	Secret string `json:"-"`
+}
+
+func (c Credentials) String() string { return c.Name }
+
+// GoString keeps the secret out of %#v as well.
+func (c Credentials) GoString() string { return fmt.Sprintf("iscsi.Credentials{Name:%q}", c.Name) }
 
 // CHAPInitiator is the initiator's side of one authentication.
 type CHAPInitiator struct {
@@ -126,6 +134,13 @@ type CHAPTarget struct {
 	// Own, when its Secret is set, answers an initiator that asks the target to
 	// prove itself.
 	Own Credentials
+	// Choose, where it is set, gives both for the CHAP_N that came, in place of the
+	// fields above. For a name that it does not know it gives Credentials without a
+	// Secret, which fails at the same cost as a wrong secret does.
+	Choose func(name string) (initiator, own Credentials)
+	// Issued, where it is set, tells whether this end has a challenge open somewhere:
+	// one that comes back is refused, whichever connection it was sent on.
+	Issued func(challenge []byte) bool
 
 	algorithm int
 	id        byte
@@ -161,30 +176,47 @@ func (c *CHAPTarget) Verify(in []Pair) ([]Pair, error) {
 	if c.challenge == nil || c.done {
 		return nil, fmt.Errorf("no challenge is open: %w", ErrCHAP)
 	}
-	if err := chapCheck(in, c.algorithm, c.id, c.challenge, c.Initiator); err != nil {
+	challenge := c.challenge
+	c.challenge = nil // good for one answer, right or wrong
+	_, asked := Lookup(in, "CHAP_C")
+	var reverse []byte
+	var id int
+	var err error
+	if asked {
+		if reverse, err = chapBytes(in, "CHAP_C"); err != nil {
+			return nil, err
+		}
+		if hmac.Equal(reverse, challenge) || c.Issued != nil && c.Issued(reverse) {
+			return nil, ErrReflection
+		}
+		if id, err = chapNumber(in, "CHAP_I", 255); err != nil {
+			return nil, err
+		}
+	}
+	if c.Choose != nil {
+		name, _ := Lookup(in, "CHAP_N")
+		c.Initiator, c.Own = c.Choose(name)
+	}
+	if err := chapCheck(in, c.algorithm, c.id, challenge, c.Initiator); err != nil {
 		return nil, err
 	}
-	c.done = true
-	if _, asked := Lookup(in, "CHAP_C"); !asked {
+	if !asked {
+		c.done = true
 		return nil, nil
-	}
-	challenge, err := chapBytes(in, "CHAP_C")
-	if err != nil {
-		return nil, err
-	}
-	id, err := chapNumber(in, "CHAP_I", 255)
-	if err != nil {
-		return nil, err
 	}
 	if c.Own.Secret == "" {
 		return nil, fmt.Errorf("initiator asks for a proof and the target has no secret: %w", ErrCHAP)
 	}
-	r, err := chapResponse(c.algorithm, byte(id), c.Own.Secret, challenge)
+	r, err := chapResponse(c.algorithm, byte(id), c.Own.Secret, reverse)
 	if err != nil {
 		return nil, err
 	}
+	c.done = true
 	return []Pair{{"CHAP_N", c.Own.Name}, {"CHAP_R", "0x" + hex.EncodeToString(r)}}, nil
 }
+
+// Open gives the challenge that waits for its answer; nil where none does.
+func (c *CHAPTarget) Open() []byte { return c.challenge }
 
 // Done tells whether the initiator proved itself.
 func (c *CHAPTarget) Done() bool { return c.done }
@@ -235,12 +267,6 @@ func chapCheck(in []Pair, algorithm int, id byte, challenge []byte, want Credent
 	right := hmac.Equal(got, r)
 	if !right || want.Name != "" && name != want.Name || want.Secret == "" {
 		return ErrCHAP
-	}
-	// A peer that computed its proof over our own answer is no peer.
-	if c, asked := Lookup(in, "CHAP_C"); asked {
-		if b, err := decodeBinary(c); err == nil && hmac.Equal(b, challenge) {
-			return ErrReflection
-		}
 	}
 	return nil
 }

@@ -2,6 +2,7 @@ package iscsi
 
 import (
 	"fmt"
+	"slices"
 	"strconv"
 	"strings"
 )
@@ -88,6 +89,7 @@ type Negotiation struct {
 
 	settled uint32 // by index into operational
 	offered uint32
+	fixed   uint32 // by index into fixedKeys
 }
 
 // NewNegotiation begins with the defaults of RFC 7143; want is what this side
@@ -130,6 +132,9 @@ func (n *Negotiation) Offer() []Pair {
 // when the key is no operational key. A declarative key has no answer:
 // answer is then empty. An error ends the login.
 func (n *Negotiation) Respond(p Pair) (answer string, known bool, err error) {
+	if answer, known, err = n.respondFixed(p); known {
+		return answer, known, err
+	}
 	for i := range operational {
 		k := &operational[i]
 		if k.name != p.Key {
@@ -176,11 +181,71 @@ func (n *Negotiation) Respond(p Pair) (answer string, known bool, err error) {
 			} else {
 				v = max(v, w)
 			}
+			if k.name == "FirstBurstLength" && n.settledKey("MaxBurstLength") {
+				v = min(v, n.Params.MaxBurstLength)
+			}
 			*k.number(&n.Params) = v
 			return strconv.FormatUint(uint64(v), 10), true, nil
 		}
 	}
 	return "", false, nil
+}
+
+// respondFixed answers the keys to which this end has one answer whatever it is set to.
+func (n *Negotiation) respondFixed(p Pair) (answer string, known bool, err error) {
+	i := slices.Index(fixedKeys[:], p.Key)
+	if i < 0 {
+		return "", false, nil
+	}
+	if n.fixed&(1<<i) != 0 {
+		return "", true, fmt.Errorf("%s negotiated twice", p.Key)
+	}
+	n.fixed |= 1 << i
+	switch p.Key {
+	case "IFMarker", "OFMarker":
+		if p.Value == No {
+			return No, true, nil
+		}
+		return RejectValue, true, nil
+	case "TaskReporting":
+		if n.Discovery {
+			return Irrelevant, true, nil
+		}
+		if slices.Contains(strings.Split(p.Value, ","), "RFC3720") {
+			return "RFC3720", true, nil
+		}
+		return RejectValue, true, nil
+	case "iSCSIProtocolLevel":
+		if n.Discovery {
+			return Irrelevant, true, nil
+		}
+		v, err := parseNumber(p, 0, 31)
+		if err != nil {
+			return "", true, err
+		}
+		return strconv.FormatUint(uint64(min(v, protocolLevel)), 10), true, nil
+	}
+	return RejectValue, true, nil
+}
+
+// protocolLevel is that of RFC 7143 itself (13.24).
+const protocolLevel = 1
+
+// fixedKeys are markers, which are obsolete and never NotUnderstood (RFC 7143 13.25),
+// the keys of 13.23 and 13.24, and those that only a target may send or that have no
+// place in a login (13.3 to 13.9).
+var fixedKeys = [...]string{
+	"IFMarker", "OFMarker", "IFMarkInt", "OFMarkInt", "TaskReporting", "iSCSIProtocolLevel",
+	"SendTargets", "TargetAlias", "TargetAddress", "TargetPortalGroupTag",
+}
+
+func (n *Negotiation) settledKey(name string) bool {
+	for i := range operational {
+		if operational[i].name == name {
+			return n.settled&(1<<i) != 0
+		}
+	}
+	return false
 }
 
 // Apply takes the other side's answer to an offered key. An answer that the
