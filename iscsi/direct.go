@@ -18,12 +18,12 @@ type direct struct {
 	raw syscall.RawConn
 
 	in, out side
-	vectors []syscall.Iovec
 }
 
 // side is a read or a write under way; each is one goroutine's at a time.
 type side struct {
 	p   []byte
+	of  *Reader // whose buffer p is; nil where p is somebody else's
 	iov []syscall.Iovec
 	n   int
 	err error
@@ -49,8 +49,22 @@ func (d *direct) Read(p []byte) (int, error) {
 	if len(p) == 0 {
 		return 0, nil
 	}
+	d.in.p = p
+	return d.read()
+}
+
+// readFor reads into the Reader's buffer, which the Reader has only once there is
+// something to put into it.
+func (d *direct) readFor(r *Reader) (int, error) {
+	d.in.of = r
+	n, err := d.read()
+	d.in.of = nil
+	return n, err
+}
+
+func (d *direct) read() (int, error) {
 	s := &d.in
-	s.p, s.n, s.err = p, 0, nil
+	s.n, s.err = 0, nil
 	err := d.raw.Read(s.do)
 	s.p = nil
 	switch {
@@ -66,6 +80,9 @@ func (d *direct) Read(p []byte) (int, error) {
 
 func (s *side) read(fd uintptr) bool {
 	for {
+		if s.of != nil {
+			s.p = s.of.room()
+		}
 		n, e := rawRead(fd, s.p)
 		switch e {
 		case 0:
@@ -73,6 +90,10 @@ func (s *side) read(fd uintptr) bool {
 			return true
 		case syscall.EINTR:
 		case syscall.EAGAIN:
+			if s.of != nil {
+				s.of.rest()
+				s.p = nil
+			}
 			return false
 		default:
 			s.err = e
@@ -81,20 +102,20 @@ func (s *side) read(fd uintptr) bool {
 	}
 }
 
-// writeAll writes the segments, which it does not change, one after the other.
-func (d *direct) writeAll(segs ...[]byte) error {
-	d.vectors = d.vectors[:0]
-	for _, p := range segs {
-		if len(p) > 0 {
-			d.vectors = append(d.vectors, syscall.Iovec{Base: unsafe.SliceData(p), Len: uint64(len(p))})
-		}
+// vector appends p to what writeAll is to write.
+func vector(to []syscall.Iovec, p []byte) []syscall.Iovec {
+	if len(p) == 0 {
+		return to
 	}
+	return append(to, syscall.Iovec{Base: unsafe.SliceData(p), Len: uint64(len(p))})
+}
+
+// writeAll writes what the vectors point to, one after the other; it uses them up.
+func (d *direct) writeAll(vectors []syscall.Iovec) error {
 	s := &d.out
-	s.iov, s.err = d.vectors, nil
+	s.iov, s.err = vectors, nil
 	err := d.raw.Write(s.do)
 	s.iov = nil
-	// The vectors keep what they point to; let go of it.
-	clear(d.vectors)
 	if err == nil && s.err != nil {
 		err = os.NewSyscallError("writev", s.err)
 	}

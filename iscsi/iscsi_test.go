@@ -497,7 +497,7 @@ func TestDirectSocketMovesEveryByteAndEndsLikeANetConn(t *testing.T) {
 		want = append(want, seg...)
 	}
 	sent := make(chan error, 1)
-	go func() { sent <- out.writeAll(segs...) }()
+	go func() { sent <- out.writeAll(vectors(segs...)) }()
 	got := make([]byte, len(want))
 	if _, err := io.ReadFull(in, got); err != nil || !bytes.Equal(got, want) {
 		t.Fatalf("what arrived differs, or %v", err)
@@ -518,7 +518,7 @@ func TestDirectSocketMovesEveryByteAndEndsLikeANetConn(t *testing.T) {
 	full := make(chan error, 1)
 	go func() {
 		for {
-			if err := out.writeAll(got); err != nil {
+			if err := out.writeAll(vectors(got)); err != nil {
 				full <- err
 				return
 			}

@@ -31,7 +31,9 @@ const maxAHS = 1020
 
 // Reader takes PDUs off a byte stream. It reads as much at a time as its buffer
 // holds, so that many PDUs arrive in one read, and large data segments go
-// straight to where the caller wants them. It is for one goroutine.
+// straight to where the caller wants them. It has its buffer only while there is
+// something to read: one that waits on a socket with nothing half read holds none.
+// It is for one goroutine.
 type Reader struct {
 	// HeaderDigest and DataDigest are on when negotiated; they take effect with
 	// the next call of Next.
@@ -42,8 +44,10 @@ type Reader struct {
 	MaxAHS int
 
 	r          io.Reader
-	buf        []byte
-	start, end int // what was read and not taken
+	direct     *direct // to r; nil where r is no socket
+	size       int     // of buf, bytes
+	buf        []byte  // nil while nothing is read
+	start, end int     // what was read and not taken
 	bhs        BHS
 	ahs        []byte
 	left       int // bytes of the data segment not taken yet, without padding
@@ -54,10 +58,35 @@ type Reader struct {
 // NewReader makes a Reader with a buffer of size bytes, at least 4096. It accepts
 // data segments of 8192 bytes, as a login may use, until MaxData is changed.
 func NewReader(r io.Reader, size int) *Reader {
-	if d := newDirect(r); d != nil {
-		r = d
+	x := &Reader{r: r, direct: newDirect(r), size: max(size, 4096), MaxData: 8192, MaxAHS: maxAHS}
+	if x.direct != nil {
+		x.r = x.direct
 	}
-	return &Reader{r: r, buf: make([]byte, max(size, 4096)), MaxData: 8192, MaxAHS: maxAHS}
+	return x
+}
+
+// Resize gives the Reader a buffer of size bytes, at least 4096, from the next read on.
+func (r *Reader) Resize(size int) {
+	r.size = max(size, 4096, r.end-r.start)
+	if r.buf == nil {
+		return
+	}
+	old, rest := r.buf, r.buf[r.start:r.end]
+	r.buf = nil
+	if len(rest) > 0 {
+		r.buf = newBuffer(r.size)
+		copy(r.buf, rest)
+	}
+	r.start, r.end = 0, len(rest)
+	freeBuffer(old)
+}
+
+// Close lets go of the buffer and of what is in it. The Reader is not used after it.
+func (r *Reader) Close() {
+	if r.buf != nil {
+		freeBuffer(r.buf)
+	}
+	r.buf, r.start, r.end = nil, 0, 0
 }
 
 // Next reads the next header and gives it; the data segment of the one before is
@@ -141,7 +170,8 @@ func (r *Reader) ReadData(p []byte) error {
 	n := copy(p, r.buf[r.start:r.end])
 	r.start += n
 	if rest := p[n:]; len(rest) > 0 {
-		if len(rest) >= len(r.buf)/2 {
+		if len(rest) >= r.size/2 {
+			r.rest()
 			if _, err := io.ReadFull(r.r, rest); err != nil {
 				return unexpected(err)
 			}
@@ -164,7 +194,7 @@ func (r *Reader) Data() ([]byte, error) {
 	if r.left == 0 {
 		return nil, nil
 	}
-	if r.left > len(r.buf)-DigestLength-4 {
+	if r.left > r.size-DigestLength-4 {
 		p := make([]byte, r.left)
 		return p, r.ReadData(p)
 	}
@@ -250,12 +280,12 @@ func (r *Reader) fill(n int) error {
 	}
 	if r.start == r.end {
 		r.start, r.end = 0, 0
-	} else if r.start+n > len(r.buf) {
+	} else if r.start+n > r.size {
 		r.end = copy(r.buf, r.buf[r.start:r.end])
 		r.start = 0
 	}
 	for r.end-r.start < n {
-		got, err := r.r.Read(r.buf[r.end:])
+		got, err := r.more()
 		r.end += got
 		if err != nil && r.end-r.start < n {
 			return err
@@ -265,6 +295,30 @@ func (r *Reader) fill(n int) error {
 		}
 	}
 	return nil
+}
+
+// more reads what there is behind what the buffer holds.
+func (r *Reader) more() (int, error) {
+	if r.direct != nil {
+		return r.direct.readFor(r)
+	}
+	return r.r.Read(r.room())
+}
+
+// room is the free part of the buffer.
+func (r *Reader) room() []byte {
+	if r.buf == nil {
+		r.buf = newBuffer(r.size)
+	}
+	return r.buf[r.end:]
+}
+
+// rest lets go of a buffer that holds nothing, for the time of a wait.
+func (r *Reader) rest() {
+	if r.start == r.end && len(r.buf) == blockSize {
+		freeBuffer(r.buf)
+		r.buf, r.start, r.end = nil, 0, 0
+	}
 }
 
 func unexpected(err error) error {

@@ -6,6 +6,7 @@ import (
 	"io"
 	"net"
 	"sync"
+	"syscall"
 )
 
 const (
@@ -13,7 +14,6 @@ const (
 	// ones go through Append.
 	MaxFrame = 64 << 10
 
-	arenaSize = 256 << 10
 	// maxSegments keeps one batch within one writev of the kernel (IOV_MAX 1024).
 	maxSegments = 1000
 	// maxReferenced bounds the data a batch refers to, in bytes.
@@ -26,7 +26,8 @@ type Releaser interface{ Release() }
 
 // Writer gathers PDUs and sends them in as few writes as it can. While one
 // goroutine is in a write the others go on gathering; what they gathered goes out
-// with the next write of the same goroutine.
+// with the next write of the same goroutine. It holds memory only for what is
+// gathered and not sent.
 //
 // All methods are called with the lock held that NewWriter was given.
 // Reserve, Flush and Drain give it up while they wait.
@@ -38,8 +39,7 @@ type Writer struct {
 	direct   *direct // to w; nil where w is no socket
 	lock     sync.Locker
 	idle     *sync.Cond // no write is under way
-	cur      *batch
-	spare    *batch
+	cur      *batch     // nil while nothing is gathered
 	flushing bool
 	writes   uint64
 	err      error
@@ -51,17 +51,26 @@ type batch struct {
 	open       int    // where in arena the segment begins that is not in segs yet
 	segs       net.Buffers
 	out        net.Buffers // what WriteTo consumes; segs keeps the memory
+	vectors    []syscall.Iovec
 	owners     []Releaser
 	referenced int
 }
 
+var batches = sync.Pool{New: func() any {
+	return &batch{arena: make([]byte, 0, blockSize), segs: make(net.Buffers, 0, 64)}
+}}
+
 // NewWriter makes a Writer to w whose state lock protects.
 func NewWriter(w io.Writer, lock sync.Locker) *Writer {
-	return &Writer{w: w, direct: newDirect(w), lock: lock, idle: sync.NewCond(lock), cur: newBatch()}
+	return &Writer{w: w, direct: newDirect(w), lock: lock, idle: sync.NewCond(lock)}
 }
 
-func newBatch() *batch {
-	return &batch{arena: make([]byte, 0, arenaSize), segs: make(net.Buffers, 0, 64)}
+// batch is what PDUs are gathered in.
+func (w *Writer) batch() *batch {
+	if w.cur == nil {
+		w.cur = batches.Get().(*batch)
+	}
+	return w.cur
 }
 
 // Reserve waits until a PDU with n bytes of data surely fits, sending what is
@@ -84,7 +93,7 @@ func (w *Writer) Room(n int) bool { return w.cur.room(n) }
 func (w *Writer) Writes() uint64 { return w.writes }
 
 func (b *batch) room(n int) bool {
-	if len(b.arena) == 0 && len(b.segs) == 0 {
+	if b == nil || len(b.arena) == 0 && len(b.segs) == 0 {
 		return true
 	}
 	need := BHSLength + maxAHS + 2*DigestLength + 3
@@ -100,7 +109,7 @@ func (b *batch) room(n int) bool {
 // is given up.
 func (w *Writer) Frame(n int) (header *BHS, data []byte) {
 	w.Reserve(n)
-	b := w.cur
+	b := w.batch()
 	at := len(b.arena)
 	head := BHSLength
 	if w.HeaderDigest {
@@ -141,13 +150,16 @@ func (w *Writer) Cancel(data []byte) {
 		size += DigestLength
 	}
 	w.cur.arena = w.cur.arena[:len(w.cur.arena)-size]
+	if len(w.cur.arena) == 0 {
+		w.drop()
+	}
 }
 
 // Append adds a PDU whose data stays where it is until owner, if any, is told.
 // header is copied; its DataSegmentLength is set. ahs may be nil.
 func (w *Writer) Append(header *BHS, ahs, data []byte, owner Releaser) {
 	w.Reserve(len(data))
-	b := w.cur
+	b := w.batch()
 	header.SetDataLength(len(data))
 	header.SetAHSLength(len(ahs))
 	at := len(b.arena)
@@ -194,7 +206,7 @@ func (w *Writer) finish(tail, data []byte) {
 }
 
 // Pending tells whether something is gathered and not being written.
-func (w *Writer) Pending() bool { return len(w.cur.arena) > 0 }
+func (w *Writer) Pending() bool { return w.cur != nil && len(w.cur.arena) > 0 }
 
 // Flush sends what is gathered. If another goroutine is in a write it leaves the
 // sending to that one and returns at once. The first error stays; everything
@@ -205,24 +217,28 @@ func (w *Writer) Flush() error {
 	}
 	for w.Pending() && w.err == nil {
 		b := w.cur
-		if w.spare == nil {
-			w.spare = newBatch()
-		}
-		w.cur, w.spare = w.spare, nil
+		w.cur = nil
 		w.flushing = true
 		err := w.unlocked(b)
 		w.flushing = false
 		w.writes++
-		w.spare = b
 		if err != nil && w.err == nil {
 			w.err = err
 		}
 		w.idle.Broadcast()
 	}
 	if w.err != nil {
-		w.cur.reset()
+		w.drop()
 	}
 	return w.err
+}
+
+// drop throws away what is gathered.
+func (w *Writer) drop() {
+	if w.cur != nil {
+		w.cur.free()
+		w.cur = nil
+	}
 }
 
 // Drain is Flush that returns only when everything gathered before was sent, by
@@ -243,7 +259,7 @@ func (w *Writer) unlocked(b *batch) error {
 	w.lock.Unlock()
 	defer w.lock.Lock()
 	err := b.send(w.w, w.direct)
-	b.reset()
+	b.free()
 	return err
 }
 
@@ -257,7 +273,7 @@ func (w *Writer) Close(err error) {
 	for w.flushing {
 		w.idle.Wait()
 	}
-	w.cur.reset()
+	w.drop()
 }
 
 // close ends the segment of the arena that is being filled.
@@ -269,29 +285,33 @@ func (b *batch) close() {
 }
 
 func (b *batch) send(w io.Writer, d *direct) error {
-	if len(b.segs) == 0 {
-		if d != nil {
-			return d.writeAll(b.arena)
+	if d != nil {
+		b.close()
+		for _, p := range b.segs {
+			b.vectors = vector(b.vectors, p)
 		}
+		return d.writeAll(b.vectors)
+	}
+	if len(b.segs) == 0 {
 		_, err := w.Write(b.arena)
 		return err
 	}
 	b.close()
-	if d != nil {
-		return d.writeAll(b.segs...)
-	}
 	b.out = b.segs
 	_, err := b.out.WriteTo(w)
 	return err
 }
 
-func (b *batch) reset() {
+// free gives the batch back.
+func (b *batch) free() {
 	for i, o := range b.owners {
 		o.Release()
 		b.owners[i] = nil
 	}
-	// WriteTo clears the entries it sent; what an error left is cleared here.
+	// A batch that waits for its next use keeps nothing but its own memory.
 	clear(b.segs)
-	b.arena, b.segs, b.owners = b.arena[:0], b.segs[:0], b.owners[:0]
-	b.open, b.referenced = 0, 0
+	clear(b.vectors)
+	b.arena, b.segs, b.owners, b.vectors = b.arena[:0], b.segs[:0], b.owners[:0], b.vectors[:0]
+	b.out, b.open, b.referenced = nil, 0, 0
+	batches.Put(b)
 }
