@@ -53,6 +53,10 @@ type Config struct {
 	Overwrite bool
 	// Autostart starts the migration when the Volume is opened in phase ready.
 	Autostart bool
+	// Initiators, PortalGroups and ReservationsByName are as in target.Unit.
+	Initiators         []target.Initiator
+	PortalGroups       []uint16
+	ReservationsByName bool
 
 	Store  *state.Store
 	Target *target.Server
@@ -180,7 +184,12 @@ func (v *Volume) takeUp(ctx context.Context, r state.Record, found bool) error {
 		// Nothing is on disk yet that hangs on the units, so the configuration
 		// counts.
 		if found {
-			if err := v.cfg.Store.Forget(v.cfg.Name); err != nil {
+			// The initiators' reservations stay with the unit that they know.
+			renew := v.cfg.Store.Renew
+			if r.SourceID != s.ID {
+				renew = v.cfg.Store.Forget
+			}
+			if err := renew(v.cfg.Name); err != nil {
 				return v.errorf("renew its state: %w", err)
 			}
 		}
@@ -233,6 +242,10 @@ func (v *Volume) front() target.Unit {
 		Serial: fmt.Sprintf("%x", sum[:8]),
 		NAA:    locallyAssigned<<60 | binary.BigEndian.Uint64(sum[:8])>>4,
 		Alias:  v.cfg.Name,
+
+		Initiators: v.cfg.Initiators, PortalGroups: v.cfg.PortalGroups,
+		ReservationsByName: v.cfg.ReservationsByName,
+		Reservations:       reservations{v.cfg.Store, v.cfg.Name},
 	}
 }
 

@@ -16,7 +16,7 @@ import (
 // maxBatch bounds the requests in the queue and those of one batch.
 const maxBatch = 1024
 
-// request is one call that waits for the committer. Exactly one of its three
+// request is one call that waits for the committer. Exactly one of its four
 // parts is used.
 type request struct {
 	flags *Flags // Set
@@ -24,7 +24,10 @@ type request struct {
 	runs  []Run
 
 	records []op   // PutRecords, and the header of new flags
-	forget  string // Forget: the volume
+	alone   *op    // PutReservation: one key, committed with the flags
+	forget  string // Forget and Renew: the volume
+	// reservation says that the volume's reservations are forgotten too.
+	reservation bool
 
 	state atomic.Int32  // queued, then taken or withdrawn
 	done  chan struct{} // closed by the committer, after err
@@ -136,13 +139,18 @@ func (c *committer) run() {
 	}
 }
 
-// serve commits the batch: the flags of all together, then the rest one by one.
+// serve commits the batch: the flags and the reservations of all together, then the
+// rest one by one.
 func (c *committer) serve(batch []*request) {
 	stages := make(map[*Flags]*stage, 1)
-	var sets []*request
+	var sets, alone []*request
 	mine := batch[:0]
 	for _, r := range batch {
 		if !r.state.CompareAndSwap(queued, taken) {
+			continue
+		}
+		if r.alone != nil {
+			alone = append(alone, r)
 			continue
 		}
 		if r.flags == nil {
@@ -163,8 +171,11 @@ func (c *committer) serve(batch []*request) {
 		}
 		sets = append(sets, r)
 	}
-	if len(sets) > 0 {
+	if len(sets)+len(alone) > 0 {
 		var ops []op
+		for _, r := range alone {
+			ops = append(ops, *r.alone)
+		}
 		for _, st := range stages {
 			ops = st.finish(ops)
 		}
@@ -175,7 +186,10 @@ func (c *committer) serve(batch []*request) {
 				set += st.publish()
 			}
 		}
-		c.stats.served(len(sets), set)
+		c.stats.served(len(sets)+len(alone), set)
+		for _, r := range alone {
+			r.finish(err)
+		}
 		for _, r := range sets {
 			r.finish(wrap(r.flags.volume, "set flags", err))
 		}
@@ -183,7 +197,7 @@ func (c *committer) serve(batch []*request) {
 	for _, r := range mine {
 		c.stats.served(1, 0)
 		if r.forget != "" {
-			r.finish(wrap(r.forget, "forget", c.forgetVolume(r.forget, r.records)))
+			r.finish(wrap(r.forget, "forget", c.forgetVolume(r)))
 		} else {
 			r.finish(c.commit(r.records, true))
 		}

@@ -20,6 +20,7 @@ import (
 //	"s"                                          number of the last commit
 //	"r/" volume                                  record
 //	"h/" volume                                  header: generation, geometry
+//	"p/" volume                                  persistent reservations (reservation.go)
 //	"f/" generation 'c' kind chunk               all bits of 8192 regions
 //	"f/" generation 'p' region                   bitmaps of a partial region
 const (
@@ -331,9 +332,14 @@ func (f *Flags) loadRegion(g uint64, value []byte) error {
 }
 
 // forgetVolume removes the record and the header, from where on the flags are out
-// of reach; Store.Forget then removes them. The records instead come after.
-func (c *committer) forgetVolume(volume string, instead []op) error {
-	ops := append([]op{{key: recordKey(volume)}, {key: headerKey(volume)}}, instead...)
+// of reach; Store.forget then removes them. The records instead come after.
+func (c *committer) forgetVolume(r *request) error {
+	volume := r.forget
+	ops := []op{{key: recordKey(volume)}, {key: headerKey(volume)}}
+	if r.reservation {
+		ops = append(ops, op{key: reservationKey(volume)})
+	}
+	ops = append(ops, r.records...)
 	if err := c.commit(ops, true); err != nil {
 		return err
 	}

@@ -1,9 +1,9 @@
 // Package state keeps what must outlive the process: the lifecycle record of
-// each volume, and for each logical block whether the destination holds its
-// current content (valid) and whether the initiators wrote it since the start
-// (dirty).
+// each volume, the persistent reservations of its initiators, and for each logical
+// block whether the destination holds its current content (valid) and whether the
+// initiators wrote it since the start (dirty).
 //
-// Its guarantee: what PutRecords and Flags.Set have acknowledged is on stable
+// Its guarantee: what PutRecords, PutReservation and Flags.Set have acknowledged is on stable
 // storage and comes back at the next Open, after a kill or a power loss as well;
 // if it does not, Open or Store.Flags fails and says so. A store never begins
 // again from nothing by itself.
@@ -221,11 +221,21 @@ func (s *Store) Close() error {
 	return s.closed
 }
 
-// Forget removes the record and the flags of a volume; Flags of it that are in
-// use fail from then on with ErrForgotten. It does nothing for a volume that is
-// not known. The records instead are written in the same transaction, in the place
-// of the volume's.
+// Forget removes the record, the flags and the reservations of a volume; Flags of it
+// that are in use fail from then on with ErrForgotten. It does nothing for a volume
+// that is not known. The records instead are written in the same transaction, in the
+// place of the volume's.
 func (s *Store) Forget(volume string, instead ...Record) error {
+	return s.forget(volume, &request{forget: volume, reservation: true}, instead)
+}
+
+// Renew is Forget, but the reservations stay: the initiators still have the same
+// logical unit.
+func (s *Store) Renew(volume string, instead ...Record) error {
+	return s.forget(volume, &request{forget: volume}, instead)
+}
+
+func (s *Store) forget(volume string, r *request, instead []Record) error {
 	if err := checkVolume(volume); err != nil {
 		return err
 	}
@@ -235,7 +245,6 @@ func (s *Store) Forget(volume string, instead ...Record) error {
 	if err != nil {
 		return err
 	}
-	r := &request{forget: volume}
 	if r.records, err = encodeRecords(instead); err != nil {
 		return err
 	}
