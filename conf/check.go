@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"net"
-	"net/netip"
 	"path/filepath"
 	"regexp"
 	"strconv"
@@ -28,6 +27,8 @@ var (
 	// RFC 7143 4.2.7.3: date and reversed domain of the naming authority, then
 	// what it likes after a colon.
 	iqnPattern = regexp.MustCompile(`^iqn\.[0-9]{4}-(0[1-9]|1[0-2])\.[a-z0-9-]+(\.[a-z0-9-]+)*(:[a-z0-9.:-]*)?$`)
+	// What a name begins with, up to any length.
+	beginsName = regexp.MustCompile(`^(iqn\.[a-z0-9.:-]*|(eui|naa)\.[0-9A-Fa-f]*)$`)
 )
 
 func checkName(name string) error {
@@ -62,21 +63,6 @@ func checkISCSIName(name string) error {
 		return fmt.Errorf("%q is no naa name; it is naa. and 16 or 32 hexadecimal digits", name)
 	}
 	return fmt.Errorf("%q is no iSCSI name; it is iqn.YYYY-MM.reversed.domain:anything, such as \"iqn.2026-11.net.example:db01\"", name)
-}
-
-func checkPortal(portal string) error {
-	hint := "it is ip:port, such as \"0.0.0.0:3260\" or \"[::]:3260\""
-	if _, err := netip.ParseAddrPort(portal); err == nil {
-		return nil
-	}
-	host, port, err := net.SplitHostPort(portal)
-	if err != nil {
-		return fmt.Errorf("%q is no portal; %s", portal, hint)
-	}
-	if _, err := strconv.ParseUint(port, 10, 16); err != nil {
-		return fmt.Errorf("%q has no port number from 0 to 65535; %s", portal, hint)
-	}
-	return fmt.Errorf("%q is no IP address; %s", host, hint)
 }
 
 func checkHTTP(address string) error {

@@ -41,8 +41,8 @@ type Config struct {
 
 // Service is the [service] table: what all volumes share.
 type Service struct {
-	// Portals are the addresses initiators connect to, "ip:port", at least one.
-	Portals []string
+	// Portals are the addresses initiators connect to, at least one.
+	Portals []Portal
 	// Control is the absolute path of the control socket.
 	Control string
 	// HTTP is the "host:port" of the metrics; empty for none.
@@ -59,6 +59,10 @@ type Service struct {
 	IOTimeout time.Duration
 	// ShutdownTimeout is how long a stop waits for commands in flight, 1 s to 10 min.
 	ShutdownTimeout time.Duration
+	Limits          Limits
+	// Discovery is what an initiator proves before it sees any target name; its zero
+	// value asks for nothing.
+	Discovery CHAP
 }
 
 // Volume is one [[volume]] table: one migration.
@@ -84,7 +88,22 @@ type Volume struct {
 	// FileBlockSize is the logical block length of plain files, 512 or 4096 bytes.
 	FileBlockSize uint32
 	Copy          Copy
+	// Initiators may come in, the first that matches counts; without any, those on this
+	// host's loopback.
+	Initiators []Initiator
+	// PortalGroups are the groups whose portals lead to the volume; empty is all.
+	PortalGroups []uint16
+	// ReservationBy is ByPort or ByName.
+	ReservationBy string
 }
+
+// What a persistent reservation's registration belongs to.
+const (
+	// ByPort: the initiator port, which has the ISID in its name (RFC 7143 4.4.1).
+	ByPort = "initiator-port"
+	// ByName: the initiator name, so that it outlives a change of the ISID.
+	ByName = "initiator-name"
+)
 
 // Unit is one side of a volume.
 type Unit struct {
@@ -108,7 +127,7 @@ type Copy struct {
 
 func defaultService() Service {
 	return Service{
-		Portals:         []string{"0.0.0.0:3260"},
+		Portals:         []Portal{{"0.0.0.0:3260", 1}},
 		Control:         DefaultControl,
 		HTTP:            "127.0.0.1:9260",
 		State:           "/var/lib/lunshift",
@@ -118,6 +137,7 @@ func defaultService() Service {
 		LoginTimeout:    15 * time.Second,
 		IOTimeout:       time.Minute,
 		ShutdownTimeout: 30 * time.Second,
+		Limits:          defaultLimits(),
 	}
 }
 
@@ -127,6 +147,7 @@ func defaultVolume() Volume {
 		FileBlockSize: 512,
 		Sessions:      1,
 		Copy:          Copy{Depth: 8},
+		ReservationBy: ByPort,
 	}
 }
 
@@ -138,8 +159,9 @@ type AddressCheck func(address string) error
 // also held against the checks. A file with faults gives Faults, which has all of
 // them; a file that cannot be read gives one plain error.
 //
-// Secrets come from the variables of the environment that SecretVariable names,
-// which win, or from the files that the configuration names.
+// Secrets come from the variables of the environment that SecretVariable,
+// InitiatorSecretVariable and DiscoverySecretVariable name, which win, or from the
+// files that the configuration names.
 func Load(path string, checks ...AddressCheck) (*Config, error) {
 	text, err := read(path)
 	if err != nil {

@@ -5,7 +5,9 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"reflect"
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -59,19 +61,29 @@ func faultsOf(t *testing.T, text string) []string {
 	return lines
 }
 
+// secretIn makes a secret file and gives its path.
+func secretIn(t *testing.T, dir, name, secret string) string {
+	t.Helper()
+	path := filepath.Join(dir, name)
+	if err := os.WriteFile(path, []byte(secret+"\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
 func TestFourSettingsAreEnough(t *testing.T) {
 	cfg := load(t, minimal)
 	want := Volume{
 		Name: "db01", IQN: "iqn.2026-11.net.example:db01",
 		Source:      Unit{Address: "iscsi://10.0.0.5/iqn.2001-04.com.example:old/1"},
 		Destination: Unit{Address: "/dev/sdx"},
-		RegionSize:  1 << 20, FileBlockSize: 512, Sessions: 1, Copy: Copy{Depth: 8},
+		RegionSize:  1 << 20, FileBlockSize: 512, Sessions: 1, Copy: Copy{Depth: 8}, ReservationBy: ByPort,
 	}
-	if len(cfg.Volumes) != 1 || cfg.Volumes[0] != want {
+	if len(cfg.Volumes) != 1 || !reflect.DeepEqual(cfg.Volumes[0], want) {
 		t.Errorf("got %+v, want %+v", cfg.Volumes, want)
 	}
 	s := cfg.Service
-	if len(s.Portals) != 1 || s.Portals[0] != "0.0.0.0:3260" || s.Control != DefaultControl ||
+	if len(s.Portals) != 1 || s.Portals[0] != (Portal{"0.0.0.0:3260", 1}) || s.Control != DefaultControl ||
 		s.HTTP != "127.0.0.1:9260" || s.State != "/var/lib/lunshift" || s.LogLevel != "info" {
 		t.Errorf("defaults of the service: %+v", s)
 	}
@@ -431,7 +443,7 @@ func TestVolumesThatShareASecretVariableAreRefused(t *testing.T) {
 		text += fmt.Sprintf("[[volume]]\nname=%q\niqn='iqn.2026-11.net.example:%d'\nsource='iscsi://me@h/iqn.2001-04.com.example:s%d/1'\ndestination='/d%d'\n", name, i, i, i)
 	}
 	got := faultsOf(t, text)
-	if len(got) != 1 || !strings.Contains(got[0], "has the secret's variable of volume db-1") {
+	if len(got) != 1 || !strings.Contains(got[0], "LUNSHIFT_SECRET_DB_1_SOURCE of the environment is the secret of volume db-1 too") {
 		t.Errorf("got %q", got)
 	}
 }
@@ -463,7 +475,7 @@ func TestControlIsFoundInAFileWithOtherFaults(t *testing.T) {
 	}
 }
 
-var commented = regexp.MustCompile(`(?m)^# ([a-z_]+ += |\[)`)
+var commented = regexp.MustCompile(`(?m)^# ([a-z0-9_]+ += |\[)`)
 
 func TestSampleFileLoadsAndShowsEverySetting(t *testing.T) {
 	if _, err := Load("lunshift.toml"); err != nil {
@@ -480,35 +492,38 @@ func TestSampleFileLoadsAndShowsEverySetting(t *testing.T) {
 	text := string(raw)
 	all := commented.ReplaceAllString(text, "$1")
 	d := &decoder{}
-	settings := append(d.service(&Service{}), d.volumeSettings(&Volume{}, &secretFiles{}, "", "")...)
+	settings := slices.Concat(d.service(&Service{}), d.volumeSettings(&Volume{}, &secretFiles{}, "", ""),
+		limitSettings(&Limits{}), initiatorSettings(&Initiator{}, &chapKeys{}))
 	for _, s := range settings {
-		if !regexp.MustCompile(`(?m)^` + s.key + ` += `).MatchString(all) {
+		if !regexp.MustCompile(`(?m)^(` + s.key + ` += |\[+[a-z]+\.` + s.key + `\]+$)`).MatchString(all) {
 			t.Errorf("the sample does not show %s", s.key)
 		}
 		if !regexp.MustCompile("(?m)^\\|.*`" + s.key + "\\b.*\\|$").Match(readme) {
 			t.Errorf("the tables of the README do not show %s", s.key)
 		}
 	}
-	secret := filepath.Join(t.TempDir(), "secret")
-	if err := os.WriteFile(secret, []byte("secret secret"), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	other := secret + "-target"
-	if err := os.WriteFile(other, []byte("another secret"), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	all = regexp.MustCompile(`"/etc/lunshift/db01-\w+\.secret"`).ReplaceAllString(all, `"`+secret+`"`)
-	all = regexp.MustCompile(`"/etc/lunshift/db01-\w+-target\.secret"`).ReplaceAllString(all, `"`+other+`"`)
+	dir := t.TempDir()
+	all = regexp.MustCompile(`/etc/lunshift/[\w-]+\.secret`).ReplaceAllStringFunc(all, func(file string) string {
+		return secretIn(t, dir, filepath.Base(file), "secret of "+filepath.Base(file))
+	})
 	all = strings.ReplaceAll(all, "iscsi://", "iscsi://me@")
 	withAll := load(t, all)
 	asIs := load(t, text)
 	withAll.Service.InitiatorName = asIs.Service.InitiatorName
+	if d := withAll.Service.Discovery; d.User == "" || d.Secret == "" || d.TargetUser == "" || d.TargetSecret == "" {
+		t.Errorf("discovery of the sample: %+v", d)
+	}
+	withAll.Service.Discovery = CHAP{}
 	if fmt.Sprint(withAll.Service) != fmt.Sprint(asIs.Service) {
 		t.Errorf("the sample shows other defaults of the service than there are:\n%v\n%v", withAll.Service, asIs.Service)
 	}
 	v, w := withAll.Volumes[0], asIs.Volumes[0]
 	v.Source, v.Destination = w.Source, w.Destination
-	if v != w {
+	if i := v.Initiators; len(i) != 1 || len(i[0].Networks) != 2 || i[0].CHAP.TargetSecret == "" || len(v.PortalGroups) != 1 {
+		t.Errorf("who may come in by the sample: %+v", v)
+	}
+	v.Initiators, v.PortalGroups = nil, nil
+	if !reflect.DeepEqual(v, w) {
 		t.Errorf("the sample shows other defaults of a volume than there are:\n%v\n%v", v, w)
 	}
 }

@@ -16,6 +16,12 @@ type decoder struct {
 	lines  map[string]int
 	checks []AddressCheck
 	faults Faults
+	// portals are those of the service; nil where they have faults.
+	portals []Portal
+	// variables are the environment's that were read, and whose secret each is.
+	variables map[string]string
+	// proofs are the CHAP secrets of initiators and of the target towards them.
+	proofs []proof
 }
 
 // setting is one key of a table. take is called with the key's value and gives
@@ -27,6 +33,7 @@ type setting struct {
 
 func (d *decoder) config(tree map[string]any) *Config {
 	cfg := &Config{Service: defaultService()}
+	d.portals = cfg.Service.Portals
 	var volumes []any
 	d.table(tree, "", "", []setting{
 		{"service", d.subtable("service", "service", func() []setting { return d.service(&cfg.Service) })},
@@ -52,13 +59,20 @@ func (d *decoder) config(tree map[string]any) *Config {
 		}
 		cfg.Volumes = append(cfg.Volumes, d.volume(path, m, uses))
 	}
-	d.sharedEnvironment(cfg.Volumes)
+	d.oneLogin(cfg.Volumes)
+	d.reflections()
 	return cfg
 }
 
 func (d *decoder) service(s *Service) []setting {
 	return []setting{
-		{"portals", portals(&s.Portals)},
+		{"portals", func(v any) error {
+			err := portals(&s.Portals)(v)
+			if d.portals = s.Portals; err != nil {
+				d.portals = nil
+			}
+			return err
+		}},
 		{"control", all(text(&s.Control), func() error { return checkSocket(s.Control) })},
 		{"http", all(text(&s.HTTP), func() error { return checkHTTP(s.HTTP) })},
 		{"state", all(text(&s.State), func() error { return checkAbsolute(s.State) })},
@@ -68,6 +82,16 @@ func (d *decoder) service(s *Service) []setting {
 		{"login_timeout", duration(&s.LoginTimeout, time.Second, 10*time.Minute)},
 		{"io_timeout", duration(&s.IOTimeout, time.Second, time.Hour)},
 		{"shutdown_timeout", duration(&s.ShutdownTimeout, time.Second, 10*time.Minute)},
+		{"limits", tableOf(func(m map[string]any) { d.limits(&s.Limits, m) })},
+		{"discovery", tableOf(func(m map[string]any) {
+			const path = "service.discovery"
+			var keys chapKeys
+			faulty := d.table(m, path, path, keys.settings())
+			s.Discovery = d.chap(keys, faulty, path, path, "discovery", DiscoverySecretVariable, true)
+			if len(m) == 0 {
+				d.fault(path, path, "is empty; it has chap_user and chap_secret_file, or leave it out for no proof")
+			}
+		})},
 	}
 }
 
@@ -87,6 +111,14 @@ func (d *decoder) volume(path string, m map[string]any, uses *uses) Volume {
 	}
 	d.secrets(&v.Source, v.Name, "source", path, label, files.source)
 	d.secrets(&v.Destination, v.Name, "destination", path, label, files.destination)
+	d.groupsWithPortals(path, label, &v)
+	if list, given := m["initiator"]; given {
+		volume := v.Name
+		if faulty["name"] {
+			volume = ""
+		}
+		v.Initiators = d.initiators(list, volume, path+".initiator", label+".initiator")
+	}
 	uses.add(d, path, label, &v, faulty)
 	return v
 }
@@ -129,6 +161,9 @@ func (d *decoder) volumeSettings(v *Volume, files *secretFiles, path, label stri
 				{"rate", size(&v.Copy.Rate)},
 			}
 		})},
+		{"initiator", func(any) error { return nil }}, // read once the name is known
+		{"portal_groups", portalGroups(&v.PortalGroups)},
+		{"reservation_by", oneOf(&v.ReservationBy, ByPort, ByName)},
 	}
 }
 
@@ -171,12 +206,16 @@ type elementFault struct {
 func (e elementFaults) Error() string { return e[0].text }
 
 func (d *decoder) subtable(path, label string, settings func() []setting) func(any) error {
+	return tableOf(func(m map[string]any) { d.table(m, path, label, settings()) })
+}
+
+func tableOf(take func(map[string]any)) func(any) error {
 	return func(v any) error {
 		m, ok := v.(map[string]any)
 		if !ok {
 			return fmt.Errorf("is %s; it is a table of settings", kindOf(v))
 		}
-		d.table(m, path, label, settings())
+		take(m)
 		return nil
 	}
 }
@@ -281,41 +320,6 @@ func oneOf(to *string, choices ...string) func(any) error {
 			return fmt.Errorf("is %v; it is one of %s", v, strings.Join(choices, ", "))
 		}
 		*to = s
-		return nil
-	}
-}
-
-func portals(to *[]string) func(any) error {
-	return func(v any) error {
-		list, ok := v.([]any)
-		if !ok {
-			return fmt.Errorf("is %s; it is a list such as [\"0.0.0.0:3260\"]", kindOf(v))
-		}
-		if len(list) == 0 {
-			return fmt.Errorf("is empty; initiators need at least one address such as \"0.0.0.0:3260\"")
-		}
-		var given []string
-		var faults elementFaults
-		for i, e := range list {
-			fault := func(format string, args ...any) {
-				faults = append(faults, elementFault{i, fmt.Sprintf(format, args...)})
-			}
-			s, ok := e.(string)
-			if !ok {
-				fault("holds %s; it is a list such as [\"0.0.0.0:3260\"]", kindOf(e))
-				continue
-			}
-			if err := checkPortal(s); err != nil {
-				fault("%v", err)
-			} else if slices.Contains(given, s) && !strings.HasSuffix(s, ":0") {
-				fault("has %s twice", s)
-			}
-			given = append(given, s)
-		}
-		if len(faults) > 0 {
-			return faults
-		}
-		*to = given
 		return nil
 	}
 }

@@ -43,13 +43,27 @@ func (s Secret) MarshalText() ([]byte, error) { return []byte(s.String()), nil }
 // "destination_target" for that of the array. Letters of the volume's name become capitals, and
 // what is neither letter nor digit becomes "_".
 func SecretVariable(volume, side string) string {
-	name := strings.Map(func(r rune) rune {
+	return "LUNSHIFT_SECRET_" + variableName(volume) + "_" + strings.ToUpper(side)
+}
+
+// InitiatorSecretVariable is the environment variable with the secret of a CHAP user of
+// a volume's initiators; with "_TARGET" behind it, with that of the target towards that
+// user.
+func InitiatorSecretVariable(volume, user string) string {
+	return "LUNSHIFT_SECRET_" + variableName(volume) + "_INITIATOR_" + variableName(user)
+}
+
+// DiscoverySecretVariable is the environment variable with the secret of the CHAP user
+// of discovery; with "_TARGET" behind it, with that of the target.
+const DiscoverySecretVariable = "LUNSHIFT_SECRET_DISCOVERY"
+
+func variableName(text string) string {
+	return strings.Map(func(r rune) rune {
 		if r >= 'A' && r <= 'Z' || r >= '0' && r <= '9' {
 			return r
 		}
 		return '_'
-	}, strings.ToUpper(volume))
-	return "LUNSHIFT_SECRET_" + name + "_" + strings.ToUpper(side)
+	}, strings.ToUpper(text))
 }
 
 // secrets finds the secrets of one side and holds them against its address. path
@@ -83,26 +97,51 @@ func (d *decoder) secrets(unit *Unit, volume, side, path, label string, files si
 // secret is the secret that SecretVariable holds, or else the file; empty without
 // both.
 func (d *decoder) secret(volume, side, fileKey, path, label, file string) Secret {
-	variable := SecretVariable(volume, side)
-	if value, ok := os.LookupEnv(variable); ok && volume != "" {
-		if value == "" || len(value) > maxSecret {
-			d.fault(path, label, fmt.Sprintf("the secret in %s has %d bytes; it is 1 to %d", variable, len(value), maxSecret))
-		} else if strings.ContainsAny(value, notInSecret) {
-			d.fault(path, label, fmt.Sprintf("the secret in %s has more than one line; a secret is one line of text", variable))
+	if volume != "" {
+		secret, err := d.fromEnvironment(SecretVariable(volume, side), "volume "+volume, 1)
+		if err != nil {
+			d.fault(path, label, err.Error())
 		}
-		return Secret(value)
+		if secret != "" || err != nil {
+			return secret
+		}
 	}
 	if file == "" {
 		return ""
 	}
-	secret, err := readSecret(file)
+	secret, err := readSecret(file, 1)
 	if err != nil {
 		d.fault(path+"."+fileKey, label+"."+fileKey, err.Error())
 	}
 	return secret
 }
 
-func readSecret(file string) (Secret, error) {
+// fromEnvironment is the secret in a variable, with at least so many bytes; empty where
+// the variable is not set. who tells people whose it is: a variable has one owner.
+func (d *decoder) fromEnvironment(variable, who string, least int) (Secret, error) {
+	value, ok := os.LookupEnv(variable)
+	if !ok {
+		return "", nil
+	}
+	if d.variables == nil {
+		d.variables = make(map[string]string)
+	}
+	owner, taken := d.variables[variable]
+	d.variables[variable] = who
+	switch {
+	case taken && owner != who:
+		return "", fmt.Errorf("%s of the environment is the secret of %s too; rename one of them, or use secret files", variable, owner)
+	case len(value) < least || len(value) > maxSecret:
+		return "", fmt.Errorf("the secret in %s has %d bytes; it is %d to %d", variable, len(value), least, maxSecret)
+	case strings.ContainsAny(value, notInSecret):
+		return "", fmt.Errorf("the secret in %s has more than one line; a secret is one line of text", variable)
+	}
+	return Secret(value), nil
+}
+
+// readSecret is the only line of a file that none but its owner may read, with at least
+// so many bytes.
+func readSecret(file string, least int) (Secret, error) {
 	f, err := openFile(file)
 	if err != nil {
 		return "", fmt.Errorf("cannot read %s: %w", file, err)
@@ -121,40 +160,13 @@ func readSecret(file string) (Secret, error) {
 	}
 	secret := bytes.TrimRight(content, "\r\n")
 	if len(secret) == 0 || len(secret) > maxSecret || len(content) > maxSecretFile {
-		return "", fmt.Errorf("%s holds no secret; it is one line of 1 to %d bytes", file, maxSecret)
+		return "", fmt.Errorf("%s holds no secret; it is one line of %d to %d bytes", file, least, maxSecret)
 	}
 	if bytes.ContainsAny(secret, notInSecret) {
 		return "", fmt.Errorf("%s holds more than one line, or a NUL; a secret is one line of text", file)
 	}
+	if len(secret) < least {
+		return "", fmt.Errorf("the secret in %s has %d bytes; it is %d to %d", file, len(secret), least, maxSecret)
+	}
 	return Secret(secret), nil
-}
-
-// sharedEnvironment refuses one variable for two volumes, whose names differ only
-// in case or punctuation.
-func (d *decoder) sharedEnvironment(volumes []Volume) {
-	owner := map[string]string{}
-	for i, v := range volumes {
-		if v.Name == "" {
-			continue
-		}
-		variable := SecretVariable(v.Name, "source")
-		other, taken := owner[variable]
-		if !taken {
-			owner[variable] = v.Name
-			continue
-		}
-		if other != v.Name && anySecret(v.Name) {
-			d.fault(fmt.Sprintf("volume[%d].name", i), "volume["+v.Name+"].name",
-				fmt.Sprintf("has the secret's variable of volume %s; rename one, or use secret files", other))
-		}
-	}
-}
-
-func anySecret(volume string) bool {
-	for _, side := range []string{"source", "source_target", "destination", "destination_target"} {
-		if _, ok := os.LookupEnv(SecretVariable(volume, side)); ok {
-			return true
-		}
-	}
-	return false
 }

@@ -42,8 +42,10 @@ type CheckReport struct {
 	// Running tells whether a service answers on the control socket.
 	Running bool `json:"service_running"`
 	// Refusals are what would keep the service as a whole from starting.
-	Refusals []string       `json:"refusals"`
-	Volumes  []VolumeReport `json:"volumes"`
+	Refusals []string `json:"refusals"`
+	// Discovery is what an initiator proves before it sees a target name.
+	Discovery Proof          `json:"discovery_authentication"`
+	Volumes   []VolumeReport `json:"volumes"`
 }
 
 // VolumeReport is what check found about one volume.
@@ -70,6 +72,16 @@ type VolumeReport struct {
 	RateLimited bool   `json:"estimate_rate_limited"`
 	// Refusals say, a line each, why the volume would be refused; none is good.
 	Refusals []string `json:"refusals"`
+	// Initiators may come in, the first that matches counts; where LoopbackOnly is true
+	// there is no list, and those on this host alone may.
+	Initiators   []InitiatorReport `json:"initiators"`
+	LoopbackOnly bool              `json:"loopback_only"`
+	// PortalGroups are those whose portals lead to the volume; null is all.
+	PortalGroups []uint16 `json:"portal_groups"`
+	// ReservationBy is what a persistent reservation's registration belongs to.
+	ReservationBy string `json:"reservation_by"`
+	// Warnings say, a line each, what may not be meant so; nothing is refused for them.
+	Warnings []string `json:"warnings"`
 }
 
 // UnitReport is one side of a volume.
@@ -106,7 +118,7 @@ func (r CheckReport) Refused() error {
 // says what would be refused. Where a service runs, its volumes are inspected by
 // the service, which holds their units.
 func Check(ctx context.Context, cfg *conf.Config, log logrus.FieldLogger) (CheckReport, error) {
-	report := CheckReport{Config: cfg.Path, Refusals: []string{}, Volumes: []VolumeReport{}}
+	report := CheckReport{Config: cfg.Path, Refusals: []string{}, Discovery: proof(cfg.Service.Discovery), Volumes: []VolumeReport{}}
 	client := NewClient(cfg.Service.Control)
 	served, err := client.Statuses(ctx)
 	if ctx.Err() != nil {
@@ -136,6 +148,9 @@ func Check(ctx context.Context, cfg *conf.Config, log logrus.FieldLogger) (Check
 			slots <- struct{}{}
 			defer func() { <-slots }()
 			reports[i] = checkVolume(ctx, cfg.Service, client, served, records, v, log)
+			running := reports[i]
+			reports[i].admit(cfg.Service, v)
+			reports[i].compareAccess(running)
 		})
 	}
 	group.Wait()
@@ -216,6 +231,7 @@ func (r VolumeReport) close(v conf.Volume, units ...lun.Device) VolumeReport {
 // checkServed inspects a volume of the running service.
 func (s *Service) checkServed(ctx context.Context, e *entry) VolumeReport {
 	report := newReport(e.conf)
+	report.admit(s.cfg.Service, e.conf)
 	e.mu.Lock()
 	units, failure := e.units, e.failure
 	e.mu.Unlock()
@@ -385,7 +401,7 @@ func at(runs []lun.Extent, n, blocks uint64) lun.Extent {
 // checkListeners says whether the service could listen on its portals and on the
 // address of the metrics, all at once.
 func checkListeners(service conf.Service, log logrus.FieldLogger) error {
-	server, err := target.New(target.Config{Portals: portals(service), Log: log})
+	server, err := target.New(targetConfig(service, log))
 	if err != nil {
 		return err
 	}

@@ -166,10 +166,10 @@ func TestCheckFindsWhatServeWouldRefuseOfTheService(t *testing.T) {
 		change func(*conf.Service)
 		want   string
 	}{
-		{"portal", func(s *conf.Service) { s.Portals = []string{taken} }, taken},
+		{"portal", func(s *conf.Service) { s.Portals = []conf.Portal{{Address: taken}} }, taken},
 		{"metrics in use", func(s *conf.Service) { s.HTTP = taken }, "metrics address " + taken},
 		{"metrics not local", func(s *conf.Service) { s.HTTP = "192.0.2.1:9260" }, "metrics address 192.0.2.1:9260"},
-		{"metrics on a portal", func(s *conf.Service) { s.Portals, s.HTTP = []string{freeTCP(t)}, ""; s.HTTP = s.Portals[0] }, "metrics address "},
+		{"metrics on a portal", func(s *conf.Service) { s.HTTP = freeTCP(t); s.Portals = []conf.Portal{{Address: s.HTTP}} }, "metrics address "},
 		{"control is a file", func(s *conf.Service) { s.Control = file }, "control socket " + file},
 		{"control is a directory", func(s *conf.Service) { s.Control = dir }, "control socket " + dir},
 		{"control below a file", func(s *conf.Service) { s.Control = file + "/c.sock" }, "control socket " + file},

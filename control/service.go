@@ -95,7 +95,7 @@ func New(ctx context.Context, cfg *conf.Config, o Options) (_ *Service, err erro
 	if s.store, err = state.Open(cfg.Service.State, state.Options{Log: o.Log}); err != nil {
 		return nil, err
 	}
-	if s.target, err = target.New(target.Config{Portals: portals(cfg.Service), Log: o.Log}); err != nil {
+	if s.target, err = target.New(targetConfig(cfg.Service, o.Log)); err != nil {
 		return nil, err
 	}
 	if err = s.target.Listen(); err != nil {
@@ -108,15 +108,6 @@ func New(ctx context.Context, cfg *conf.Config, o Options) (_ *Service, err erro
 		return nil, err
 	}
 	return s, nil
-}
-
-// portals are those of the configuration, for the target.
-func portals(service conf.Service) []target.Portal {
-	var all []target.Portal
-	for _, p := range service.Portals {
-		all = append(all, target.Portal{Address: p})
-	}
-	return all
 }
 
 func listenMetrics(address string) (net.Listener, error) {
@@ -351,6 +342,7 @@ func (s *Service) openVolume(ctx context.Context, v conf.Volume) (_ Volume, unit
 		SourceAddress: v.Source.Address, DestinationAddress: v.Destination.Address,
 		RegionSize: uint64(v.RegionSize), CopyDepth: v.Copy.Depth, CopyRate: uint64(v.Copy.Rate),
 		Overwrite: v.Overwrite, Autostart: v.Autostart,
+		Initiators: initiators(v), PortalGroups: v.PortalGroups, ReservationsByName: v.ReservationBy == conf.ByName,
 		Store: s.store, Target: s.target, Log: s.log,
 	})
 	if err != nil {

@@ -249,7 +249,7 @@ func TestServiceThatCannotStartSaysWhyAndLetsGo(t *testing.T) {
 		change func(*conf.Config)
 		want   string
 	}{
-		{"portal", func(c *conf.Config) { c.Service.Portals = []string{taken} }, taken},
+		{"portal", func(c *conf.Config) { c.Service.Portals = []conf.Portal{{Address: taken}} }, taken},
 		{"metrics", func(c *conf.Config) { c.Service.HTTP = taken }, "metrics address " + taken},
 		{"source", func(c *conf.Config) { c.Volumes[0].Source.Address = "/nonexistent" }, "volume db01: source: open"},
 		{"array", func(c *conf.Config) {
@@ -537,7 +537,7 @@ destination = "`+unitFile(t, dir, "new2", 1<<20, 0)+`"
 		_, err := service.client.Wait(deadline, "db01", proxy.Migrating, 0)
 		started <- err
 	}()
-	back.Service.Portals = []string{portal}
+	back.Service.Portals = []conf.Portal{{Address: portal}}
 	start(t, back)
 	for {
 		s, err := service.client.Status(deadline, "db01")

@@ -110,6 +110,9 @@ func WriteCheck(w io.Writer, r CheckReport) error {
 	for _, line := range r.Refusals {
 		fmt.Fprintf(w, "refused  %s\n", line)
 	}
+	if r.Discovery != NoProof {
+		fmt.Fprintf(w, "discovery needs %s\n", map[Proof]string{CHAP: "CHAP", MutualCHAP: "mutual CHAP"}[r.Discovery])
+	}
 	result := "nothing would be refused"
 	if len(r.Refusals) > 0 {
 		result = "nothing of this volume would be refused, but see the top"
@@ -137,6 +140,7 @@ func WriteCheck(w io.Writer, r CheckReport) error {
 		t = tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
 		fmt.Fprintf(t, "target\t%s LUN %d\n", v.IQN, v.LUN)
 		fmt.Fprintf(t, "phase\t%s\n", v.Phase)
+		writeAccess(t, v)
 		if r.Running && !v.Served {
 			fmt.Fprintf(t, "served\tno, the running service does not have it: restart the service to serve it\n")
 		}
@@ -161,6 +165,24 @@ func WriteCheck(w io.Writer, r CheckReport) error {
 		}
 	}
 	return nil
+}
+
+// writeAccess writes who may come in, a row each.
+func writeAccess(w io.Writer, v VolumeReport) {
+	title := "may come in"
+	if v.LoopbackOnly {
+		fmt.Fprintf(w, "%s\tloopback only: initiators on this host; add a [[volume.initiator]] with name and networks for others\n", title)
+	}
+	for _, i := range v.Initiators {
+		fmt.Fprintf(w, "%s\t%s, %s\n", title, i.who(), map[Proof]string{NoProof: "without authentication", CHAP: "CHAP", MutualCHAP: "mutual CHAP"}[i.Proof])
+		title = ""
+	}
+	if len(v.PortalGroups) > 0 {
+		fmt.Fprintf(w, "portal groups\t%s\n", strings.Trim(fmt.Sprint(v.PortalGroups), "[]"))
+	}
+	for _, line := range v.Warnings {
+		fmt.Fprintf(w, "warning\t%s\n", line)
+	}
 }
 
 func known(u UnitReport, cell func(UnitReport) string) string {
