@@ -1,0 +1,158 @@
+package main
+
+import (
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"testing"
+
+	"lunshift/tests/peer"
+)
+
+// binary is the lunshift that all tests run.
+var binary string
+
+func TestMain(m *testing.M) {
+	os.Exit(func() int {
+		dir, err := os.MkdirTemp("", "conformance")
+		if err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			return 1
+		}
+		defer os.RemoveAll(dir)
+		binary = filepath.Join(dir, "lunshift")
+		build := exec.Command("go", "build", "-trimpath", "-o", binary, "lunshift/cmd/lunshift")
+		build.Env = append(os.Environ(), "CGO_ENABLED=0")
+		build.Stdout, build.Stderr = os.Stderr, os.Stderr
+		if err := build.Run(); err != nil {
+			fmt.Fprintln(os.Stderr, "build of cmd/lunshift:", err)
+			return 1
+		}
+		return m.Run()
+	}())
+}
+
+// TestSuiteAnswersTheSameInEveryPhase runs all families before, during and after the
+// copy, over units of 512-byte and of 4096-byte blocks.
+func TestSuiteAnswersTheSameInEveryPhase(t *testing.T) {
+	peer.Need(t, tool)
+	for _, block := range []int{512, 4096} {
+		t.Run(fmt.Sprint(block), func(t *testing.T) {
+			t.Parallel()
+			s := serve(t, block)
+			list := exceptions
+			if block < 4096 {
+				list = append(slices.Clone(list), physical)
+			}
+			var before []testCase
+			for _, phase := range phases {
+				if err := s.enter(t.Context(), phase); err != nil {
+					t.Fatal(err)
+				}
+				cases, err := runSuite(t.Context(), s.urls...)
+				if err != nil {
+					t.Errorf("%s: %v", phase, err)
+				}
+				for i, c := range cases {
+					if f := fault(c, list); f != "" {
+						t.Errorf("%s: %s", phase, f)
+					} else if before != nil && before[i].Outcome != c.Outcome {
+						t.Errorf("%s: %s.%s: %s, was %s in phase %s", phase, c.Family, c.ID(), c.Outcome, before[i].Outcome, phases[0])
+					}
+				}
+				if before == nil {
+					before = cases
+				}
+				if err := s.still(t.Context(), phase); err != nil {
+					t.Error(err)
+				}
+			}
+			if err := s.stop(); err != nil {
+				t.Error(err)
+			}
+			// Whatever the suite wrote, in whatever phase, is on both.
+			if err := sameContent(s.source, s.destination); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+}
+
+// serve is startService for a test, which ends with no error in the service's log.
+func serve(t *testing.T, block int) *service {
+	t.Helper()
+	// The control socket's path must fit sun_path, which t.TempDir may not.
+	dir, err := os.MkdirTemp("", "conf")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	s, err := startService(t.Context(), binary, dir, block)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := s.stop(); err != nil {
+			t.Error(err)
+		}
+		lines, err := s.faults()
+		if err != nil {
+			t.Error(err)
+		}
+		for _, line := range lines {
+			t.Errorf("the service logged %s", line)
+		}
+	})
+	return s
+}
+
+const sample = `    [SKIPPED] PERSISTENT RESERVE IN is not implemented.
+
+Suite: A
+  Test: One ...passed
+  Test: Two ...    [SKIPPED] TWO is not implemented.
+    [SKIPPED] SECOND LINE
+passed
+  Test: Three ...FAILED
+    1. three.c:12  - CU_FAIL("[FAILED] it")    [SKIPPED] PERSISTENT RESERVE IN is not implemented.
+    [SKIPPED] PERSISTENT RESERVE IN is not implemented.
+
+Suite: B
+  Test: One ...
+    [FAILED] WRITE10 failed
+passed    [SKIPPED] PERSISTENT RESERVE IN is not implemented.
+`
+
+func TestOutputOfTheSuiteIsReadCaseByCase(t *testing.T) {
+	list := "ALL\nALL.A\nALL.A.One\nALL.A.Two\nALL.A.Three\nALL.B\nALL.B.One\n"
+	cases := parseList(list)
+	ran, ends := parseOutput(sample+"\nRun Summary: x\n", cases)
+	if ran != 4 || !ends {
+		t.Fatalf("%d cases ran, end %v", ran, ends)
+	}
+	for i, want := range []struct {
+		outcome    outcome
+		why        string
+		complaints int
+	}{{passed, "", 0}, {skipped, "TWO is not implemented.", 0}, {failed, `three.c:12  - CU_FAIL("[FAILED] it")`, 0}, {passed, "", 1}} {
+		if c := cases[i]; c.Outcome != want.outcome || c.Why != want.why || len(c.Complaints) != want.complaints {
+			t.Errorf("case %d is %+v", i, c)
+		}
+	}
+	for _, c := range cases[1:] {
+		if fault(c, nil) == "" {
+			t.Errorf("%+v is no fault", c)
+		}
+	}
+	if fault(cases[0], nil) != "" {
+		t.Error("a passed case is a fault")
+	}
+
+	// What ended in the middle has its end nowhere.
+	cases = parseList(list)
+	if ran, ends := parseOutput(sample[:len(sample)-100], cases); ran == 4 || ends || cases[3].Outcome == passed {
+		t.Errorf("%d cases ran of a suite that was cut off, end %v", ran, ends)
+	}
+}

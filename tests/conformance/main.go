@@ -1,0 +1,192 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"slices"
+	"strings"
+	"syscall"
+	"time"
+
+	"lunshift/tests/peer"
+)
+
+func main() {
+	binary := flag.String("lunshift", "bin/lunshift", "the lunshift to run")
+	bound := flag.Duration("bound", 5*time.Minute, "how long one run of the suite may take")
+	flag.Parse()
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	if err := report(ctx, os.Stdout, *binary, *bound); err != nil {
+		fmt.Fprintln(os.Stderr, "conformance:", err)
+		stop()
+		os.Exit(1)
+	}
+}
+
+// run is one run of the suite.
+type run struct {
+	title string
+	list  []exception
+	cases []testCase
+	err   error
+}
+
+// report runs the suite against lunshift and tgtd and writes the table. What lunshift
+// should not have answered is the error.
+func report(ctx context.Context, w io.Writer, binary string, bound time.Duration) error {
+	dir, err := os.MkdirTemp("", "conf")
+	if err != nil {
+		return err
+	}
+	defer os.RemoveAll(dir)
+	var ours []run
+	for _, block := range []int{512, 4096} {
+		list := exceptions
+		if block < 4096 {
+			list = append(slices.Clone(list), physical)
+		}
+		runs, err := lunshiftRuns(ctx, binary, filepath.Join(dir, fmt.Sprint(block)), block, bound)
+		if err != nil {
+			return err
+		}
+		for i := range runs {
+			runs[i].list = list
+		}
+		ours = append(ours, runs...)
+	}
+	theirs, err := tgtdRun(ctx, dir, bound)
+	if err != nil {
+		return err
+	}
+	all := append(slices.Clone(ours), theirs)
+	table(w, all)
+	details(w, all)
+	var faults []error
+	for _, r := range ours {
+		if r.err != nil {
+			faults = append(faults, fmt.Errorf("%s: %w", r.title, r.err))
+		}
+		for _, c := range r.cases {
+			if f := fault(c, r.list); f != "" {
+				faults = append(faults, fmt.Errorf("%s: %s", r.title, f))
+			}
+		}
+	}
+	return errors.Join(faults...)
+}
+
+func lunshiftRuns(ctx context.Context, binary, dir string, block int, bound time.Duration) (runs []run, err error) {
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		return nil, err
+	}
+	s, err := startService(ctx, binary, dir, block)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, s.stop()) }()
+	for _, phase := range phases {
+		if err := s.enter(ctx, phase); err != nil {
+			return nil, err
+		}
+		r := run{title: fmt.Sprintf("lunshift, %d-byte blocks, %s", block, phase)}
+		r.cases, r.err = bounded(ctx, bound, s.urls...)
+		runs = append(runs, r)
+	}
+	return runs, nil
+}
+
+func tgtdRun(ctx context.Context, dir string, bound time.Duration) (r run, err error) {
+	image := filepath.Join(dir, "tgtd.img")
+	if err := thinFile(image, volumeSize, volumeSize/2); err != nil {
+		return r, err
+	}
+	d, err := peer.NewTgtd(ctx, dir)
+	if err != nil {
+		return r, err
+	}
+	defer func() {
+		if e := d.Close(); r.err == nil {
+			r.err = e
+		}
+	}()
+	if err := d.AddTarget(ctx, volumeIQN, []peer.Unit{{Path: image, Thin: true}}); err != nil {
+		return r, err
+	}
+	url := d.LUN(volumeIQN, 1).URL()
+	r = run{title: "tgtd, 512-byte blocks"}
+	r.cases, r.err = bounded(ctx, bound, url, url)
+	return r, nil
+}
+
+// bounded is runSuite that ends in bounded time: a target may leave a case without an
+// answer.
+func bounded(ctx context.Context, bound time.Duration, urls ...string) ([]testCase, error) {
+	ctx, cancel := context.WithTimeout(ctx, bound)
+	defer cancel()
+	return runSuite(ctx, urls...)
+}
+
+// table writes the counts of each family.
+func table(w io.Writer, runs []run) {
+	fmt.Fprintln(w, "| target | family | cases | passed | failed | skipped | not run |")
+	fmt.Fprintln(w, "|---|---|---:|---:|---:|---:|---:|")
+	for _, r := range runs {
+		var families []string
+		count := map[string]map[outcome]int{}
+		for _, c := range r.cases {
+			for _, f := range []string{c.Family, "together"} {
+				if count[f] == nil {
+					count[f] = map[outcome]int{}
+					if f != "together" {
+						families = append(families, f)
+					}
+				}
+				count[f][c.Outcome]++
+			}
+		}
+		for _, f := range append(families, "together") {
+			n := count[f]
+			fmt.Fprintf(w, "| %s | %s | %d | %d | %d | %d | %d |\n", r.title, f,
+				n[passed]+n[failed]+n[skipped]+n[missing], n[passed], n[failed], n[skipped], n[missing])
+		}
+	}
+}
+
+// details writes why cases failed or were skipped, each once: the families hold the
+// same cases.
+func details(w io.Writer, runs []run) {
+	for _, r := range runs {
+		type entry struct {
+			outcome outcome
+			why     string
+		}
+		var order []entry
+		ids := map[entry][]string{}
+		for _, c := range r.cases {
+			if c.Outcome == passed {
+				continue
+			}
+			e := entry{c.Outcome, c.Why}
+			if ids[e] == nil {
+				order = append(order, e)
+			}
+			if !slices.Contains(ids[e], c.ID()) {
+				ids[e] = append(ids[e], c.ID())
+			}
+		}
+		fmt.Fprintf(w, "\n%s:\n", r.title)
+		if r.err != nil {
+			fmt.Fprintf(w, "  %v\n", r.err)
+		}
+		for _, e := range order {
+			fmt.Fprintf(w, "  %s (%s): %s\n", e.outcome, e.why, strings.Join(ids[e], " "))
+		}
+	}
+}
