@@ -184,7 +184,12 @@ func (v *Volume) takeUp(ctx context.Context, r state.Record, found bool) error {
 		// Nothing is on disk yet that hangs on the units, so the configuration
 		// counts.
 		if found {
-			if err := v.cfg.Store.Forget(v.cfg.Name); err != nil {
+			// The initiators' reservations stay with the unit that they know.
+			renew := v.cfg.Store.Renew
+			if r.SourceID != s.ID {
+				renew = v.cfg.Store.Forget
+			}
+			if err := renew(v.cfg.Name); err != nil {
 				return v.errorf("renew its state: %w", err)
 			}
 		}
@@ -240,6 +245,7 @@ func (v *Volume) front() target.Unit {
 
 		Initiators: v.cfg.Initiators, PortalGroups: v.cfg.PortalGroups,
 		ReservationsByName: v.cfg.ReservationsByName,
+		Reservations:       reservations{v.cfg.Store, v.cfg.Name},
 	}
 }
 
