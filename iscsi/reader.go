@@ -142,6 +142,22 @@ func (r *Reader) AHS() []byte { return r.ahs }
 
 // ExtendedCDB is the CDB beyond its first sixteen bytes, or nil (RFC 7143 11.2.2.3).
 func (r *Reader) ExtendedCDB() ([]byte, error) {
+	b, err := r.segment(1)
+	if b != nil {
+		b = b[4:]
+	}
+	return b, err
+}
+
+// Bidirectional tells whether the PDU brings the expected length of data that is to
+// go the other way than its flags say (RFC 7143 11.2.2.4).
+func (r *Reader) Bidirectional() bool {
+	b, _ := r.segment(2)
+	return b != nil
+}
+
+// segment is the additional header segment of that type, from its length on, or nil.
+func (r *Reader) segment(kind byte) ([]byte, error) {
 	for b := r.ahs; len(b) > 0; {
 		if len(b) < 4 {
 			return nil, ErrAHS
@@ -150,8 +166,8 @@ func (r *Reader) ExtendedCDB() ([]byte, error) {
 		if n < 1 || 3+n > len(b) {
 			return nil, ErrAHS
 		}
-		if b[2] == 1 {
-			return b[4 : 3+n], nil
+		if b[2] == kind {
+			return b[:3+n], nil
 		}
 		b = b[min(len(b), (3+n+3)&^3):]
 	}

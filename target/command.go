@@ -92,6 +92,9 @@ func (c *conn) check(t *task) error {
 		}
 		return senseInvalidOpcode
 	}
+	if t.flags&iscsi.FlagRead != 0 && t.flags&iscsi.FlagWrite != 0 || c.r.Bidirectional() {
+		return senseInvalidIU // no command here moves data both ways
+	}
 	if n, err := c.r.ExtendedCDB(); err != nil || n != nil || !t.op.reservedClear(t.cdb[:]) {
 		return senseInvalidField
 	}
@@ -167,7 +170,11 @@ func (c *conn) readNow(h *iscsi.BHS) bool {
 	defer u.gate.leave()
 	itt := h.ITT()
 	if n > iscsi.MaxFrame {
+		if !c.bytes.take(cost(n)) {
+			return false
+		}
 		b := newBuffer(n)
+		b.from, b.n = &c.bytes, cost(n)
 		if ok, err := u.prober.TryReadAt(b.b, lun.LBA(lba)); !ok || err != nil {
 			b.Release()
 			return false
@@ -210,10 +217,50 @@ func (c *conn) start(t *task) {
 		c.finish(t, err)
 		return
 	}
-	if n := int64(t.alloc); t.op.bulk && n > freely && !c.admit(t, n) {
+	if n := t.need(); n > 0 && !c.admitNow(t, n) && !c.admit(t, n) {
 		return
 	}
 	c.dispatch(t)
+}
+
+// need is how much of BytesInFlight the task takes.
+func (t *task) need() int64 {
+	n := int64(t.op.scratch)
+	if t.op.bulk && t.alloc > 0 {
+		n += cost(t.alloc)
+	}
+	if t.want > 0 {
+		n += cost(t.want)
+	}
+	return n
+}
+
+// admitNow is admit for a task that does not wait; nothing is allocated. c.mu is held.
+func (c *conn) admitNow(t *task, n int64) bool {
+	if !c.bytes.take(n) {
+		return false
+	}
+	t.credit, t.admitted = n, true
+	return true
+}
+
+// admitEarly takes n bytes for data of a task that waits for its memory, of which a
+// session has half at most. c.mu is held.
+func (c *conn) admitEarly(t *task, n int64) bool {
+	if c.early+n > c.srv.cfg.BytesInFlight/8 || !c.srv.bytes.takeEarly(n) {
+		return false
+	}
+	c.early += n
+	t.earlyCredit = n
+	return true
+}
+
+func (c *conn) releaseEarly(t *task) {
+	if n := t.earlyCredit; n > 0 {
+		t.earlyCredit = 0
+		c.early -= n
+		c.srv.bytes.early.Add(n)
+	}
 }
 
 // admit takes n bytes of the server's for the task, now or, with false, later: then

@@ -19,6 +19,9 @@ import (
 // readBuffer is how much a connection reads at a time, in bytes.
 const readBuffer = 256 << 10
 
+// firstBuffer is the same during the login.
+const firstBuffer = 4 << 10
+
 // mostImmediate bounds the immediate commands of a session, which the command
 // window does not count.
 const mostImmediate = 32
@@ -81,7 +84,8 @@ type conn struct {
 	readers sync.WaitGroup // those that the role was handed over to
 	readEnd chan error     // buffered 1: what ended the reading
 
-	queue   chan *task // tasks for the workers; never full
+	early   int64      // bytes held by data of tasks that wait for memory
+	queue   chan *task // tasks for the workers; never full; nil until one is needed
 	idle    int        // workers that wait, less tasks on their way to them
 	backlog int        // tasks in queue that no idle worker waits for
 	workers sync.WaitGroup
@@ -91,14 +95,14 @@ type conn struct {
 
 func newConn(s *Server, nc net.Conn, group uint16) *conn {
 	c := &conn{
-		srv: s, nc: nc, from: remote(nc), group: group, bytes: share{a: s.bytes}, since: time.Now(), done: make(chan struct{}),
+		srv: s, nc: nc, from: remote(nc), group: group, since: time.Now(), done: make(chan struct{}),
 		log:    s.log.WithField("address", nc.RemoteAddr().String()),
 		window: uint32(s.cfg.CommandsPerSession),
 		tasks:  map[uint32]*task{}, attention: map[uint64][]sense{},
 		readEnd: make(chan error, 1),
-		queue:   make(chan *task, s.cfg.CommandsPerSession+mostImmediate),
 	}
-	c.r = iscsi.NewReader(nc, readBuffer)
+	c.bytes.a = s.bytes
+	c.r = iscsi.NewReader(nc, firstBuffer)
 	c.r.MaxAHS = 0 // until the login is done
 	c.w = iscsi.NewWriter(nc, &c.mu)
 	return c
@@ -109,6 +113,7 @@ func (c *conn) serve() {
 	defer close(c.done)
 	err := c.guarded(c.login)
 	if err == nil {
+		c.r.Resize(readBuffer)
 		c.watched(c.srv.watcher)
 		err = c.lead()
 	}
@@ -124,13 +129,17 @@ func (c *conn) serve() {
 	c.readers.Wait()
 	c.unwatched()
 	c.mu.Lock()
-	close(c.queue)
+	if c.queue != nil {
+		close(c.queue)
+	}
 	c.mu.Unlock()
 	c.workers.Wait()
 	c.mu.Lock()
 	c.w.Close(net.ErrClosed)
 	cause := c.cause
 	c.mu.Unlock()
+	c.r.Close()
+	c.bytes.leave()
 	c.srv.mu.Lock()
 	delete(c.srv.conns, c)
 	was := c.loggedIn && c.node != nil // a discovery session tells neither beginning nor end
@@ -404,6 +413,7 @@ func (c *conn) keepAlive() {
 		c.mu.Unlock()
 		return
 	}
+	c.restWorkers()
 	// This goroutine serves every session: it must not wait for one that takes nothing.
 	if !c.w.Room(0) {
 		if dead := c.stuck && c.stuckAt == c.w.Writes(); !dead {

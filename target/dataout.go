@@ -1,6 +1,7 @@
 package target
 
 import (
+	"errors"
 	"fmt"
 	"time"
 
@@ -9,8 +10,15 @@ import (
 
 // Data-out comes as immediate data with the command, as unsolicited Data-Out PDUs
 // up to FirstBurstLength, and as answers to R2Ts (RFC 7143 4.2.5.2). It is read
-// straight into the memory that the device writes from. A task that must wait for
-// memory keeps what comes unsolicited in early.
+// straight into the memory that the device writes from, which a task has from
+// its first byte on: what is only announced takes none. A task that must wait for memory
+// keeps what comes unsolicited in early.
+
+// r2t is an R2T whose data did not all arrive.
+type r2t struct {
+	ttt uint32
+	end int // the buffer offset where it ends
+}
 
 // beginDataOut takes the immediate data of a task that wants data-out. c.mu is
 // held.
@@ -28,14 +36,14 @@ func (c *conn) beginDataOut(t *task, h *iscsi.BHS) error {
 	}
 	t.unsolicited = !final
 	t.offset = uint32(n)
-	if t.want <= freely || c.admit(t, int64(t.want)) {
-		t.admitted = true
-		t.outBuf = t.buffer(t.want)
-		t.out = t.outBuf.b
-	} else if n > 0 || t.unsolicited {
-		t.early = newBuffer(min(first, t.want))
+	if need := t.need(); !c.admitNow(t, need) {
+		if (n > 0 || t.unsolicited) && !c.admitEarly(t, cost(min(first, t.want))) {
+			c.finish(t, errTaskSetFull) // and its data is dropped
+			return nil
+		}
+		c.admit(t, need)
 	}
-	return c.take(t, n)
+	return c.take(t, h, n, true)
 }
 
 // dataOut takes a Data-Out PDU (RFC 7143 11.7).
@@ -66,20 +74,21 @@ func (c *conn) dataOut(h *iscsi.BHS) error {
 		}
 		t.offset += uint32(n)
 		t.unsolicited = !h.Final()
-		return c.take(t, n)
+		return c.take(t, h, n, h.Final())
 	}
+	// The R2Ts of a task are answered in their order (RFC 7143 11.8).
 	switch {
-	case t.ttt == 0 || h.TTT() != t.ttt || offset != t.received:
+	case len(t.open) == 0 || h.TTT() != t.open[0].ttt || offset != t.received:
 		return c.malformed(h, "Data-Out does not follow its R2T")
-	case offset+n > t.r2tEnd:
+	case offset+n > t.open[0].end:
 		return c.malformed(h, "Data-Out beyond its R2T")
-	case h.Final() != (offset+n == t.r2tEnd):
+	case h.Final() != (offset+n == t.open[0].end):
 		return c.malformed(h, "Data-Out ends before its R2T does")
 	}
 	if h.Final() {
-		t.ttt = 0
+		t.open = t.open[:copy(t.open, t.open[1:])]
 	}
-	return c.take(t, n)
+	return c.take(t, h, n, h.Final())
 }
 
 // lost fails a task of whose data a part did not arrive; what still comes of it is
@@ -87,7 +96,7 @@ func (c *conn) dataOut(h *iscsi.BHS) error {
 func (c *conn) lost(t *task, h *iscsi.BHS) error {
 	if t.claim != nil {
 		if !c.bytes.cancel(t.claim) {
-			return c.malformed(h, "Data-Out number %d where %d is next", h.DataSN(), t.outSN)
+			return c.malformed(h, "Data-Out %d of a command was lost", h.DataSN())
 		}
 		t.claim = nil
 		c.claims.Done()
@@ -97,24 +106,33 @@ func (c *conn) lost(t *task, h *iscsi.BHS) error {
 }
 
 // take reads n bytes of data into the task's memory and goes on with the task when
-// that is the end of a sequence. c.mu is held.
-func (c *conn) take(t *task, n int) error {
-	dst := t.out
-	if dst == nil && t.early != nil {
-		dst = t.early.b
-	}
-	n = min(n, len(dst)-t.received) // more than the CDB wants is dropped
+// they are the last of a sequence. c.mu is held.
+func (c *conn) take(t *task, h *iscsi.BHS, n int, last bool) error {
+	n = min(n, t.want-t.received) // more than the CDB wants is dropped
 	var err error
 	if n > 0 || c.r.Left() > 0 {
+		dst := t.room(n)
 		t.reading = true
 		c.unlocked(func() {
 			// To the end of the segment: only there is its digest.
-			if err = c.r.ReadData(dst[t.received : t.received+n]); err == nil {
+			if err = c.r.ReadData(dst); err == nil {
 				err = c.r.Discard()
 			}
 		})
 		t.reading = false
 		t.received += n
+	}
+	switch damaged := errors.Is(err, iscsi.ErrDigest); {
+	case damaged && h.Opcode() != iscsi.OpDataOut:
+		// Without the command the numbers that follow have a gap, which nothing fills at
+		// error recovery level 0: the session is to recover (RFC 7143 7.8).
+		c.reject(h, iscsi.RejectDataDigest)
+	case damaged && !c.closing:
+		c.reject(h, iscsi.RejectDataDigest)
+		err = nil
+		if !t.aborted {
+			return c.lost(t, h)
+		}
 	}
 	switch {
 	case t.aborted:
@@ -130,7 +148,7 @@ func (c *conn) take(t *task, n int) error {
 		if !c.closing {
 			t.abort()
 		}
-	case t.unsolicited || t.ttt != 0:
+	case t.unsolicited || !last:
 		t.since = time.Now()
 	case !t.admitted:
 		t.since = time.Time{}
@@ -141,6 +159,23 @@ func (c *conn) take(t *task, n int) error {
 		return fmt.Errorf("data of a command: %w", err)
 	}
 	return nil
+}
+
+// room is the memory for the next n bytes of the task's data.
+func (t *task) room(n int) []byte {
+	switch {
+	case n == 0:
+		return nil
+	case t.early != nil:
+		return t.early.b[t.received : t.received+n]
+	case t.out == nil && !t.admitted:
+		t.early = newBuffer(min(int(t.c.params.FirstBurstLength), t.want))
+		return t.early.b[:n]
+	case t.out == nil:
+		t.outBuf = t.buffer(t.want)
+		t.out = t.outBuf.b
+	}
+	return t.out[t.received : t.received+n]
 }
 
 // dataMissing tells whether data-out is due for longer than DataTimeout.
@@ -157,43 +192,64 @@ func (c *conn) dataMissing(now time.Time) bool {
 
 // proceed asks for the data that is missing, or lets the task run. c.mu is held.
 func (c *conn) proceed(t *task, run func(*task)) {
-	t.reading = true // keeps the task while room is made
-	c.w.Reserve(0)
-	t.reading = false
-	if t.aborted {
-		c.end(t)
-		return
-	}
-	if t.out == nil {
-		t.outBuf = t.buffer(t.want)
-		t.out = t.outBuf.b
+	switch {
+	case t.received == t.want:
 		if t.early != nil {
-			copy(t.out, t.early.b[:t.received])
-			t.early.Release()
-			t.early = nil
+			t.out = t.early.b[:t.want]
 		}
-	}
-	if t.received == t.want {
 		t.since = time.Time{}
 		run(t)
 		return
+	case t.early != nil:
+		t.outBuf = t.buffer(t.want)
+		t.out = t.outBuf.b
+		copy(t.out, t.early.b[:t.received])
+		t.early.Release()
+		t.early = nil
+		c.releaseEarly(t)
 	}
 	t.since = time.Now()
-	n := min(t.want-t.received, int(c.params.MaxBurstLength))
-	t.ttt = c.newTTT()
-	t.r2tEnd = t.received + n
+	for begin := true; len(t.open) < int(c.params.MaxOutstandingR2T); begin = false {
+		at := t.received
+		if n := len(t.open); n > 0 {
+			at = t.open[n-1].end
+		}
+		if at == t.want {
+			return
+		}
+		if begin {
+			t.reading = true // keeps the task while room is made
+			c.w.Reserve(0)
+			t.reading = false
+			if t.aborted {
+				c.end(t)
+				return
+			}
+		} else if !c.w.Room(0) {
+			return // the rest is asked for when data of this has come
+		}
+		c.ask(t, at)
+	}
+}
+
+// ask queues an R2T for the next burst, at a buffer offset (RFC 7143 11.8). There is
+// room for it. c.mu is held.
+func (c *conn) ask(t *task, at int) {
+	n := min(t.want-at, int(c.params.MaxBurstLength))
+	ttt := c.newTTT()
+	t.open = append(t.open, r2t{ttt, at + n})
 	r, data := c.w.Frame(0)
 	r.SetOpcode(iscsi.OpR2T)
 	r.SetFlags(iscsi.FlagFinal)
 	r.SetLUN(t.lunField)
 	r.SetITT(t.itt)
-	r.SetTTT(t.ttt)
+	r.SetTTT(ttt)
 	// An R2T carries the next StatSN and does not use it up (RFC 7143 11.8.3).
 	r.SetStatSN(c.statSN)
 	c.numbers(r)
 	r.SetDataSN(t.r2tSN)
 	t.r2tSN++
-	r.SetBufferOffset(uint32(t.received))
+	r.SetBufferOffset(uint32(at))
 	r.SetDesiredLength(uint32(n))
 	c.w.Commit(r, data)
 }

@@ -109,10 +109,6 @@ func FuzzSession(f *testing.F) {
 			}
 		}
 		hook.Reset()
-		s.bytes.mu.Lock()
-		defer s.bytes.mu.Unlock()
-		if s.bytes.free != s.cfg.BytesInFlight {
-			t.Errorf("%d of %d bytes in flight came back", s.bytes.free, s.cfg.BytesInFlight)
-		}
+		allBack(t, s)
 	})
 }

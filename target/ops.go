@@ -23,6 +23,7 @@ type operation struct {
 	noAttention bool // does not report unit attentions
 	quick       bool // never waits: runs on the reader
 	bulk        bool // data-in is charged to BytesInFlight
+	scratch     int  // bytes of memory besides the data that moves; charged as well
 	partial     bool // less data-out than the CDB says is done as far as it goes
 	exact       bool // data-out is as long as the CDB says, or the command is refused
 	thin        bool // only for a unit that is thin

@@ -20,6 +20,9 @@ const (
 	keyMiscompare     = 0xe
 )
 
+// errTaskSetFull: there is no memory for a command's data, which comes unasked.
+var errTaskSetFull = errors.New("task set full")
+
 // sense is a sense key with its additional sense code (SPC-4 4.5), as an error.
 type sense struct{ Key, ASC, ASCQ byte }
 
@@ -56,6 +59,7 @@ var (
 //	lun.ErrUnavailable      NOT READY, BECOMING READY: initiators try again
 //	lun.ErrUnsupported      ILLEGAL REQUEST, INVALID FIELD IN CDB
 //	lun.ErrConflict         RESERVATION CONFLICT
+//	errTaskSetFull          TASK SET FULL
 //	context.Canceled        TASK ABORTED (only where the task itself was not aborted)
 //	anything else           HARDWARE ERROR, INTERNAL TARGET FAILURE
 func statusOf(t *task, err error) (status byte, data []byte) {
@@ -77,6 +81,8 @@ func statusOf(t *task, err error) (status byte, data []byte) {
 		s = senseBecomingReady
 	case errors.Is(err, lun.ErrUnsupported):
 		s = senseInvalidField
+	case err == errTaskSetFull:
+		return iscsi.StatusTaskSetFull, nil
 	case errors.Is(err, lun.ErrConflict):
 		return iscsi.StatusReservationConflict, nil
 	case errors.Is(err, context.Canceled):

@@ -44,14 +44,13 @@ type work struct {
 	whole  int
 	outBuf *buffer
 	inBuf  *buffer
-	early  *buffer // data that came before out was admitted
+	early  *buffer // data that came before the task was admitted
 
 	// The transfer of data-out; the reader's, and under conn.mu where granted meets it.
 	received    int    // bytes of out (or early) that are there
 	offset      uint32 // next buffer offset of unsolicited data
 	unsolicited bool   // unsolicited Data-Out PDUs are to come
-	ttt         uint32 // of the open R2T; 0 none
-	r2tEnd      int    // where the open R2T ends
+	open        []r2t  // in their order, each from where the one before ends
 	r2tSN       uint32
 	outSN       uint32    // DataSN of the next Data-Out of the sequence
 	since       time.Time // when data was last asked for or came; zero where none is due
@@ -59,6 +58,7 @@ type work struct {
 	claim       *claim    // that waits for bytes; nil none
 	admitted    bool      // bytes were granted
 	credit      int64     // bytes granted and not yet given to a buffer
+	earlyCredit int64     // bytes for early data
 
 	// Under conn.mu.
 	reader  uint64 // conn.reader when it began to run on the reader
@@ -180,7 +180,8 @@ func (c *conn) dispose(t *task) {
 	if t.credit > 0 {
 		c.bytes.release(t.credit)
 	}
-	t.work = work{waiters: t.waiters[:0]}
+	c.releaseEarly(t)
+	t.work = work{waiters: t.waiters[:0], open: t.open[:0]}
 	t.life.reset()
 	taskPool.Put(t)
 }
@@ -201,18 +202,35 @@ func (c *conn) enqueue(t *task) {
 	switch {
 	case c.idle > 0:
 		c.idle--
-	case c.started < cap(c.queue):
+	case c.started < c.mostTasks():
+		if c.queue == nil {
+			c.queue = make(chan *task, c.mostTasks())
+		}
 		c.started++
-		c.workers.Go(c.work)
+		c.workers.Go(func() { c.work(c.queue) })
 	default:
 		c.backlog++
 	}
 	c.queue <- t
 }
 
-// work runs tasks until the connection is gone.
-func (c *conn) work() {
-	for t := range c.queue {
+// mostTasks bounds the tasks of the session at a time.
+func (c *conn) mostTasks() int { return int(c.window) + mostImmediate }
+
+// restWorkers ends the workers that have nothing to do. c.mu is held.
+func (c *conn) restWorkers() {
+	for ; c.idle > 0; c.idle-- {
+		c.started--
+		c.queue <- nil
+	}
+}
+
+// work runs tasks until the connection is gone, or until it gets none.
+func (c *conn) work(queue <-chan *task) {
+	for t := range queue {
+		if t == nil {
+			return
+		}
 		if err := c.guarded(func() error { c.run(t); return nil }); err != nil {
 			c.close(err)
 		}
