@@ -105,6 +105,9 @@ type Status struct {
 	// Hold is how long initiator I/O was held at cutover, in milliseconds.
 	Hold *float64 `json:"cutover_hold_ms,omitempty"`
 
+	// Verify is null where source and destination were never compared.
+	Verify *VerifyStatus `json:"verify"`
+
 	Sessions    []target.SessionInfo `json:"sessions"`
 	Source      UnitStatus           `json:"source"`
 	Destination UnitStatus           `json:"destination"`

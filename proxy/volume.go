@@ -91,7 +91,8 @@ type Volume struct {
 	faults   map[string]string
 	samples  []sample
 
-	faulty atomic.Bool // faults is not empty
+	faulty    atomic.Bool // faults is not empty
+	verifying atomic.Pointer[verification]
 
 	copying *copying // guarded by step
 	closed  bool     // guarded by step
@@ -266,6 +267,7 @@ func (v *Volume) Status() Status {
 	r := v.record
 	s.Degraded, s.DegradedReason = v.degraded()
 	s.Rate = v.rate()
+	s.Verify = v.verified()
 	v.mu.Unlock()
 	s.StartedAt, s.SyncedAt, s.CutoverAt = r.StartedAt, r.SyncedAt, r.CutoverAt
 	if r.Hold != nil {

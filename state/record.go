@@ -51,6 +51,17 @@ type Record struct {
 	CutoverAt *time.Time `json:"cutover_at,omitempty"`
 	// Hold is how long initiator I/O was held at cutover.
 	Hold *time.Duration `json:"hold_ns,omitempty"`
+	// Verified is the last comparison of source and destination; nil without.
+	Verified *Verified `json:"verified,omitempty"`
+}
+
+// Verified is the outcome of a comparison of source and destination.
+type Verified struct {
+	At time.Time `json:"at"`
+	// Sample is true where a part was compared. The sizes are bytes.
+	Sample         bool   `json:"sample"`
+	ComparedBytes  uint64 `json:"compared_bytes"`
+	DifferentBytes uint64 `json:"different_bytes"`
 }
 
 // storedRecord is a Record on disk.

@@ -1,0 +1,304 @@
+package proxy
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"math/rand/v2"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	copier "lunshift/copy"
+	"lunshift/lun"
+	"lunshift/state"
+)
+
+const (
+	// verifyChunk is how much of each side is compared at a time, in bytes.
+	verifyChunk = 256 << 10
+	// verifyDepth is how many chunks are under way.
+	verifyDepth = 4
+	// mostDifferences is how many differing extents a report lists.
+	mostDifferences = 1000
+)
+
+// VerifyOptions say how much is compared, and how fast.
+type VerifyOptions struct {
+	// Sample is how many bytes to compare, at places chosen at random; 0 is all.
+	Sample uint64
+	// Rate is how many bytes per second are read of each side; 0 is no limit.
+	Rate uint64
+}
+
+// VerifyReport is the outcome of a comparison of source and destination. Sizes are
+// bytes.
+type VerifyReport struct {
+	StartedAt time.Time `json:"started_at"`
+	EndedAt   time.Time `json:"ended_at"`
+	// Sample is true where not everything was to be compared.
+	Sample bool `json:"sample"`
+	// Compared was read of both sides. Unallocated is without storage on both, and so
+	// reads as zeroes on both. Written was not compared, as initiators wrote it.
+	Compared    uint64 `json:"compared_bytes"`
+	Unallocated uint64 `json:"unallocated_bytes"`
+	Written     uint64 `json:"initiator_written_bytes"`
+	// Different is what differs; Extents are the first places, in rising order, and
+	// More says that there are others.
+	Different uint64       `json:"different_bytes"`
+	Extents   []Difference `json:"different_extents"`
+	More      bool         `json:"more"`
+}
+
+// Difference is a run of blocks that differ.
+type Difference struct {
+	LBA    uint64 `json:"lba"`
+	Blocks uint64 `json:"blocks"`
+}
+
+// VerifyStatus is how far a comparison is, or how the last one ended. Sizes are bytes.
+type VerifyStatus struct {
+	Running bool `json:"running"`
+	// Total is what is to be looked at, Done what was, while Running.
+	Total uint64 `json:"total_bytes,omitempty"`
+	Done  uint64 `json:"done_bytes,omitempty"`
+	// Last is the last comparison that came to its end; null where there was none.
+	Last *state.Verified `json:"last"`
+}
+
+// verification is one comparison under way.
+type verification struct {
+	v        *Volume
+	throttle *copier.Throttle
+	total    atomic.Uint64
+	looked   atomic.Uint64
+
+	mu     sync.Mutex // protects report
+	report VerifyReport
+}
+
+// Verify compares source and destination block by block while initiators go on,
+// leaving out what they wrote since the start: what differs elsewhere was copied
+// wrongly, or was changed behind lunshift's back. Only in phase synced, one at a time.
+// It changes nothing. An error says that it did not come to its end.
+func (v *Volume) Verify(ctx context.Context, o VerifyOptions) (VerifyReport, error) {
+	if v.Phase() != Synced {
+		return VerifyReport{}, v.notAllowed("verify", fmt.Sprintf("source and destination are compared in phase %s", Synced))
+	}
+	x := &verification{v: v, throttle: copier.NewThrottle(o.Rate)}
+	x.report = VerifyReport{StartedAt: time.Now(), Sample: o.Sample > 0, Extents: []Difference{}}
+	if !v.verifying.CompareAndSwap(nil, x) {
+		return VerifyReport{}, v.errorf("a comparison is under way already: wait for its end (lunshift status %s)", v.cfg.Name)
+	}
+	defer v.verifying.Store(nil)
+	if err := x.run(ctx, o.Sample); err != nil {
+		return VerifyReport{}, v.errorf("verify: %w", err)
+	}
+	x.report.EndedAt = time.Now()
+	slices.SortFunc(x.report.Extents, func(a, b Difference) int { return int(min(max(int64(a.LBA)-int64(b.LBA), -1), 1)) })
+	r := x.report
+	err := v.save(ctx, func(rec *state.Record) {
+		rec.Verified = &state.Verified{At: r.EndedAt, Sample: r.Sample, ComparedBytes: r.Compared, DifferentBytes: r.Different}
+	})
+	return r, err
+}
+
+// run compares what has storage on either side.
+func (x *verification) run(ctx context.Context, sample uint64) error {
+	runs, err := x.allocated(ctx)
+	if err != nil {
+		return err
+	}
+	bs := uint64(x.v.info.BlockSize)
+	var chunks []lun.Extent
+	var blocks uint64
+	for _, r := range runs {
+		blocks += r.Blocks
+		for !r.Empty() {
+			c := lun.Extent{Start: r.Start, Blocks: min(r.Blocks, verifyChunk/bs)}
+			chunks = append(chunks, c)
+			r.Start, r.Blocks = c.End(), r.Blocks-c.Blocks
+		}
+	}
+	x.report.Unallocated = (x.v.info.Blocks - blocks) * bs
+	if sample > 0 {
+		rand.Shuffle(len(chunks), func(i, j int) { chunks[i], chunks[j] = chunks[j], chunks[i] })
+		chunks = chunks[:min(uint64(len(chunks)), (sample+verifyChunk-1)/verifyChunk)]
+	}
+	var total uint64
+	for _, c := range chunks {
+		total += c.Blocks * bs
+	}
+	x.total.Store(total)
+	parts, gctx := errgroup.WithContext(ctx)
+	parts.SetLimit(verifyDepth)
+	for _, c := range chunks {
+		if gctx.Err() != nil {
+			break
+		}
+		parts.Go(func() error {
+			defer x.looked.Add(c.Blocks * bs)
+			return x.chunk(gctx, c)
+		})
+	}
+	return parts.Wait()
+}
+
+// allocated gives the runs that have storage on either side, in rising order. What
+// initiators allocate meanwhile they wrote, and so it is left out either way.
+func (x *verification) allocated(ctx context.Context) ([]lun.Extent, error) {
+	var both []lun.Extent
+	for _, u := range []*unit{x.v.source, x.v.destination} {
+		info := u.Info()
+		all := x.v.info.All()
+		if !info.ReportsAllocation || !info.UnmapZeroes {
+			return []lun.Extent{all}, nil
+		}
+		m, err := copier.Survey(ctx, u, all, nil)
+		if err != nil {
+			return nil, err
+		}
+		both = append(both, m.Within(all)...)
+	}
+	slices.SortFunc(both, func(a, b lun.Extent) int { return int(min(max(int64(a.Start)-int64(b.Start), -1), 1)) })
+	merged := both[:0]
+	for _, e := range both {
+		if n := len(merged); n > 0 && e.Start <= merged[n-1].End() {
+			merged[n-1].Blocks = max(merged[n-1].Blocks, uint64(e.End()-merged[n-1].Start))
+			continue
+		}
+		merged = append(merged, e)
+	}
+	return merged, nil
+}
+
+// chunk compares what initiators did not write of e.
+func (x *verification) chunk(ctx context.Context, e lun.Extent) error {
+	clean := x.clean(e)
+	left := e.Blocks
+	for _, c := range clean {
+		left -= c.Blocks
+		if err := x.throttle.Wait(ctx, int(x.v.info.Bytes(c))); err != nil {
+			return err
+		}
+		differ, err := x.look(ctx, c)
+		if err != nil {
+			return err
+		}
+		x.count(func(r *VerifyReport) { r.Compared += x.v.info.Bytes(c) })
+		for _, d := range differ {
+			if err := x.confirm(ctx, d); err != nil {
+				return err
+			}
+		}
+	}
+	x.count(func(r *VerifyReport) { r.Written += left * uint64(x.v.info.BlockSize) })
+	return nil
+}
+
+// clean gives the runs of e that no initiator wrote.
+func (x *verification) clean(e lun.Extent) []lun.Extent {
+	var out []lun.Extent
+	x.v.flags.Runs(state.Dirty, run(e), func(r state.Run, dirty bool) bool {
+		if !dirty {
+			out = append(out, extent(r))
+		}
+		return true
+	})
+	return out
+}
+
+// look is differ as a command of its own.
+func (x *verification) look(ctx context.Context, e lun.Extent) ([]lun.Extent, error) {
+	if err := x.v.gate.enter(ctx); err != nil {
+		return nil, err
+	}
+	defer x.v.gate.leave()
+	return x.differ(ctx, e)
+}
+
+// differ reads e of both sides and gives the runs in which they differ. The caller is
+// inside the gate.
+func (x *verification) differ(ctx context.Context, e lun.Extent) ([]lun.Extent, error) {
+	v := x.v
+	if v.Phase() != Synced {
+		return nil, fmt.Errorf("the volume is in phase %s now", v.Phase())
+	}
+	n := v.info.Bytes(e)
+	a, b := make([]byte, n), make([]byte, n)
+	sides, gctx := errgroup.WithContext(ctx)
+	sides.Go(func() error { return v.source.ReadAt(gctx, a, e.Start) })
+	sides.Go(func() error { return v.destination.ReadAt(gctx, b, e.Start) })
+	if err := sides.Wait(); err != nil {
+		return nil, err
+	}
+	var out []lun.Extent
+	if bytes.Equal(a, b) {
+		return nil, nil
+	}
+	bs := uint64(v.info.BlockSize)
+	for i := range e.Blocks {
+		if bytes.Equal(a[i*bs:(i+1)*bs], b[i*bs:(i+1)*bs]) {
+			continue
+		}
+		at := e.Start + lun.LBA(i)
+		if k := len(out); k > 0 && out[k-1].End() == at {
+			out[k-1].Blocks++
+		} else {
+			out = append(out, lun.Extent{Start: at, Blocks: 1})
+		}
+	}
+	return out, nil
+}
+
+// confirm looks again at blocks that differ with initiators' writes kept out: a write
+// that was under way at the first look has its flag now.
+func (x *verification) confirm(ctx context.Context, e lun.Extent) error {
+	if err := x.v.gate.enter(ctx); err != nil {
+		return err
+	}
+	defer x.v.gate.leave()
+	held, err := x.v.writes.Lock(ctx, e)
+	if err != nil {
+		return err
+	}
+	defer x.v.writes.Unlock(held)
+	for _, c := range x.clean(e) {
+		differ, err := x.differ(ctx, c)
+		if err != nil {
+			return err
+		}
+		for _, d := range differ {
+			x.count(func(r *VerifyReport) {
+				r.Different += x.v.info.Bytes(d)
+				if len(r.Extents) < mostDifferences {
+					r.Extents = append(r.Extents, Difference{LBA: uint64(d.Start), Blocks: d.Blocks})
+				} else {
+					r.More = true
+				}
+			})
+		}
+	}
+	return nil
+}
+
+// count changes the report.
+func (x *verification) count(do func(*VerifyReport)) {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	do(&x.report)
+}
+
+// verified is the state of the comparison for Status; v.mu is held.
+func (v *Volume) verified() *VerifyStatus {
+	s := &VerifyStatus{Last: v.record.Verified}
+	if x := v.verifying.Load(); x != nil {
+		s.Running, s.Total, s.Done = true, x.total.Load(), x.looked.Load()
+	} else if s.Last == nil {
+		return nil
+	}
+	return s
+}

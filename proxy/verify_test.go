@@ -1,0 +1,185 @@
+package proxy
+
+import (
+	"context"
+	"errors"
+	"math/rand/v2"
+	"sync"
+	"testing"
+	"time"
+
+	"lunshift/lun"
+)
+
+// synced gives a volume in phase synced whose source held data everywhere.
+func synced(t *testing.T, r *rig, blocks uint64) *Volume {
+	t.Helper()
+	if err := r.source.WriteAt(t.Context(), stamps(lun.Extent{Blocks: blocks}, 1), 0); err != nil {
+		t.Fatal(err)
+	}
+	v := r.open(t)
+	if err := v.Start(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	waitFor(t, v, Synced)
+	return v
+}
+
+func TestVerifyFindsWhatWasChangedBehindTheVolumesBack(t *testing.T) {
+	const blocks = 4096
+	r := newRig(t, blocks)
+	v := synced(t, r, blocks)
+	defer r.close(t)
+	report, err := v.Verify(t.Context(), VerifyOptions{})
+	if err != nil || report.Different != 0 || report.Compared != blocks*testBlock || report.Written != 0 {
+		t.Fatalf("equal units: %+v, %v", report, err)
+	}
+	if err := v.WriteAt(t.Context(), stamps(lun.Extent{Start: 100, Blocks: 50}, 2), 100); err != nil {
+		t.Fatal(err)
+	}
+	for _, at := range []lun.LBA{7, 99, 120, 3000, 3001, blocks - 1} { // 120 is an initiator's by now
+		if err := r.destination.WriteAt(t.Context(), stamp(at, 77), at); err != nil {
+			t.Fatal(err)
+		}
+	}
+	report, err = v.Verify(t.Context(), VerifyOptions{})
+	want := []Difference{{7, 1}, {99, 1}, {3000, 2}, {blocks - 1, 1}}
+	if err != nil || report.Different != 5*testBlock || report.Written != 50*testBlock || len(report.Extents) != len(want) {
+		t.Fatalf("%+v, %v", report, err)
+	}
+	for i, d := range want {
+		if report.Extents[i] != d {
+			t.Errorf("difference %d is %v, not %v", i, report.Extents[i], d)
+		}
+	}
+	if s := v.Status().Verify; s == nil || s.Running || s.Last == nil || s.Last.DifferentBytes != 5*testBlock || s.Last.Sample {
+		t.Errorf("status %+v", s)
+	}
+	r.close(t)
+	if s := r.open(t).Status().Verify; s == nil || s.Last == nil || s.Last.DifferentBytes != 5*testBlock {
+		t.Errorf("after a restart: %+v", s)
+	}
+}
+
+// Without the second look under the lock this finds differences within a second: the
+// flag of a write is set beside the write itself.
+func TestVerifyUnderLoadHasNoFalseAlarms(t *testing.T) {
+	const blocks = 4096
+	r := newRig(t, blocks)
+	v := synced(t, r, blocks)
+	defer r.close(t)
+	ctx, stop := context.WithCancel(t.Context())
+	var writers sync.WaitGroup
+	for w := range 4 {
+		writers.Go(func() {
+			rng := rand.New(rand.NewPCG(uint64(w), 1))
+			for n := uint64(2); ctx.Err() == nil; n++ {
+				e := lun.Extent{Start: lun.LBA(rng.Uint64N(blocks - 16)), Blocks: 1 + rng.Uint64N(16)}
+				var err error
+				if n%8 == 0 {
+					err = v.Unmap(ctx, e)
+				} else {
+					err = v.WriteAt(ctx, stamps(e, n), e.Start)
+				}
+				if err != nil && ctx.Err() == nil {
+					t.Errorf("write: %v", err)
+				}
+				if n%64 == 0 {
+					time.Sleep(time.Millisecond)
+				}
+			}
+		})
+	}
+	var excluded uint64
+	for range 20 {
+		report, err := v.Verify(t.Context(), VerifyOptions{})
+		if err != nil || report.Different != 0 {
+			t.Errorf("%+v, %v", report, err)
+			break
+		}
+		excluded = report.Written
+	}
+	stop()
+	writers.Wait()
+	if excluded == 0 {
+		t.Error("no write came in between")
+	}
+}
+
+func TestVerifySampleComparesNoMoreThanAsked(t *testing.T) {
+	const blocks = 16384 // 8 MiB
+	r := newRig(t, blocks)
+	v := synced(t, r, blocks)
+	defer r.close(t)
+	report, err := v.Verify(t.Context(), VerifyOptions{Sample: 1 << 20})
+	if err != nil || report.Compared != 1<<20 || !report.Sample {
+		t.Fatalf("%+v, %v", report, err)
+	}
+}
+
+func TestVerifyReadsNoUnallocatedBlocks(t *testing.T) {
+	const blocks = 16384
+	r := newRig(t, blocks)
+	if err := r.source.WriteAt(t.Context(), stamps(lun.Extent{Start: 5000, Blocks: 128}, 1), 5000); err != nil {
+		t.Fatal(err)
+	}
+	v := r.open(t)
+	defer r.close(t)
+	if err := v.Start(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	waitFor(t, v, Synced)
+	report, err := v.Verify(t.Context(), VerifyOptions{})
+	if err != nil || report.Different != 0 || report.Compared+report.Unallocated != blocks*testBlock || report.Compared > 1<<20 {
+		t.Fatalf("%+v, %v", report, err)
+	}
+	// What has storage on one side only is compared.
+	if err := r.destination.WriteAt(t.Context(), stamp(9, 3), 9); err != nil {
+		t.Fatal(err)
+	}
+	if report, err = v.Verify(t.Context(), VerifyOptions{}); err != nil || report.Different != testBlock {
+		t.Fatalf("%+v, %v", report, err)
+	}
+}
+
+func TestVerifyIsForPhaseSyncedAlone(t *testing.T) {
+	r := newRig(t, 1024)
+	v := r.open(t)
+	defer r.close(t)
+	if _, err := v.Verify(t.Context(), VerifyOptions{}); !errors.Is(err, ErrPhase) {
+		t.Fatalf("in ready: %v", err)
+	}
+}
+
+func TestVerifyEndsWithTheCutover(t *testing.T) {
+	const blocks = 16384
+	r := newRig(t, blocks)
+	v := synced(t, r, blocks)
+	defer r.close(t)
+	ended := make(chan error, 1)
+	go func() {
+		_, err := v.Verify(t.Context(), VerifyOptions{Rate: 64 << 10}) // two minutes
+		ended <- err
+	}()
+	deadline := time.Now().Add(30 * time.Second)
+	for s := v.Status().Verify; s == nil || !s.Running || s.Done == 0; s = v.Status().Verify {
+		if time.Now().After(deadline) {
+			t.Fatal("it does not run")
+		}
+		time.Sleep(time.Millisecond)
+	}
+	if _, err := v.Verify(t.Context(), VerifyOptions{}); err == nil {
+		t.Error("two at a time")
+	}
+	if err := v.Cutover(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	select {
+	case err := <-ended:
+		if err == nil {
+			t.Error("a comparison that was cut short came to its end")
+		}
+	case <-time.After(time.Minute):
+		t.Error("it goes on after the cutover")
+	}
+}
