@@ -11,6 +11,8 @@ const (
 	// maxTransfer is the most data one command moves, in bytes (MAXIMUM TRANSFER
 	// LENGTH of VPD page B0h).
 	maxTransfer = 32 << 20
+	// maxNeed is the most that one command is charged, in bytes.
+	maxNeed = maxTransfer + 8<<20
 
 	minClass = 12 // 4 KiB
 	maxClass = 25 // 32 MiB
@@ -66,7 +68,7 @@ const float = 1 << 20
 // of that part waits for the other, and nobody the other way round, so that all
 // that was admitted can end.
 type admission struct {
-	each  int64        // the most one share holds, at least maxTransfer
+	each  int64        // the most one share holds, at least maxNeed
 	early atomic.Int64 // free of what is kept for early data
 	some  atomic.Bool  // somebody waits
 
@@ -98,7 +100,7 @@ type claim struct {
 // early data.
 func newAdmission(n int64) *admission {
 	a := &admission{free: n - n/4, shares: map[*share]struct{}{}}
-	a.each = max(a.free/4, maxTransfer)
+	a.each = max(a.free/4, maxNeed)
 	a.early.Store(n / 4)
 	return a
 }

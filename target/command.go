@@ -232,7 +232,7 @@ func (t *task) need() int64 {
 	if t.want > 0 {
 		n += cost(t.want)
 	}
-	return n
+	return min(n, maxNeed)
 }
 
 // admitNow is admit for a task that does not wait; nothing is allocated. c.mu is held.

@@ -81,26 +81,26 @@ func commandSet() []operation {
 		{opcode: 0x9e, service: 0x10, name: "READ CAPACITY (16)", usage: usage16(0x9e, 0x10, 0, 10, 4), handle: readCapacity16, quick: true},                                            // SBC-3 5.16
 		{opcode: 0x9e, service: 0x12, name: "GET LBA STATUS", usage: usage16(0x9e, 0x12, 2, 10, 4), decode: decodeLBAStatus, handle: getLBAStatus},                                      // SBC-3 5.6
 
-		{opcode: 0x08, service: -1, name: "READ (6)", usage: []byte{0x08, 0x1f, 0xff, 0xff, 0xff, 0}, decode: decodeRead, handle: read, bulk: true},                       // SBC-3 5.10
-		{opcode: 0x28, service: -1, name: "READ (10)", usage: usage10(0x28, rwFlags), decode: decodeRead, handle: read, bulk: true},                                       // SBC-3 5.11
-		{opcode: 0xa8, service: -1, name: "READ (12)", usage: usage12(0xa8, rwFlags), decode: decodeRead, handle: read, bulk: true},                                       // SBC-3 5.12
-		{opcode: 0x88, service: -1, name: "READ (16)", usage: usage16(0x88, rwFlags, 2, 10, 4), decode: decodeRead, handle: read, bulk: true},                             // SBC-3 5.13
-		{opcode: 0x0a, service: -1, name: "WRITE (6)", usage: []byte{0x0a, 0x1f, 0xff, 0xff, 0xff, 0}, decode: decodeWrite, handle: write, partial: true},                 // SBC-3 5.32
-		{opcode: 0x2a, service: -1, name: "WRITE (10)", usage: usage10(0x2a, rwFlags), decode: decodeWrite, handle: write, partial: true},                                 // SBC-3 5.33
-		{opcode: 0xaa, service: -1, name: "WRITE (12)", usage: usage12(0xaa, rwFlags), decode: decodeWrite, handle: write, partial: true},                                 // SBC-3 5.34
-		{opcode: 0x8a, service: -1, name: "WRITE (16)", usage: usage16(0x8a, rwFlags, 2, 10, 4), decode: decodeWrite, handle: write, partial: true},                       // SBC-3 5.35
-		{opcode: 0x2e, service: -1, name: "WRITE AND VERIFY (10)", usage: usage10(0x2e, 0x16), decode: decodeWriteVerify, handle: writeVerify, partial: true},             // SBC-3 5.37
-		{opcode: 0xae, service: -1, name: "WRITE AND VERIFY (12)", usage: usage12(0xae, 0x16), decode: decodeWriteVerify, handle: writeVerify, partial: true},             // SBC-3 5.38
-		{opcode: 0x8e, service: -1, name: "WRITE AND VERIFY (16)", usage: usage16(0x8e, 0x16, 2, 10, 4), decode: decodeWriteVerify, handle: writeVerify, partial: true},   // SBC-3 5.39
-		{opcode: 0x2f, service: -1, name: "VERIFY (10)", usage: usage10(0x2f, 0x16), decode: decodeVerify, handle: verify},                                                // SBC-3 5.28
-		{opcode: 0xaf, service: -1, name: "VERIFY (12)", usage: usage12(0xaf, 0x16), decode: decodeVerify, handle: verify},                                                // SBC-3 5.29
-		{opcode: 0x8f, service: -1, name: "VERIFY (16)", usage: usage16(0x8f, 0x16, 2, 10, 4), decode: decodeVerify, handle: verify},                                      // SBC-3 5.30
-		{opcode: 0x35, service: -1, name: "SYNCHRONIZE CACHE (10)", usage: usage10(0x35, 0x06), decode: decodeSync, handle: synchronizeCache},                             // SBC-3 5.24
-		{opcode: 0x91, service: -1, name: "SYNCHRONIZE CACHE (16)", usage: usage16(0x91, 0x06, 2, 10, 4), decode: decodeSync, handle: synchronizeCache},                   // SBC-3 5.25
-		{opcode: 0x42, service: -1, name: "UNMAP", usage: []byte{0x42, 0, 0, 0, 0, 0, 0, 0xff, 0xff, 0}, decode: decodeUnmap, handle: unmap, thin: true},                  // SBC-3 5.27
-		{opcode: 0x41, service: -1, name: "WRITE SAME (10)", usage: usage10(0x41, 0x08), decode: decodeWriteSame, handle: writeSame, exact: true},                         // SBC-3 5.43
-		{opcode: 0x93, service: -1, name: "WRITE SAME (16)", usage: usage16(0x93, 0x09, 2, 10, 4), decode: decodeWriteSame, handle: writeSame, exact: true},               // SBC-3 5.44
-		{opcode: 0x89, service: -1, name: "COMPARE AND WRITE", usage: usage16(0x89, rwFlags, 2, 13, 1), decode: decodeCompareWrite, handle: compareAndWrite, exact: true}, // SBC-3 5.2
+		{opcode: 0x08, service: -1, name: "READ (6)", usage: []byte{0x08, 0x1f, 0xff, 0xff, 0xff, 0}, decode: decodeRead, handle: read, bulk: true},                                       // SBC-3 5.10
+		{opcode: 0x28, service: -1, name: "READ (10)", usage: usage10(0x28, rwFlags), decode: decodeRead, handle: read, bulk: true},                                                       // SBC-3 5.11
+		{opcode: 0xa8, service: -1, name: "READ (12)", usage: usage12(0xa8, rwFlags), decode: decodeRead, handle: read, bulk: true},                                                       // SBC-3 5.12
+		{opcode: 0x88, service: -1, name: "READ (16)", usage: usage16(0x88, rwFlags, 2, 10, 4), decode: decodeRead, handle: read, bulk: true},                                             // SBC-3 5.13
+		{opcode: 0x0a, service: -1, name: "WRITE (6)", usage: []byte{0x0a, 0x1f, 0xff, 0xff, 0xff, 0}, decode: decodeWrite, handle: write, partial: true},                                 // SBC-3 5.32
+		{opcode: 0x2a, service: -1, name: "WRITE (10)", usage: usage10(0x2a, rwFlags), decode: decodeWrite, handle: write, partial: true},                                                 // SBC-3 5.33
+		{opcode: 0xaa, service: -1, name: "WRITE (12)", usage: usage12(0xaa, rwFlags), decode: decodeWrite, handle: write, partial: true},                                                 // SBC-3 5.34
+		{opcode: 0x8a, service: -1, name: "WRITE (16)", usage: usage16(0x8a, rwFlags, 2, 10, 4), decode: decodeWrite, handle: write, partial: true},                                       // SBC-3 5.35
+		{opcode: 0x2e, service: -1, name: "WRITE AND VERIFY (10)", usage: usage10(0x2e, 0x16), decode: decodeWriteVerify, handle: writeVerify, scratch: chunk, partial: true},             // SBC-3 5.37
+		{opcode: 0xae, service: -1, name: "WRITE AND VERIFY (12)", usage: usage12(0xae, 0x16), decode: decodeWriteVerify, handle: writeVerify, scratch: chunk, partial: true},             // SBC-3 5.38
+		{opcode: 0x8e, service: -1, name: "WRITE AND VERIFY (16)", usage: usage16(0x8e, 0x16, 2, 10, 4), decode: decodeWriteVerify, handle: writeVerify, scratch: chunk, partial: true},   // SBC-3 5.39
+		{opcode: 0x2f, service: -1, name: "VERIFY (10)", usage: usage10(0x2f, 0x16), decode: decodeVerify, handle: verify, scratch: chunk},                                                // SBC-3 5.28
+		{opcode: 0xaf, service: -1, name: "VERIFY (12)", usage: usage12(0xaf, 0x16), decode: decodeVerify, handle: verify, scratch: chunk},                                                // SBC-3 5.29
+		{opcode: 0x8f, service: -1, name: "VERIFY (16)", usage: usage16(0x8f, 0x16, 2, 10, 4), decode: decodeVerify, handle: verify, scratch: chunk},                                      // SBC-3 5.30
+		{opcode: 0x35, service: -1, name: "SYNCHRONIZE CACHE (10)", usage: usage10(0x35, 0x06), decode: decodeSync, handle: synchronizeCache},                                             // SBC-3 5.24
+		{opcode: 0x91, service: -1, name: "SYNCHRONIZE CACHE (16)", usage: usage16(0x91, 0x06, 2, 10, 4), decode: decodeSync, handle: synchronizeCache},                                   // SBC-3 5.25
+		{opcode: 0x42, service: -1, name: "UNMAP", usage: []byte{0x42, 0, 0, 0, 0, 0, 0, 0xff, 0xff, 0}, decode: decodeUnmap, handle: unmap, thin: true},                                  // SBC-3 5.27
+		{opcode: 0x41, service: -1, name: "WRITE SAME (10)", usage: usage10(0x41, 0x08), decode: decodeWriteSame, handle: writeSame, scratch: chunk, exact: true},                         // SBC-3 5.43
+		{opcode: 0x93, service: -1, name: "WRITE SAME (16)", usage: usage16(0x93, 0x09, 2, 10, 4), decode: decodeWriteSame, handle: writeSame, scratch: chunk, exact: true},               // SBC-3 5.44
+		{opcode: 0x89, service: -1, name: "COMPARE AND WRITE", usage: usage16(0x89, rwFlags, 2, 13, 1), decode: decodeCompareWrite, handle: compareAndWrite, scratch: chunk, exact: true}, // SBC-3 5.2
 	}
 }
 
