@@ -1,6 +1,9 @@
 package target
 
 import (
+	"errors"
+	"fmt"
+	"maps"
 	"net"
 	"net/netip"
 	"slices"
@@ -21,7 +24,8 @@ type Initiator struct {
 
 // Authentication is CHAP (RFC 7143 12.1.3) of one initiator.
 type Authentication struct {
-	// Initiator is what the initiator proves to know.
+	// Initiator is what the initiator proves to know. An empty Name is the
+	// initiator's iSCSI name. Without a Secret nobody can prove it.
 	Initiator iscsi.Credentials
 	// Target is what the target proves in turn to an initiator that asks for it; its
 	// Secret is empty where the target has none.
@@ -46,21 +50,176 @@ func (u *unit) entry(name string, from netip.Addr, group uint16) *Initiator {
 	if len(u.PortalGroups) > 0 && !slices.Contains(u.PortalGroups, group) {
 		return nil
 	}
-	if len(u.Initiators) == 0 {
+	return admitting(u.Initiators, name, from)
+}
+
+// admitting is the first rule that an initiator matches; nil where there is none.
+func admitting(rules []Initiator, name string, from netip.Addr) *Initiator {
+	if len(rules) == 0 {
 		if from.IsLoopback() {
 			return &loopbackOnly
 		}
 		return nil
 	}
-	for i := range u.Initiators {
-		if u.Initiators[i].matches(name, from) {
-			return &u.Initiators[i]
+	for i := range rules {
+		if rules[i].matches(name, from) {
+			return &rules[i]
 		}
 	}
 	return nil
 }
 
+// loopbackOnly stands for no list; constant.
 var loopbackOnly = Initiator{Name: "*"}
+
+// credentials are what an initiator of that iSCSI name must prove.
+func (a *Authentication) credentials(name string) iscsi.Credentials {
+	c := a.Initiator
+	if c.Name == "" {
+		c.Name = name
+	}
+	return c
+}
+
+// checkRules holds the rules of a unit against what they can mean.
+func checkRules(rules []Initiator) error {
+	for _, r := range rules {
+		if err := checkName(r.Name); err != nil {
+			return fmt.Errorf("initiator %q: %w", r.Name, err)
+		}
+		if r.Authentication != nil {
+			if err := r.Authentication.check(); err != nil {
+				return fmt.Errorf("initiator %s: %w", r.Name, err)
+			}
+		}
+	}
+	return nil
+}
+
+// check refuses what could not be proven, or would prove nothing.
+func (a *Authentication) check() error {
+	switch {
+	case a.Initiator.Secret == "":
+		return errors.New("an initiator that must authenticate needs a CHAP secret")
+	case a.Initiator.Secret == a.Target.Secret:
+		// RFC 7143 9.2.1: else a target could be made to answer for an initiator.
+		return errors.New("the CHAP secrets of initiator and target must differ")
+	}
+	return nil
+}
+
+// peer is an initiator as far as access goes: who it says it is, where it came from and
+// to, and what it proved. It does not change once the login is over.
+type peer struct {
+	initiator string // its iSCSI name
+	from      netip.Addr
+	group     uint16 // of the portal it came to
+	// proved is what it showed to know by CHAP; the zero value where it proved nothing.
+	proved iscsi.Credentials
+	// trusted is set in a discovery session that proved the server's discovery
+	// credentials: what units ask for is not asked again just to list them.
+	trusted bool
+}
+
+// sees tells whether the unit admits the initiator. A session proves one identity:
+// units that ask for another stay invisible to it, those that ask for none do not.
+func (u *unit) sees(p *peer) bool {
+	rule := u.entry(p.initiator, p.from, p.group)
+	return rule != nil && p.satisfies(rule)
+}
+
+// satisfies tells whether the initiator proved what a rule asks.
+func (p *peer) satisfies(rule *Initiator) bool {
+	a := rule.Authentication
+	return a == nil || p.trusted || p.proved.Secret != "" && p.proved == a.credentials(p.initiator)
+}
+
+// terms are what a target asks of an initiator before it lets it in.
+type terms struct {
+	node  *node
+	moved *Redirection // where it is sent once it proved what is asked
+	gone  bool         // the target was retired
+	open  bool         // there is something for who proves nothing
+	asks  []Authentication
+	trust bool // proving gives a trusted peer
+}
+
+// ask notes what a rule asks for.
+func (t *terms) ask(rule *Initiator, name string) {
+	if rule.Authentication == nil {
+		t.open = true
+		return
+	}
+	a := *rule.Authentication
+	a.Initiator = a.credentials(name)
+	if !slices.Contains(t.asks, a) {
+		t.asks = append(t.asks, a)
+	}
+}
+
+// choose finds what a CHAP_N is to prove.
+func (t *terms) choose(name string) (initiator, own iscsi.Credentials) {
+	for _, a := range t.asks {
+		if a.Initiator.Name == name {
+			return a.Initiator, a.Target
+		}
+	}
+	return iscsi.Credentials{}, iscsi.Credentials{}
+}
+
+// admit gives the terms of a target; ok is false where no rule there admits the
+// initiator, which is to learn no more than that it found nothing.
+func (s *Server) admit(iqn string, p *peer) (t terms, ok bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	n, r := s.targets[iqn], s.redirects[iqn]
+	t.node, t.moved = n, r
+	switch {
+	case r != nil && (len(r.Initiators) > 0 || n == nil):
+		if rule := admitting(r.Initiators, p.initiator, p.from); rule != nil {
+			t.ask(rule, p.initiator)
+			ok = true
+		}
+	case n != nil:
+		t.gone = n.gone
+		units := *n.units.Load()
+		for _, id := range slices.Sorted(maps.Keys(units)) {
+			rule := units[id].entry(p.initiator, p.from, p.group)
+			if r != nil { // whatever portal it came to
+				rule = admitting(units[id].Initiators, p.initiator, p.from)
+			}
+			if rule != nil {
+				t.ask(rule, p.initiator)
+				ok = true
+			}
+		}
+	}
+	return t, ok
+}
+
+// admitToDiscovery gives the terms of a discovery session. Where the server asks for
+// nothing, an initiator may still prove what units ask for, and then sees these as well.
+func (s *Server) admitToDiscovery(p *peer) (t terms) {
+	if d := s.cfg.Discovery; d != nil {
+		t.ask(&Initiator{Authentication: d}, p.initiator)
+		t.trust = true
+		return t
+	}
+	t.open = true
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, iqn := range slices.Sorted(maps.Keys(s.targets)) {
+		units := *s.targets[iqn].units.Load()
+		for _, id := range slices.Sorted(maps.Keys(units)) {
+			for _, l := range s.listeners {
+				if rule := units[id].entry(p.initiator, p.from, l.group); rule != nil {
+					t.ask(rule, p.initiator)
+				}
+			}
+		}
+	}
+	return t
+}
 
 // remote is the IP address of the other end; the zero Addr where there is none.
 func remote(nc net.Conn) netip.Addr {
@@ -68,7 +227,8 @@ func remote(nc net.Conn) netip.Addr {
 	if !ok {
 		return netip.Addr{}
 	}
-	return a.AddrPort().Addr().Unmap()
+	// A zone is this host's own affair, and no prefix contains an address with one.
+	return a.AddrPort().Addr().Unmap().WithZone("")
 }
 
 // units are the logical units that the session sees, by number. c.mu is held, or
@@ -78,7 +238,7 @@ func (c *conn) units() map[uint64]*unit {
 	if all != c.mapped {
 		c.mapped, c.visible = all, make(map[uint64]*unit, len(*all))
 		for id, u := range *all {
-			if u.entry(c.initiator, c.from, c.group) != nil {
+			if u.sees(&c.peer) {
 				c.visible[id] = u
 			}
 		}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/sirupsen/logrus"
@@ -34,18 +35,28 @@ type Config struct {
 	// bytes, 8 KiB to 1 MiB; 0 is 64 KiB.
 	MaxText int
 
-	// MaxConnections is how many connections the server holds at a time, each one
-	// a session; 0 is 1024.
+	// MaxConnections is how many connections may be logged in at a time, each one
+	// a session; 0 is 1024. A session that ends in favour of its successor (RFC 7143
+	// 6.3.5) makes room for it.
 	MaxConnections int
-	// ConnectionsPerAddress is how many of them may come from one IP address; 0 is
-	// 256.
+	// ConnectionsPerAddress is how many of them may come from one IP address, and how
+	// many may be logging in from it; 0 is 256.
 	ConnectionsPerAddress int
-	// SessionsPerUnit is how many sessions may see one logical unit; 0 is 256.
+	// ConnectionsLoggingIn is how many connections may be logging in at a time; 0 is
+	// 256. They take no places of sessions. Where all are taken, a newcomer from an
+	// address that has sessions gets the place of the oldest from an address
+	// that has none, and otherwise that of the oldest from the address with the most
+	// places, if it has more than the newcomer's would have.
+	ConnectionsLoggingIn int
+	// SessionsPerUnit is how many sessions may see one logical unit; 0 is 256. It is
+	// looked at when a session begins.
 	SessionsPerUnit int
 	// LoginTimeout is how long a connection may take to log in; 0 is 15 s.
 	LoginTimeout time.Duration
-	// LoginFailures is how many logins of one IP address may fail within a minute
-	// before further ones are refused unheard; 0 is 20.
+	// LoginFailures is how many logins of one IP address may fail within a minute,
+	// which begins with the first, before further ones are refused unheard (login
+	// status 0301h) until it is over; 0 is 20. A login fails when the initiator
+	// does not prove what it must, is not admitted or breaks the protocol.
 	LoginFailures int
 	// CommandsPerSession is the command window of a session, 1 to 4096; 0 is 128.
 	CommandsPerSession int
@@ -126,6 +137,7 @@ func New(cfg Config) (*Server, error) {
 		limit(&cfg.MaxText, 64<<10, 8<<10, 1<<20, "MaxText"),
 		limit(&cfg.MaxConnections, 1024, 1, 1<<20, "MaxConnections"),
 		limit(&cfg.ConnectionsPerAddress, 256, 1, 1<<20, "ConnectionsPerAddress"),
+		limit(&cfg.ConnectionsLoggingIn, 256, 1, 1<<20, "ConnectionsLoggingIn"),
 		limit(&cfg.SessionsPerUnit, 256, 1, 1<<20, "SessionsPerUnit"),
 		limit(&cfg.LoginTimeout, 15*time.Second, time.Millisecond, time.Hour, "LoginTimeout"),
 		limit(&cfg.LoginFailures, 20, 1, 1<<20, "LoginFailures"),
@@ -133,9 +145,15 @@ func New(cfg Config) (*Server, error) {
 		limit(&cfg.BytesInFlight, 256<<20, 2*maxTransfer, 1<<50, "BytesInFlight"),
 		limit(&cfg.DataTimeout, 2*time.Minute, time.Millisecond, 24*time.Hour, "DataTimeout"),
 	)
+	if cfg.Discovery != nil {
+		if bad := cfg.Discovery.check(); bad != nil {
+			err = errors.Join(err, fmt.Errorf("target: discovery: %w", bad))
+		}
+	}
 	if err != nil {
 		return nil, err
 	}
+	cfg.Portals = slices.Clone(cfg.Portals)
 	cfg.FirstBurstLength = min(cfg.FirstBurstLength, cfg.MaxBurstLength)
 	if cfg.NopInterval == 0 {
 		cfg.NopInterval = 15 * time.Second
@@ -145,8 +163,10 @@ func New(cfg Config) (*Server, error) {
 	}
 	return &Server{
 		cfg: cfg, log: cfg.Log, bytes: newAdmission(cfg.BytesInFlight),
-		ending:  make(chan struct{}),
-		targets: map[string]*node{}, conns: map[*conn]struct{}{},
+		failures: newFailures(cfg.LoginFailures), challenges: newChallenges(), notices: newNotices(),
+		refusals: make(chan struct{}, mostRefusals),
+		ending:   make(chan struct{}),
+		targets:  map[string]*node{}, redirects: map[string]*Redirection{}, conns: map[*conn]struct{}{},
 	}, nil
 }
 

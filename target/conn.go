@@ -1,11 +1,11 @@
 package target
 
 import (
+	"container/list"
 	"errors"
 	"fmt"
 	"io"
 	"net"
-	"net/netip"
 	"runtime/debug"
 	"sync"
 	"sync/atomic"
@@ -37,16 +37,20 @@ type conn struct {
 	log   logrus.FieldLogger
 	since time.Time
 	done  chan struct{} // closed when nothing of the connection is left
-	from  netip.Addr    // the initiator's
-	group uint16        // of the portal it came to
+
+	// peer has the address and the portal group from the beginning, the rest by the
+	// login.
+	peer
+	place   *list.Element // among those that log in; under Server.mu
+	counted bool          // among the sessions; under Server.mu
 
 	// Set by the login, constant afterwards; loggedIn is under Server.mu.
-	loggedIn  bool
-	initiator string
-	isid      iscsi.ISID
-	tsih      uint16
-	node      *node // nil in a discovery session
-	params    iscsi.Params
+	loggedIn bool
+	isid     iscsi.ISID
+	tsih     uint16
+	cid      uint16
+	node     *node // nil in a discovery session
+	params   iscsi.Params
 
 	bytes share         // of the server's
 	r     *iscsi.Reader // the reader's
@@ -74,8 +78,7 @@ type conn struct {
 	stuck     bool   // there was no room for a ping
 	stuckAt   uint64 // writes done then
 	nextTTT   uint32
-	text      []byte // rest of a text answer
-	textTTT   uint32
+	exchange  textExchange
 
 	inline bool   // the reader runs a task
 	reader uint64 // counts how often the role of the reader was handed over
@@ -95,7 +98,7 @@ type conn struct {
 
 func newConn(s *Server, nc net.Conn, group uint16) *conn {
 	c := &conn{
-		srv: s, nc: nc, from: remote(nc), group: group, since: time.Now(), done: make(chan struct{}),
+		srv: s, nc: nc, peer: peer{from: remote(nc), group: group}, since: time.Now(), done: make(chan struct{}),
 		log:    s.log.WithField("address", nc.RemoteAddr().String()),
 		window: uint32(s.cfg.CommandsPerSession),
 		tasks:  map[uint32]*task{}, attention: map[uint64][]sense{},
@@ -142,6 +145,7 @@ func (c *conn) serve() {
 	c.bytes.leave()
 	c.srv.mu.Lock()
 	delete(c.srv.conns, c)
+	c.srv.places.leave(c)
 	was := c.loggedIn && c.node != nil // a discovery session tells neither beginning nor end
 	c.loggedIn = false
 	c.srv.mu.Unlock()
@@ -163,7 +167,7 @@ var errLoggedOut = errors.New("logged out")
 
 func (c *conn) report(cause error, session bool) {
 	switch {
-	case cause == nil, errors.Is(cause, io.EOF), errors.Is(cause, errLoggedOut), errors.Is(cause, ErrClosed), errors.Is(cause, errLoginRefused):
+	case cause == nil, errors.Is(cause, io.EOF), errors.Is(cause, errLoggedOut), errors.Is(cause, ErrClosed), errors.Is(cause, errLoginRefused), errors.Is(cause, errDisplaced):
 		if session {
 			c.log.Info("session ended")
 		}
@@ -466,7 +470,11 @@ func (c *conn) logout(h *iscsi.BHS) error {
 	}
 	response := byte(iscsi.LogoutOK)
 	switch head.Function() {
-	case iscsi.LogoutCloseSession, iscsi.LogoutCloseConnection:
+	case iscsi.LogoutCloseSession:
+	case iscsi.LogoutCloseConnection:
+		if head.CID() != c.cid {
+			response = iscsi.LogoutNoCID
+		}
 	case iscsi.LogoutForRecovery:
 		response = iscsi.LogoutNoRecovery
 	default:

@@ -16,12 +16,11 @@ func FuzzLogin(f *testing.F) {
 	add(0x83, 0x87, "InitiatorName=iqn.a:b\x00SessionType=Discovery\x00")
 	add(0x40, 0x81, "InitiatorName=iqn.a:b\x00SessionType=Discovery\x00")
 	f.Fuzz(func(t *testing.T, flags1, flags2, version byte, text1, text2 []byte) {
-		n := &negotiation{neg: iscsi.NewNegotiation(iscsi.DefaultParams()), resolve: func(_, iqn string) uint16 {
-			if iqn == "iqn.x:y" {
-				return iscsi.LoginSuccess
-			}
-			return iscsi.LoginNotFound
-		}}
+		n := &negotiation{neg: iscsi.NewNegotiation(iscsi.DefaultParams()), maxText: 64 << 10, challenges: newChallenges(),
+			attempt: func() bool { return true }, succeeded: func() {},
+			ask: func(_ *peer, discovery bool, target string) (terms, bool) {
+				return terms{open: true}, discovery || target == "iqn.x:y"
+			}}
 		var h iscsi.BHS
 		h.SetOpcode(iscsi.OpLoginRequest)
 		h[3] = version

@@ -16,7 +16,6 @@ import (
 	"errors"
 	"fmt"
 	"maps"
-	"net"
 	"slices"
 	"strings"
 	"sync"
@@ -52,6 +51,11 @@ type Server struct {
 	cfg   Config
 	log   logrus.FieldLogger
 	bytes *admission
+	// What follows has locks of its own, which are the last to be taken.
+	failures   *failures
+	challenges *challenges
+	notices    *notices
+	refusals   chan struct{} // one for each connection that is being refused
 
 	ending  chan struct{} // closed when Shutdown or Close begins
 	ended   sync.Once
@@ -60,17 +64,13 @@ type Server struct {
 	mu        sync.Mutex // protects what follows
 	listeners []portal
 	targets   map[string]*node
+	redirects map[string]*Redirection
 	conns     map[*conn]struct{}
+	places    places
 	tsih      uint16
 	closed    bool
 	serving   bool
 	watcher   *watcher // constant once serving; nil before
-}
-
-// portal is one address that is listened on.
-type portal struct {
-	net.Listener
-	group uint16 // its portal group (RFC 7143 13.9)
 }
 
 // node is one target: a name and its logical units.
@@ -80,114 +80,6 @@ type node struct {
 	// gone is set when the last unit was retired (under Server.mu).
 	gone  bool
 	alias string
-}
-
-// Listen binds every portal, or none and says which could not be bound.
-func (s *Server) Listen() error {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.closed {
-		return ErrClosed
-	}
-	var all []portal
-	for _, p := range s.cfg.Portals {
-		l, err := net.Listen("tcp", p.Address)
-		if err != nil {
-			for _, o := range all {
-				o.Close()
-			}
-			var op *net.OpError
-			if errors.As(err, &op) {
-				err = op.Err
-			}
-			return fmt.Errorf("portal %s: %w", p.Address, err)
-		}
-		all = append(all, portal{l, p.Group})
-	}
-	s.listeners = append(s.listeners, all...)
-	return nil
-}
-
-// Addrs are the addresses bound, in the order of Portals.
-func (s *Server) Addrs() []net.Addr {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	var a []net.Addr
-	for _, l := range s.listeners {
-		a = append(a, l.Addr())
-	}
-	return a
-}
-
-// Serve accepts connections until the server is shut down or closed, and then
-// gives ErrClosed; when ctx ends it closes the server and gives ctx's error.
-// It listens first if that was not done.
-func (s *Server) Serve(ctx context.Context) error {
-	if len(s.Addrs()) == 0 {
-		if err := s.Listen(); err != nil {
-			return err
-		}
-	}
-	s.mu.Lock()
-	if s.closed || s.serving {
-		s.mu.Unlock()
-		return ErrClosed
-	}
-	w, err := newWatcher()
-	if err != nil {
-		s.mu.Unlock()
-		return err
-	}
-	s.serving, s.watcher = true, w
-	go w.run() // finish waits for it
-	for _, l := range s.listeners {
-		s.pending.Go(func() { s.accept(l) })
-	}
-	s.pending.Go(s.watch)
-	s.pending.Go(s.watchData)
-	s.mu.Unlock()
-	select {
-	case <-ctx.Done():
-		return errors.Join(ctx.Err(), s.Close())
-	case <-s.ending:
-		return ErrClosed
-	}
-}
-
-func (s *Server) accept(l portal) {
-	for {
-		nc, err := l.Accept()
-		if err != nil {
-			select {
-			case <-s.ending:
-				return
-			default:
-			}
-			// Out of descriptors and the like pass; the portal stays.
-			s.log.WithError(err).Warn("portal cannot accept")
-			select {
-			case <-s.ending:
-				return
-			case <-time.After(100 * time.Millisecond):
-			}
-			continue
-		}
-		s.mu.Lock()
-		if s.closed || len(s.conns) >= s.cfg.MaxConnections {
-			full := !s.closed
-			s.mu.Unlock()
-			nc.Close()
-			if full {
-				s.log.WithField("address", nc.RemoteAddr().String()).
-					Warnf("connection refused: %d are open, the most allowed", s.cfg.MaxConnections)
-			}
-			continue
-		}
-		c := newConn(s, nc, l.group)
-		s.conns[c] = struct{}{}
-		s.pending.Go(c.serve)
-		s.mu.Unlock()
-	}
 }
 
 // watch pings silent sessions and drops those that do not answer.
@@ -365,12 +257,18 @@ func checkUnit(u Unit) error {
 	if u.Device == nil {
 		return fmt.Errorf("%s: no device", where)
 	}
+	if err := checkRules(u.Initiators); err != nil {
+		return fmt.Errorf("%s: %w", where, err)
+	}
+	if slices.Contains(u.PortalGroups, 0) {
+		return fmt.Errorf("%s: a portal group is 1 to 65535", where)
+	}
 	return nil
 }
 
 // checkName holds a name against RFC 7143 4.2.7.
 func checkName(name string) error {
-	if len(name) == 0 || len(name) > 223 {
+	if len(name) == 0 || len(name) > longestName {
 		return fmt.Errorf("an iSCSI name has 1 to 223 bytes")
 	}
 	if strings.ContainsFunc(name, func(r rune) bool { return r <= ' ' || r == 0x7f || r == '=' || r == ',' }) {

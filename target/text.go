@@ -4,52 +4,80 @@ import (
 	"fmt"
 	"maps"
 	"net"
+	"net/netip"
 	"slices"
 
 	"lunshift/iscsi"
 )
 
+// textExchange is a sequence of text requests and responses, of which a session has one at
+// a time (RFC 7143 11.10).
+type textExchange struct {
+	itt uint32
+	ttt uint32 // of the request that is due; 0 when none is
+	in  []byte // of requests with the C bit
+	out []byte // rest of the answer
+}
+
 // textRequest answers SendTargets and the few keys that may change in full feature
-// phase (RFC 7143 11.10, 13.3).
+// phase (RFC 7143 11.10, 13.3). What cannot be taken is rejected, and its exchange ends.
 func (c *conn) textRequest(h *iscsi.BHS) error {
 	head := *h
+	reject := func(reason byte) error {
+		c.exchange = textExchange{}
+		c.reject(&head, reason)
+		return nil
+	}
+	// Of text that is too long no byte is kept: the reader skips it.
+	long := len(c.exchange.in)+head.DataLength() > c.srv.cfg.MaxText
 	var data []byte
-	var err error
-	c.unlocked(func() { data, err = c.r.Data() })
-	if err != nil {
-		return err
+	if !long {
+		var err error
+		c.unlocked(func() { data, err = c.r.Data() })
+		if err != nil {
+			return err
+		}
 	}
 	if ignore, err := c.inOrder(&head); ignore || err != nil {
 		return err
 	}
-	if head.Flags()&iscsi.FlagContinue != 0 {
-		c.reject(&head, iscsi.RejectNotSupported)
-		return nil
-	}
+	more, final := head.Flags()&iscsi.FlagContinue != 0, head.Final()
+	x := &c.exchange
 	switch ttt := head.TTT(); {
-	case ttt == iscsi.NoTag: // a new exchange; the rest of an older answer is dropped
-		pairs, err := iscsi.ParseText(data)
+	case more && final:
+		return reject(iscsi.RejectProtocol)
+	case long:
+		return reject(iscsi.RejectOutOfResources)
+	case ttt == iscsi.NoTag: // a new exchange; the rest of an older one is dropped
+		*x = textExchange{itt: head.ITT()}
+	case x.ttt == 0 || ttt != x.ttt || head.ITT() != x.itt || len(x.out) > 0 && (more || len(data) > 0):
+		return reject(iscsi.RejectInvalidPDUField)
+	}
+	x.in = append(x.in, data...)
+	if !more && len(x.in) > 0 {
+		pairs, err := iscsi.ParseText(x.in)
 		if err != nil {
 			return fmt.Errorf("protocol error: %w", err)
 		}
-		c.text, c.textTTT = c.textAnswer(pairs), 0
-	case c.textTTT == 0 || ttt != c.textTTT || len(data) > 0:
-		c.reject(&head, iscsi.RejectInvalidPDUField)
-		return nil
+		x.in, x.out = nil, c.textAnswer(pairs)
 	}
-	n := min(len(c.text), int(c.params.PeerMaxRecv), iscsi.MaxFrame)
+	n := min(len(x.out), int(c.params.PeerMaxRecv), iscsi.MaxFrame)
 	r, out := c.w.Frame(n)
-	copy(out, c.text)
-	c.text = c.text[n:]
+	copy(out, x.out)
+	x.out = x.out[n:]
 	r.SetOpcode(iscsi.OpTextResponse)
 	r.SetLUN(head.LUN())
 	r.SetITT(head.ITT())
-	if len(c.text) > 0 {
-		c.textTTT = c.newTTT()
+	switch {
+	case len(x.out) > 0:
+		x.ttt = c.newTTT()
 		r.SetFlags(iscsi.FlagContinue)
-		r.SetTTT(c.textTTT)
-	} else {
-		c.textTTT = 0
+		r.SetTTT(x.ttt)
+	case !final: // the initiator has more to say
+		x.ttt = c.newTTT()
+		r.SetTTT(x.ttt)
+	default:
+		*x = textExchange{}
 		r.SetFlags(iscsi.FlagFinal)
 		r.SetTTT(iscsi.NoTag)
 	}
@@ -83,16 +111,21 @@ func (c *conn) textAnswer(pairs []iscsi.Pair) []byte {
 	return out
 }
 
-// sendTargets lists targets with the portals that are listened on, no others. A
-// portal on all addresses is listed with the address the initiator came to.
+// sendTargets lists the targets that have something for this initiator, each with the
+// portals that lead there (RFC 7143 4.3, 13.3, appendix C).
 func (c *conn) sendTargets(out []byte, which string) []byte {
 	s := c.srv
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	for _, iqn := range slices.Sorted(maps.Keys(s.targets)) {
+	all := slices.Collect(maps.Keys(s.targets))
+	for iqn := range s.redirects {
+		if s.targets[iqn] == nil {
+			all = append(all, iqn)
+		}
+	}
+	slices.Sort(all)
+	for _, iqn := range all {
 		switch {
-		case s.targets[iqn].gone:
-			continue
 		case which == "All":
 			if c.node != nil { // only in a discovery session
 				continue
@@ -101,27 +134,93 @@ func (c *conn) sendTargets(out []byte, which string) []byte {
 			if c.node == nil || c.node.iqn != iqn {
 				continue
 			}
-		case which != iqn:
+		case which != iqn, c.node != nil && c.node.iqn != iqn:
+			continue
+		}
+		portals := s.portalsTo(iqn, &c.peer, c.nc.LocalAddr())
+		if len(portals) == 0 {
 			continue
 		}
 		out = iscsi.AppendText(out, iscsi.Pair{Key: "TargetName", Value: iqn})
-		var listed []string
-		for _, l := range s.listeners {
-			a := portalAddress(l.Addr(), c.nc.LocalAddr())
-			if !slices.Contains(listed, a) {
-				listed = append(listed, a)
-				out = iscsi.AppendText(out, iscsi.Pair{Key: "TargetAddress", Value: fmt.Sprintf("%s,%d", a, l.group)})
-			}
+		for _, p := range portals {
+			out = iscsi.AppendText(out, iscsi.Pair{Key: "TargetAddress", Value: p})
 		}
 	}
 	return out
 }
 
-func portalAddress(portal, local net.Addr) string {
+// portalsTo are the portals, each with its group, by which an initiator that came to the
+// address local gets to a target; none where it may not. s.mu is held.
+func (s *Server) portalsTo(iqn string, p *peer, local net.Addr) (out []string) {
+	n := s.targets[iqn]
+	if r := s.redirects[iqn]; r != nil {
+		if s.toldOf(r, n, p) {
+			out = append(out, fmt.Sprintf("%s,%d", r.Address, r.Group))
+		}
+		return out
+	}
+	if n == nil || n.gone {
+		return nil
+	}
+	for _, l := range s.listeners {
+		at := *p
+		at.group = l.group
+		if !n.sees(&at) {
+			continue
+		}
+		a, ok := portalAddress(l.Addr(), local, p.from)
+		if !ok {
+			continue
+		}
+		if v := fmt.Sprintf("%s,%d", a, l.group); !slices.Contains(out, v) {
+			out = append(out, v)
+		}
+	}
+	return out
+}
+
+// sees tells whether the initiator sees a unit of the target.
+func (n *node) sees(p *peer) bool {
+	for _, u := range *n.units.Load() {
+		if u.sees(p) {
+			return true
+		}
+	}
+	return false
+}
+
+// toldOf tells whether a redirection is for the initiator. s.mu is held.
+func (s *Server) toldOf(r *Redirection, n *node, p *peer) bool {
+	if len(r.Initiators) > 0 || n == nil {
+		rule := admitting(r.Initiators, p.initiator, p.from)
+		return rule != nil && p.satisfies(rule)
+	}
+	for _, u := range *n.units.Load() {
+		if rule := admitting(u.Initiators, p.initiator, p.from); rule != nil && p.satisfies(rule) {
+			return true
+		}
+	}
+	return false
+}
+
+// portalAddress is the address of a portal as an initiator at from, which came to the
+// address local, can reach it. A portal on all addresses is the one it came to; to
+// another host loopback is none.
+func portalAddress(portal, local net.Addr, from netip.Addr) (string, bool) {
 	p, ok1 := portal.(*net.TCPAddr)
 	l, ok2 := local.(*net.TCPAddr)
-	if ok1 && ok2 && p.IP.IsUnspecified() {
-		return net.JoinHostPort(l.IP.String(), fmt.Sprint(p.Port))
+	if !ok1 || !ok2 {
+		return portal.String(), true
 	}
-	return portal.String()
+	ip := p.IP
+	if ip.IsUnspecified() {
+		// Listening on 0.0.0.0 takes IPv4 alone, on [::] both.
+		if ip = l.IP; p.IP.To4() != nil && ip.To4() == nil {
+			return "", false
+		}
+	}
+	if ip.IsLoopback() && !from.IsLoopback() {
+		return "", false
+	}
+	return net.JoinHostPort(ip.String(), fmt.Sprint(p.Port)), true
 }
