@@ -560,6 +560,8 @@ func FuzzConfigurationNeverPanics(f *testing.F) {
 	f.Add([]byte(minimal))
 	f.Add([]byte("volume = [{name = 'x', copy = {depth = 1}}]\n[service]\nportals = [1, 'x']"))
 	f.Add([]byte("[[volume]]\n[volume.copy]\ndepth=1\n[[volume.copy.x]]\n[[volume]]\ncopy.rate='1'"))
+	f.Add([]byte(minimal + "portal_groups=[1,65536]\nreservation_by=1\n[[volume.initiator]]\nname='*'\nnetworks=['::/0','10.0.0.0/8']\nchap_user='u'\n[[volume.initiator]]\nname='iqn.*'\n"))
+	f.Add([]byte("[service.limits]\nnop_interval='0'\nfirst_burst_length='16MiB'\n[service.discovery]\ntarget_user='x'\n[[volume.initiator.x]]\nvolume.y=1\n" + minimal + minimal + "[[volume.initiator]]\nname='*'\n"))
 	f.Fuzz(func(t *testing.T, text []byte) {
 		cfg, err := parse("f", text, nil)
 		if err == nil && len(cfg.Volumes) == 0 {

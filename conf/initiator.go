@@ -313,7 +313,7 @@ func lastOf(p netip.Prefix) netip.Addr {
 func networks(to *[]netip.Prefix) func(any) error {
 	return func(v any) error {
 		var given []netip.Prefix
-		err := list(v, `["10.0.0.0/24"]`, "so that nobody matches; name at least one network, or leave it out for anywhere", func(s string) error {
+		err := list(v, `["10.0.0.0/24"]`, "nobody matches then; name at least one network, or leave it out for anywhere", func(s string) error {
 			p, err := parseNetwork(s)
 			if err != nil {
 				return err
