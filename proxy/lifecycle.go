@@ -8,6 +8,7 @@ import (
 	"strings"
 	"time"
 
+	"lunshift/failpoint"
 	"lunshift/lun"
 	"lunshift/state"
 )
@@ -62,6 +63,7 @@ func (v *Volume) advance(ctx context.Context, to Phase, change func(*state.Recor
 	if from := v.Phase(); next[from] != to {
 		return v.notAllowed("the step to "+string(to), "")
 	}
+	failpoint.Here("phase.leaving." + string(v.Phase()))
 	err := v.save(ctx, func(r *state.Record) {
 		r.Phase = string(to)
 		change(r)
@@ -69,12 +71,14 @@ func (v *Volume) advance(ctx context.Context, to Phase, change func(*state.Recor
 	if err != nil {
 		return err
 	}
+	failpoint.Here("phase.saved." + string(to))
 	v.phase.Store(to)
 	v.mu.Lock()
 	close(v.changed)
 	v.changed = make(chan struct{})
 	v.mu.Unlock()
 	v.log.Infof("phase %s", to)
+	failpoint.Here("phase.taken." + string(to))
 	return nil
 }
 

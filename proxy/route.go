@@ -8,6 +8,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	copier "lunshift/copy"
+	"lunshift/failpoint"
 	"lunshift/lun"
 	"lunshift/state"
 )
@@ -228,7 +229,9 @@ func (v *Volume) write(ctx context.Context, e lun.Extent, do func(*unit) error) 
 	}
 	err := v.writeStable(ctx, true, do)
 	if err == nil {
+		failpoint.Here("write.stable")
 		err = flag()
+		failpoint.Here("write.flagged")
 	}
 	if err != nil {
 		v.suspect(e)
@@ -246,6 +249,7 @@ func (v *Volume) writeStable(ctx context.Context, stable bool, do func(*unit) er
 		if err := do(v.destination); err != nil || !stable {
 			return err
 		}
+		failpoint.Here("write.unflushed")
 		if err := v.destinationFlush.Flush(ctx); err != nil {
 			return err
 		}
@@ -327,6 +331,7 @@ func (l *ledger) Commit(ctx context.Context, copied []copier.Copied) error {
 	if len(copied) == 0 {
 		return nil
 	}
+	failpoint.Here("copy.written")
 	volatile := l.destination.Info().VolatileCache
 	if volatile {
 		if err := l.destinationFlush.Flush(ctx); err != nil {
@@ -351,7 +356,10 @@ func (l *ledger) Commit(ctx context.Context, copied []copier.Copied) error {
 	for i, e := range done {
 		runs[i] = run(e)
 	}
-	return l.flags.Set(ctx, state.Valid, runs...)
+	failpoint.Here("copy.stable")
+	err := l.flags.Set(ctx, state.Valid, runs...)
+	failpoint.Here("copy.flagged")
+	return err
 }
 
 // subtract gives the blocks of list that are not in e.

@@ -11,6 +11,8 @@ import (
 	"time"
 
 	"github.com/dgraph-io/badger/v4"
+
+	"lunshift/failpoint"
 )
 
 // maxBatch bounds the requests in the queue and those of one batch.
@@ -277,15 +279,19 @@ func (c *committer) commitSome(ops []op, atomic bool) (rest []op, tried bool, er
 			return ops, false, err
 		}
 	}
+	failpoint.Here("state.begin")
 	if err := txn.Commit(); err != nil {
 		return ops, true, err
 	}
+	failpoint.Here("state.written")
 	if err := c.names.sync(); err != nil {
 		return ops, true, err
 	}
+	failpoint.Here("state.synced")
 	c.seq++
 	if err := c.head.advance(c.seq); err != nil {
 		return ops, true, err
 	}
+	failpoint.Here("state.noted")
 	return ops[n:], true, nil
 }
