@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"net/netip"
 	"time"
 
 	"lunshift/iscsi"
@@ -26,7 +27,7 @@ func (s *Server) Listen() error {
 	}
 	var all []portal
 	for _, p := range s.cfg.Portals {
-		l, err := net.Listen("tcp", p.Address)
+		l, err := net.Listen(network(p.Address), p.Address)
 		if err != nil {
 			for _, o := range all {
 				o.Close()
@@ -41,6 +42,19 @@ func (s *Server) Listen() error {
 	}
 	s.listeners = append(s.listeners, all...)
 	return nil
+}
+
+// network keeps a portal to its own version of IP: by itself Go listens for both where
+// the address is that of all interfaces.
+func network(address string) string {
+	at, err := netip.ParseAddrPort(address)
+	switch {
+	case err != nil:
+		return "tcp"
+	case at.Addr().Is4():
+		return "tcp4"
+	}
+	return "tcp6"
 }
 
 // Addrs are the addresses bound, in the order of Portals.

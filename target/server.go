@@ -32,6 +32,10 @@ type SessionInfo struct {
 	Initiator string    `json:"initiator"`
 	Address   string    `json:"address"`
 	Since     time.Time `json:"since"`
+	// PortalGroup is the group of the portal it came to.
+	PortalGroup uint16 `json:"portal_group"`
+	// CHAPUser is the CHAP name it proved; empty where it proved nothing.
+	CHAPUser string `json:"chap_user,omitempty"`
 }
 
 // Errors of a Server.
@@ -386,7 +390,8 @@ func (s *Server) dropTarget(n *node) {
 func (s *Server) Sessions(iqn string) []SessionInfo {
 	out := []SessionInfo{}
 	for _, c := range s.sessions(iqn) {
-		out = append(out, SessionInfo{Initiator: c.initiator, Address: c.nc.RemoteAddr().String(), Since: c.since})
+		out = append(out, SessionInfo{Initiator: c.initiator, Address: c.nc.RemoteAddr().String(), Since: c.since,
+			PortalGroup: c.group, CHAPUser: c.proved.Name})
 	}
 	slices.SortFunc(out, func(a, b SessionInfo) int { return a.Since.Compare(b.Since) })
 	return out

@@ -214,8 +214,8 @@ func portalAddress(portal, local net.Addr, from netip.Addr) (string, bool) {
 	}
 	ip := p.IP
 	if ip.IsUnspecified() {
-		// Listening on 0.0.0.0 takes IPv4 alone, on [::] both.
-		if ip = l.IP; p.IP.To4() != nil && ip.To4() == nil {
+		// Listening on 0.0.0.0 takes IPv4 alone, on [::] IPv6 alone.
+		if ip = l.IP; (p.IP.To4() != nil) != (ip.To4() != nil) {
 			return "", false
 		}
 	}
