@@ -3,7 +3,7 @@
 VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
 FUZZTIME ?= 30s
 
-.PHONY: all build demo tools test race bench fuzz fmt lint clean
+.PHONY: all build demo tools test race vm bench fuzz fmt lint clean
 
 all: build
 
@@ -21,6 +21,9 @@ test: tools lint build ## every test, with the race detector
 
 race: tools       ## the end-to-end tests with the race detector in the service as well (7 minutes)
 	CGO_ENABLED=1 LUNSHIFT_E2E_RACE=1 go test -timeout 30m ./tests/e2e
+
+vm: build         ## a Linux in a virtual machine as the initiator (needs qemu-system-x86; no root where /dev/net/tun is open to all)
+	LUNSHIFT_VM=1 go test -count=1 -v -timeout 20m ./tests/vm
 
 bench: build      ## lunshift against tgtd, gotgt and qemu-img, as ratios
 	go run ./tests/bench

@@ -58,11 +58,15 @@ type Account struct {
 
 // NewTgtd starts a tgtd that serves nothing yet. It keeps its files in dir.
 func NewTgtd(ctx context.Context, dir string) (*Tgtd, error) {
+	return newTgtd(ctx, dir, "127.0.0.1:0")
+}
+
+func newTgtd(ctx context.Context, dir, portal string) (*Tgtd, error) {
 	log, err := os.OpenFile(filepath.Join(dir, "tgtd.log"), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
 	if err != nil {
 		return nil, err
 	}
-	d := &Tgtd{dir: dir, portal: "127.0.0.1:0", log: log}
+	d := &Tgtd{dir: dir, portal: portal, log: log}
 	if err := d.start(ctx); err != nil {
 		return nil, errors.Join(err, log.Close())
 	}
@@ -71,6 +75,13 @@ func NewTgtd(ctx context.Context, dir string) (*Tgtd, error) {
 
 // StartTgtd is NewTgtd for a test; the test's end ends it.
 func StartTgtd(t testing.TB) *Tgtd {
+	t.Helper()
+	return StartTgtdOn(t, "127.0.0.1:0")
+}
+
+// StartTgtdOn is StartTgtd with a portal of the test's choice, host:port, for a test in a
+// network namespace of its own.
+func StartTgtdOn(t testing.TB, portal string) *Tgtd {
 	t.Helper()
 	Need(t, "tgtd", "tgtadm")
 	// The control socket's path must fit sun_path, which t.TempDir may not.
@@ -83,7 +94,7 @@ func StartTgtd(t testing.TB) *Tgtd {
 			t.Error(err)
 		}
 	})
-	d, err := NewTgtd(t.Context(), dir)
+	d, err := newTgtd(t.Context(), dir, portal)
 	if err != nil {
 		t.Fatal(err)
 	}
