@@ -81,6 +81,7 @@ func TestEveryLimitIsTaken(t *testing.T) {
 [service.limits]
 connections = 11
 connections_per_address = 12
+connections_logging_in = 10
 sessions_per_volume = 13
 commands_per_session = 14
 bytes_in_flight = "65MiB"
@@ -95,7 +96,7 @@ max_outstanding_r2t = 23
 text_length = "24KiB"
 `+minimal).Service.Limits
 	want := Limits{
-		Connections: 11, ConnectionsPerAddress: 12, SessionsPerVolume: 13, CommandsPerSession: 14, BytesInFlight: 65 << 20,
+		Connections: 11, ConnectionsPerAddress: 12, ConnectionsLoggingIn: 10, SessionsPerVolume: 13, CommandsPerSession: 14, BytesInFlight: 65 << 20,
 		InitiatorLoginTimeout: 16 * time.Second, LoginFailures: 17, DataTimeout: 18 * time.Second, NopInterval: 19 * time.Second,
 		MaxRecvDataSegmentLength: 20 << 10, MaxBurstLength: 1<<24 - 1, FirstBurstLength: 512, MaxOutstandingR2T: 23, TextLength: 24 << 10,
 	}
@@ -111,6 +112,7 @@ func TestFaultsOfLimits(t *testing.T) {
 	for line, want := range map[string]string{
 		"connections = 0":                       "is 0; it is from 1 to 1048576",
 		"connections_per_address = -1":          "is -1; it is from 1 to 1048576",
+		"connections_logging_in = 0":            "is 0; it is from 1 to 1048576",
 		"sessions_per_volume = '5'":             "is a text; it is a number",
 		"commands_per_session = 4097":           "is 4097; it is from 1 to 4096",
 		"bytes_in_flight = '1MiB'":              "is 1MiB; it is from 64MiB to 1PiB",

@@ -8,11 +8,15 @@ import (
 // Limits is the [service.limits] table: what initiators may take. Past a limit an
 // initiator gets the protocol's own refusal, and nobody else is disturbed.
 type Limits struct {
-	// Connections is how many connections are held at a time, 1 to 1048576; each is
-	// one session.
+	// Connections is how many connections that have logged in are held at a time, 1 to
+	// 1048576; each is one session.
 	Connections int
-	// ConnectionsPerAddress is how many of them one IP address may have, 1 to 1048576.
+	// ConnectionsPerAddress is how many of them one IP address may have, and how many may
+	// be logging in from it, 1 to 1048576.
 	ConnectionsPerAddress int
+	// ConnectionsLoggingIn is how many connections may be logging in at a time, 1 to
+	// 1048576; they come on top of Connections.
+	ConnectionsLoggingIn int
 	// SessionsPerVolume is how many sessions may see one volume, 1 to 1048576.
 	SessionsPerVolume int
 	// CommandsPerSession is the command window of a session, 1 to 4096 (RFC 7143
@@ -50,6 +54,7 @@ func defaultLimits() Limits {
 	return Limits{
 		Connections:              1024,
 		ConnectionsPerAddress:    256,
+		ConnectionsLoggingIn:     256,
 		SessionsPerVolume:        256,
 		CommandsPerSession:       128,
 		BytesInFlight:            256 << 20,
@@ -70,6 +75,7 @@ func limitSettings(l *Limits) []setting {
 	return []setting{
 		{"connections", integer(&l.Connections, 1, many)},
 		{"connections_per_address", integer(&l.ConnectionsPerAddress, 1, many)},
+		{"connections_logging_in", integer(&l.ConnectionsLoggingIn, 1, many)},
 		{"sessions_per_volume", integer(&l.SessionsPerVolume, 1, many)},
 		{"commands_per_session", integer(&l.CommandsPerSession, 1, 4096)},
 		{"bytes_in_flight", sizeWithin(&l.BytesInFlight, 64<<20, 1<<50)},

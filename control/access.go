@@ -25,6 +25,7 @@ func targetConfig(service conf.Service, log logrus.FieldLogger) target.Config {
 		MaxText:                  int(l.TextLength),
 		MaxConnections:           l.Connections,
 		ConnectionsPerAddress:    l.ConnectionsPerAddress,
+		ConnectionsLoggingIn:     l.ConnectionsLoggingIn,
 		SessionsPerUnit:          l.SessionsPerVolume,
 		LoginTimeout:             l.InitiatorLoginTimeout,
 		LoginFailures:            l.LoginFailures,
