@@ -5,7 +5,6 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"os"
 	"path/filepath"
 	"sync/atomic"
 	"time"
@@ -84,8 +83,7 @@ func (s *Store) submit(ctx context.Context, r *request) error {
 type committer struct {
 	*Store
 	seq    uint64 // of the last commit
-	names  dirSyncer
-	failed error // why nothing more may be written
+	failed error  // why nothing more may be written
 }
 
 func newCommitter(s *Store) (*committer, error) {
@@ -103,13 +101,8 @@ func newCommitter(s *Store) (*committer, error) {
 	if c.seq < s.head.seq {
 		return nil, damaged(s.dir, fmt.Errorf("the database ends at commit %d, but commit %d was acknowledged", c.seq, s.head.seq))
 	}
-	dir, err := os.Open(filepath.Join(s.dir, badgerDir))
+	c.syncer, err = openSyncer(filepath.Join(s.dir, badgerDir))
 	if err != nil {
-		return nil, fmt.Errorf("state directory %s: %w", s.dir, err)
-	}
-	c.names.dir = dir
-	if err := c.names.measure(); err != nil {
-		dir.Close()
 		return nil, fmt.Errorf("state directory %s: %w", s.dir, err)
 	}
 	return c, nil
@@ -117,7 +110,7 @@ func newCommitter(s *Store) (*committer, error) {
 
 func (c *committer) run() {
 	defer close(c.stopped)
-	defer c.names.dir.Close()
+	defer c.syncer.close()
 	batch := make([]*request, 0, maxBatch)
 	for {
 		batch = batch[:0]
@@ -231,7 +224,7 @@ func (c *committer) commit(ops []op, atomic bool) (err error) {
 	if c.failed != nil {
 		return c.failed
 	}
-	if err := checkFree(c.dir, c.freeMin.Load()+c.names.tables); err != nil {
+	if err := checkFree(c.dir, c.freeMin.Load()+c.syncer.tables); err != nil {
 		return fmt.Errorf("state directory %s: %w", c.dir, err)
 	}
 	for rest := ops; len(rest) > 0; {
@@ -284,7 +277,7 @@ func (c *committer) commitSome(ops []op, atomic bool) (rest []op, tried bool, er
 		return ops, true, err
 	}
 	failpoint.Here("state.written")
-	if err := c.names.sync(); err != nil {
+	if err := c.syncer.sync(); err != nil {
 		return ops, true, err
 	}
 	failpoint.Here("state.synced")

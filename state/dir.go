@@ -19,6 +19,10 @@ const (
 	lockName = "LOCK"
 	headName = "HEAD"
 
+	// Extensions of Badger's files.
+	logExt   = ".mem"
+	tableExt = ".sst"
+
 	// formatVersion is the layout of the directory and of the keys.
 	formatVersion = 1
 )
@@ -218,54 +222,137 @@ func (h *head) close() error {
 	return errors.Join(h.file.Sync(), h.file.Close())
 }
 
-// dirSyncer makes new files' names durable: Badger begins a new log in the
-// middle of a commit and leaves the directory to a goroutine of its own.
-type dirSyncer struct {
+// syncer puts a commit on stable storage: the log that it was written to, and the
+// names of the files in Badger's directory.
+//
+// Badger's own SyncWrites would sync the value log besides, which stays empty but costs
+// a cache flush of the disk, and leaves new names to a goroutine of its own. A
+// transaction lies in one log, the newest, which Badger begins in the middle of a commit
+// when the one before it is full; that one's transactions were synced one by one.
+// Tables and the manifest Badger syncs itself before it deletes a log.
+type syncer struct {
 	dir    *os.File
-	clean  int64  // the mtime, in ns, that is known to be synced; 0 unknown
-	tables uint64 // bytes of Badger's tables
+	log    *os.File // the newest
+	clean  int64    // the mtime, in ns, that is known to be synced; 0 unknown
+	tables uint64   // bytes of Badger's tables
+	// synced, of tests, is called with the name of a log that was synced.
+	synced func(name string)
 }
 
-// sync returns once every name in the directory is on stable storage. It costs
-// one fstat where nothing changed.
-func (d *dirSyncer) sync() error {
+// openSyncer syncs every log and name there is, so that nothing is shown to
+// readers that a power loss could still take back: after a kill, logs may hold
+// transactions that were written and never synced.
+func openSyncer(dir string) (_ *syncer, err error) {
+	d, err := os.Open(dir)
+	if err != nil {
+		return nil, err
+	}
+	y := &syncer{dir: d}
+	defer func() {
+		if err != nil {
+			y.close()
+		}
+	}()
+	names, err := filepath.Glob(filepath.Join(dir, "*"+logExt))
+	if err != nil {
+		return nil, err
+	}
+	for _, name := range names {
+		if err := syncPath(name); err != nil && !errors.Is(err, fs.ErrNotExist) { // it may be a table by now
+			return nil, fmt.Errorf("sync %s: %w", name, reason(err))
+		}
+	}
+	if err := d.Sync(); err != nil {
+		return nil, fmt.Errorf("sync %s: %w", dir, reason(err))
+	}
+	return y, y.look()
+}
+
+// sync returns once the commit just made is on stable storage, and every name in the
+// directory. Where no file came or went it costs one fstat and one fdatasync.
+func (y *syncer) sync() error {
 	var st unix.Stat_t
-	if err := unix.Fstat(int(d.dir.Fd()), &st); err != nil {
-		return fmt.Errorf("stat %s: %w", d.dir.Name(), err)
+	if err := unix.Fstat(int(y.dir.Fd()), &st); err != nil {
+		return fmt.Errorf("stat %s: %w", y.dir.Name(), err)
 	}
 	mtime := st.Mtim.Nano()
-	if mtime == d.clean {
+	if mtime != y.clean {
+		if err := y.look(); err != nil {
+			return err
+		}
+	}
+	if err := y.syncLog(); err != nil {
+		return fmt.Errorf("sync %s: %w", y.log.Name(), reason(err))
+	}
+	if mtime == y.clean {
 		return nil
 	}
-	if err := d.dir.Sync(); err != nil {
-		return fmt.Errorf("sync %s: %w", d.dir.Name(), reason(err))
-	}
-	if err := d.measure(); err != nil {
-		return err
+	if err := y.dir.Sync(); err != nil {
+		return fmt.Errorf("sync %s: %w", y.dir.Name(), reason(err))
 	}
 	// A change within the same tick of the file system's clock would not show.
-	if d.clean = 0; time.Since(time.Unix(0, mtime)) > 100*time.Millisecond {
-		d.clean = mtime
+	if y.clean = 0; time.Since(time.Unix(0, mtime)) > 100*time.Millisecond {
+		y.clean = mtime
 	}
 	return nil
 }
 
-// measure adds up the tables.
-func (d *dirSyncer) measure() error {
-	entries, err := os.ReadDir(d.dir.Name())
+// look finds the newest log and adds up the tables.
+func (y *syncer) look() error {
+	entries, err := os.ReadDir(y.dir.Name()) // in the order of the names, and so of the logs
 	if err != nil {
 		return err
 	}
-	d.tables = 0
+	y.tables = 0
+	newest := ""
 	for _, e := range entries {
-		if filepath.Ext(e.Name()) != ".sst" {
-			continue
-		}
-		if info, err := e.Info(); err == nil { // it may be gone by now
-			d.tables += uint64(info.Size())
+		switch filepath.Ext(e.Name()) {
+		case tableExt:
+			if info, err := e.Info(); err == nil { // it may be gone by now
+				y.tables += uint64(info.Size())
+			}
+		case logExt:
+			if len(e.Name()) >= len(newest) { // beyond 99999 names grow longer
+				newest = e.Name()
+			}
 		}
 	}
+	if newest == "" {
+		return fmt.Errorf("%s holds no log", y.dir.Name())
+	}
+	newest = filepath.Join(y.dir.Name(), newest)
+	if y.log != nil && y.log.Name() == newest {
+		return nil
+	}
+	log, err := os.Open(newest)
+	if err != nil {
+		return err
+	}
+	if y.log != nil {
+		y.log.Close() // read only: nothing is lost with it
+	}
+	y.log = log
 	return nil
+}
+
+func (y *syncer) close() {
+	y.dir.Close()
+	if y.log != nil {
+		y.log.Close()
+	}
+}
+
+func (y *syncer) syncLog() error {
+	for {
+		err := unix.Fdatasync(int(y.log.Fd()))
+		if errors.Is(err, unix.EINTR) {
+			continue
+		}
+		if err == nil && y.synced != nil {
+			y.synced(y.log.Name())
+		}
+		return err
+	}
 }
 
 func syncPath(path string) error {

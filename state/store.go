@@ -95,6 +95,7 @@ type Store struct {
 	close   sync.Once
 	closed  error // Close's outcome
 
+	syncer  *syncer // of the committer alone
 	stats   statsKeeper
 	freeMin atomic.Uint64 // minFree, another in tests of a full disk
 
@@ -181,7 +182,7 @@ func openBadger(dir string, log logrus.FieldLogger) (db *badger.DB, err error) {
 	}()
 	o := badger.DefaultOptions(dir).
 		WithLogger(badgerLog{log}).
-		WithSyncWrites(true).
+		WithSyncWrites(false).      // syncer syncs each commit
 		WithDetectConflicts(false). // one committer, no concurrent transactions
 		WithMemTableSize(memTableSize).
 		WithNumMemtables(2).
