@@ -95,6 +95,9 @@ func (c *conn) check(t *task) error {
 	if t.flags&iscsi.FlagRead != 0 && t.flags&iscsi.FlagWrite != 0 || c.r.Bidirectional() {
 		return senseInvalidIU // no command here moves data both ways
 	}
+	if t.u != nil && t.u.conflicts(c, t.access()) {
+		return lun.ErrConflict
+	}
 	if n, err := c.r.ExtendedCDB(); err != nil || n != nil || !t.op.reservedClear(t.cdb[:]) {
 		return senseInvalidField
 	}
@@ -164,7 +167,7 @@ func (c *conn) readNow(h *iscsi.BHS) bool {
 	c.inFlight += place
 	c.w.Reserve(n)
 	c.inFlight -= place
-	if len(c.attention) > 0 || !u.gate.enter() {
+	if len(c.attention) > 0 || u.conflicts(c, accessRead) || !u.gate.enter() {
 		return false
 	}
 	defer u.gate.leave()

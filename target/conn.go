@@ -73,6 +73,9 @@ type conn struct {
 	draining  bool              // what runs is answered before the connection closes
 	cause     error
 	attention map[uint64][]sense // unit attentions by unit number
+	arrived   bool               // what awaited the I_T nexus was taken
+	told      bool               // an Asynchronous Message waits for room
+	skipped   map[uint32]bool    // CmdSNs of commands aborted before they came; nil until one is
 	ping      uint32             // TTT of the NOP-In that was not answered; 0 none
 	pingHeard uint64
 	stuck     bool   // there was no room for a ping
@@ -137,6 +140,7 @@ func (c *conn) serve() {
 	}
 	c.mu.Unlock()
 	c.workers.Wait()
+	c.depart()
 	c.mu.Lock()
 	c.w.Close(net.ErrClosed)
 	cause := c.cause
@@ -358,6 +362,7 @@ func (c *conn) inOrder(h *iscsi.BHS) (ignore bool, err error) {
 	switch {
 	case sn == c.expCmdSN && c.inFlight < c.window:
 		c.expCmdSN++
+		c.skip()
 		return false, nil
 	case iscsi.SNLess(sn, c.expCmdSN) || iscsi.SNLess(c.expCmdSN+c.window-c.inFlight-1, sn):
 		return true, nil

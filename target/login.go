@@ -531,11 +531,7 @@ func (c *conn) begin(n *negotiation) (status uint16, err error) {
 		case !ok || now.moved != nil || now.node != c.node:
 			return iscsi.LoginServiceUnavailable, fmt.Errorf("%w: target %s changed while initiator %s logged in", errLoginRefused, c.node.iqn, c.initiator)
 		}
-		c.mu.Lock()
-		for id := range c.units() {
-			c.attention[id] = []sense{attnPowerOn}
-		}
-		c.mu.Unlock()
+		c.arrive()
 		c.log.WithField("target", c.node.iqn).Info("session began")
 	}
 	return 0, nil

@@ -27,6 +27,8 @@ type operation struct {
 	partial     bool // less data-out than the CDB says is done as far as it goes
 	exact       bool // data-out is as long as the CDB says, or the command is refused
 	thin        bool // only for a unit that is thin
+
+	access access // how it fares under a reservation; see reservation_access.go
 }
 
 // Opcodes that the hot path names.
@@ -56,12 +58,13 @@ var index [256][]*operation
 // Both tables are constant from here on. They are filled here because REPORT
 // SUPPORTED OPERATION CODES, one of them, reads them.
 func init() {
-	operations = commandSet()
+	operations = append(commandSet(), reservationCommands()...)
 	for i := range operations {
 		o := &operations[i]
 		if len(o.usage) < 6 || o.handle == nil {
 			panic(fmt.Sprintf("operation %s is incomplete", o.name))
 		}
+		o.access = accessOf(o)
 		index[o.opcode] = append(index[o.opcode], o)
 	}
 }

@@ -9,40 +9,60 @@ import (
 // taskManagement does a task management function (RFC 7143 11.5, SAM-5 7). Its
 // response goes out when every task it aborted has ended: the device is done
 // with them, and none of them is answered any more.
+//
+// Until then it counts as a command does: an immediate one among the immediate
+// commands, which are refused past their bound, another one in the command window.
 func (c *conn) taskManagement(h *iscsi.BHS) error {
 	head := *h
 	if ignore, err := c.inOrder(&head); ignore || err != nil {
 		return err
 	}
+	count := &c.inFlight
+	if head.Immediate() {
+		if c.immediate >= mostImmediate {
+			c.reject(&head, iscsi.RejectTooManyImmed)
+			return nil
+		}
+		count = &c.immediate
+	}
+	*count++
 	// Tasks of other sessions are reached under their locks, one at a time.
-	c.unlocked(func() { c.manage(&head) })
+	c.unlocked(func() { c.manage(&head, count) })
 	return nil
 }
 
-func (c *conn) manage(head *iscsi.BHS) {
+func (c *conn) manage(head *iscsi.BHS, count *uint32) {
 	var u *unit
 	id, known := iscsi.DecodeLUN(head.LUN())
+	c.mu.Lock()
+	mine := c.units() // a target reset is one of the units that the initiator may use
 	if known {
-		c.mu.Lock()
-		u = c.units()[id]
-		c.mu.Unlock()
+		u = mine[id]
 	}
+	c.mu.Unlock()
 	b := &barrier{}
 	response := byte(iscsi.TMFComplete)
 	var after func()
 	abortOf := func(o *conn, all bool, attn sense) {
 		o.mu.Lock()
 		defer o.mu.Unlock()
+		cleared := false
 		for _, t := range o.tasks {
-			if all || sameUnit(t.lunField, head.LUN()) {
+			if all && (t.u == nil && o == c || t.u != nil && mine[t.u.LUN] == t.u) || !all && sameUnit(t.lunField, head.LUN()) {
 				t.join(b)
 				t.abort()
+				cleared = true
 			}
+		}
+		if attn == attnCleared && !cleared {
+			return // none of its commands was cleared (SAM-5 7.4)
 		}
 		if attn != (sense{}) && !o.closing {
 			if all {
-				for id := range o.units() {
-					o.attend(id, attn)
+				for id, u := range o.units() {
+					if mine[id] == u {
+						o.attend(id, attn)
+					}
 				}
 			} else {
 				o.attend(id, attn)
@@ -62,6 +82,9 @@ func (c *conn) manage(head *iscsi.BHS) {
 			abortOf(c, false, sense{})
 			break
 		}
+		if f == iscsi.TMFLUNReset {
+			u.reserved.release(nil)
+		}
 		for _, o := range peers {
 			switch {
 			case f == iscsi.TMFLUNReset:
@@ -73,13 +96,24 @@ func (c *conn) manage(head *iscsi.BHS) {
 			}
 		}
 	case iscsi.TMFTargetWarmReset, iscsi.TMFTargetColdReset:
+		for _, u := range mine {
+			u.reserved.release(nil)
+		}
 		for _, o := range peers {
 			abortOf(o, true, attnTargetReset)
 		}
 		if f == iscsi.TMFTargetColdReset {
 			after = func() {
 				for _, o := range peers {
-					o.close(errors.New("target cold reset"))
+					o.mu.Lock()
+					concerned := o == c
+					for id, u := range o.units() {
+						concerned = concerned || mine[id] == u
+					}
+					o.mu.Unlock()
+					if concerned {
+						o.close(errors.New("target cold reset"))
+					}
 				}
 			}
 		}
@@ -97,6 +131,7 @@ func (c *conn) manage(head *iscsi.BHS) {
 		go func() {
 			defer c.claims.Done()
 			c.mu.Lock()
+			*count--
 			if !c.closing {
 				r, data := c.w.Frame(0)
 				r.SetOpcode(iscsi.OpTaskMgmtResp)
@@ -115,20 +150,38 @@ func (c *conn) manage(head *iscsi.BHS) {
 	})
 }
 
-// abortTask aborts the one task that is referred to.
+// abortTask aborts the one task that is referred to. One that never came is taken for
+// received, where its number is among those that may still come and is before the
+// request's own (RFC 7143 11.6.1).
 func (c *conn) abortTask(h *iscsi.BHS, b *barrier) byte {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	t := c.tasks[h.TTT()]
-	if t == nil {
+	if t := c.tasks[h.TTT()]; t != nil && sameUnit(t.lunField, h.LUN()) {
+		t.join(b)
+		t.abort()
+		return iscsi.TMFComplete
+	}
+	ref := h.RefCmdSN()
+	if iscsi.SNLess(ref, c.expCmdSN) || !iscsi.SNLess(ref, h.CmdSN()) || iscsi.SNLess(c.lastCmdSN(), ref) {
 		return iscsi.TMFNoTask
 	}
-	if !sameUnit(t.lunField, h.LUN()) {
-		return iscsi.TMFNoTask
+	if c.skipped == nil {
+		c.skipped = map[uint32]bool{}
 	}
-	t.join(b)
-	t.abort()
+	c.skipped[ref] = true // as many as the window, at most
+	c.skip()
 	return iscsi.TMFComplete
+}
+
+// lastCmdSN is MaxCmdSN. c.mu is held.
+func (c *conn) lastCmdSN() uint32 { return c.expCmdSN + c.window - c.inFlight - 1 }
+
+// skip moves the window over commands that were aborted before they came. c.mu is held.
+func (c *conn) skip() {
+	for c.skipped[c.expCmdSN] {
+		delete(c.skipped, c.expCmdSN)
+		c.expCmdSN++
+	}
 }
 
 // sameUnit tells whether two LUN fields mean one unit, which has a number in the

@@ -24,6 +24,8 @@ type unit struct {
 	lu     *api.SCSILu
 	gate   gate
 	inq    inquiryData
+
+	reserved *reservations
 }
 
 func newUnit(u Unit) (*unit, error) {
@@ -57,7 +59,9 @@ func newUnit(u Unit) (*unit, error) {
 	n.gate.drained = make(chan struct{})
 	n.inq = newInquiryData(n)
 	n.lu = newLogicalUnit(n)
-	return n, nil
+	var err error
+	n.reserved, err = newReservations(n)
+	return n, err
 }
 
 // gate counts the commands inside a unit and can be closed.
