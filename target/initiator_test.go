@@ -24,6 +24,7 @@ type initiator struct {
 	lun    uint64
 	maxSN  uint32
 	digest bool
+	isid   iscsi.ISID // of loginRequest
 }
 
 type loginOptions struct {
