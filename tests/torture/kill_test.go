@@ -1,0 +1,382 @@
+package torture
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"lunshift/proxy"
+	"lunshift/tests/peer"
+)
+
+const (
+	clients    = 12
+	volumeSize = 24 << 20
+	// copyRate keeps the copy going for as long as it is to be crashed.
+	copyRate = 1 << 20
+)
+
+// stage is where in the volume's life a crash comes, and at which points.
+type stage struct {
+	name   string
+	points []string
+	// begin sets off what the crash is to meet; nil is nothing.
+	begin func(context.Context, *service)
+}
+
+// Points of each persist step, write step and copy step.
+var (
+	statePoints = []string{"state.begin", "state.written", "state.synced", "state.noted"}
+	writePoints = []string{"write.unflushed", "write.stable", "write.flagged"}
+	copyPoints  = []string{"copy.written", "copy.stable", "copy.flagged"}
+)
+
+func phasePoints(from, to proxy.Phase) []string {
+	return []string{"phase.leaving." + string(from), "phase.saved." + string(to), "phase.taken." + string(to)}
+}
+
+var (
+	inReady     = stage{name: "ready"}
+	atStart     = stage{"start", slices.Concat(phasePoints(proxy.Ready, proxy.Migrating), statePoints), startVolume}
+	inMigrating = stage{"migrating", slices.Concat(statePoints, writePoints, copyPoints), nil}
+	atSynced    = stage{"becoming synced", slices.Concat(phasePoints(proxy.Migrating, proxy.Synced), statePoints, copyPoints), unthrottle}
+	inSynced    = stage{name: "synced"}
+	atCutover   = stage{"cutover", slices.Concat(phasePoints(proxy.Synced, proxy.Cutover), statePoints), cutOver}
+)
+
+// A crash may cut these calls short; what came of them is seen after the restart.
+func startVolume(ctx context.Context, s *service) { s.client.Start(ctx, volumeName) }
+func unthrottle(ctx context.Context, s *service)  { s.client.Throttle(ctx, volumeName, 0) }
+func cutOver(ctx context.Context, s *service)     { s.client.Cutover(ctx, volumeName) }
+
+// sum is what a test did.
+type sum struct {
+	cycles, acked, readBack, violations int64
+	crashes                             map[string]int // by stage and point
+}
+
+func (s sum) String() string {
+	return fmt.Sprintf("cycles %d, acknowledged writes %d, blocks read back %d, violations %d", s.cycles, s.acked, s.readBack, s.violations)
+}
+
+// life is one volume from ready to cutover.
+type life struct {
+	t       *testing.T
+	s       *service
+	o       *oracle
+	rng     *rand.Rand
+	clients []*client
+	acks    atomic.Int64
+	reads   atomic.Int64
+	first   atomic.Bool
+	faults  faults
+	sum     *sum
+	power   func() // cuts the power after a crash and restores it; nil leaves it on
+
+	source, destination string // the images behind the units
+	afterStart          []byte // the source once it takes no more writes
+}
+
+func newLife(t *testing.T, s *service, before []byte, bs int, rng *rand.Rand, sum *sum) *life {
+	l := &life{t: t, s: s, o: newOracle(before, bs), rng: rng, sum: sum}
+	share := uint64(len(l.o.cells) / clients)
+	for i := range clients {
+		l.clients = append(l.clients, &client{
+			id: i, o: l.o, from: uint64(i) * share, blocks: share,
+			rng:    rand.New(rand.NewPCG(rng.Uint64(), uint64(i))),
+			faults: &l.faults, acks: &l.acks, reads: &l.reads, firstStable: &l.first,
+		})
+	}
+	return l
+}
+
+// load is the clients at work.
+type load struct {
+	hosts []host
+	stop  context.CancelFunc // no further commands
+	leave context.CancelFunc // and those sent are given up
+	wait  sync.WaitGroup
+}
+
+// work sets the clients to work; nil where the service is gone before.
+func (l *life) work() *load {
+	w := &load{}
+	ctx, leave := context.WithCancel(l.t.Context())
+	running, stop := context.WithCancel(ctx)
+	w.stop, w.leave = stop, leave
+	for i := range 2 {
+		h, err := l.s.dial(ctx, fmt.Sprintf("host%d", i))
+		if err != nil {
+			w.end()
+			select {
+			case <-time.After(patience):
+				l.t.Fatal(err)
+			case why := <-l.s.exited:
+				l.s.exited <- why
+			}
+			return nil
+		}
+		w.hosts = append(w.hosts, host{h})
+	}
+	for i, c := range l.clients {
+		w.wait.Go(func() { c.run(ctx, running, w.hosts[i%len(w.hosts)]) })
+	}
+	return w
+}
+
+// end gives up what is under way.
+func (w *load) end() {
+	w.stop()
+	w.leave()
+	for _, h := range w.hosts {
+		h.Close()
+	}
+	w.wait.Wait()
+}
+
+// drain waits for what is under way.
+func (w *load) drain() {
+	w.stop()
+	w.wait.Wait()
+	w.end()
+}
+
+// crash is one cycle: the service under load, its end, and every block read back from
+// the next one, which it leaves running.
+func (l *life) crash(st stage) {
+	t := l.t
+	point, armed := "", ""
+	if len(st.points) > 0 && l.rng.IntN(8) > 0 {
+		point = st.points[l.rng.IntN(len(st.points))]
+		count := 1
+		if !strings.HasPrefix(point, "phase.") {
+			count += l.rng.IntN(1 << l.rng.IntN(8)) // often soon, at times late
+		}
+		armed = fmt.Sprintf("%s:%d", point, count)
+		l.s.kill()
+	}
+	if l.s.cmd == nil {
+		l.s.start(armed)
+	}
+	var w *load
+	if !l.s.dead() {
+		w = l.work()
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	var begun sync.WaitGroup
+	if st.begin != nil {
+		time.Sleep(time.Duration(l.rng.IntN(50)) * time.Millisecond)
+		begun.Go(func() { st.begin(ctx, l.s) })
+	}
+	within := time.Duration(20+l.rng.IntN(300)) * time.Millisecond
+	if point != "" {
+		within += time.Second
+	}
+	select {
+	case err := <-l.s.exited:
+		l.s.exited <- err
+	case <-time.After(within):
+	}
+	// In half of the cycles initiators come back and send again what was not answered;
+	// in the others they are gone as well.
+	again := w != nil && l.power == nil && st.name != atCutover.name && l.rng.IntN(2) == 0
+	l.s.dead() // fails the test where it ended otherwise
+	l.s.kill()
+	cancel()
+	begun.Wait()
+	name := st.name + ", at random"
+	if at := l.s.point(); at != "" {
+		name = st.name + ", " + at
+	}
+	l.sum.crashes[name]++
+	l.sum.cycles++
+	if w != nil && !again {
+		w.end()
+	}
+	if l.power != nil {
+		l.power()
+	}
+	l.first.Store(false)
+	l.s.start("")
+	if again {
+		// Some of what was sent again is answered, and new commands.
+		from, deadline := l.acks.Load(), time.Now().Add(patience)
+		for l.acks.Load() < from+2*clients && len(l.faults.take()) == 0 && l.phase() != proxy.Cutover {
+			time.Sleep(time.Millisecond)
+			if time.Now().After(deadline) {
+				t.Fatal("the load stands still after a restart")
+			}
+		}
+		w.drain()
+	}
+	l.verify(name)
+}
+
+func (l *life) phase() proxy.Phase { return l.s.mustStatus().Phase }
+
+// verify holds every block to the oracle, as initiators read it.
+func (l *life) verify(after string) {
+	t := l.t
+	wrong := l.faults.take()
+	if l.phase() == proxy.Cutover {
+		l.verifyImage(after, wrong)
+		return
+	}
+	dialed, err := l.s.dial(t.Context(), "reader")
+	must(t, err)
+	defer dialed.Close()
+	blocks, more, err := l.o.readBack(t.Context(), host{dialed}, l.power != nil)
+	if err != nil {
+		t.Fatalf("read back: %v", err)
+	}
+	l.sum.readBack += blocks
+	l.report(after, append(wrong, more...))
+}
+
+// verifyImage is verify where the destination stands alone.
+func (l *life) verifyImage(after string, wrong []string) {
+	image, err := os.ReadFile(l.destination)
+	must(l.t, err)
+	for lba := 0; lba < len(l.o.cells); lba += 512 {
+		end := min(lba+512, len(l.o.cells))
+		wrong = append(wrong, l.o.check(image[lba*l.o.bs:end*l.o.bs], uint64(lba), l.power != nil, 8)...)
+	}
+	l.sum.readBack += int64(len(l.o.cells))
+	l.report(after, wrong)
+}
+
+func (l *life) report(after string, wrong []string) {
+	if len(wrong) == 0 {
+		return
+	}
+	l.sum.violations += int64(len(wrong))
+	l.t.Fatalf("after a crash (%s): %d violations:\n%s", after, len(wrong), strings.Join(wrong[:min(len(wrong), 16)], "\n"))
+}
+
+// until waits for a phase.
+func (l *life) until(p proxy.Phase) {
+	l.t.Helper()
+	if _, err := l.s.client.Wait(l.t.Context(), volumeName, p, patience); err != nil {
+		l.t.Fatal(err)
+	}
+}
+
+// live takes the volume through its life, with a crash in every phase and at every
+// change of phase, migrating several times.
+func (l *life) live() {
+	t := l.t
+	ctx := t.Context()
+	l.s.start("")
+	_, err := l.s.client.Throttle(ctx, volumeName, copyRate)
+	must(t, err)
+	l.crash(inReady)
+	l.crash(atStart)
+	startVolume(ctx, l.s) // where the crash came before
+	l.until(proxy.Migrating)
+	l.afterStart, err = os.ReadFile(l.source)
+	must(t, err)
+	for range 5 {
+		if l.phase() == proxy.Migrating {
+			l.crash(inMigrating)
+		}
+	}
+	l.crash(atSynced)
+	unthrottle(ctx, l.s)
+	l.until(proxy.Synced)
+	l.crash(inSynced)
+	l.crash(atCutover)
+	cutOver(ctx, l.s)
+	l.until(proxy.Cutover)
+	l.verify("cutover")
+	l.s.kill()
+	source, err := os.ReadFile(l.source)
+	must(t, err)
+	if !bytes.Equal(source, l.afterStart) {
+		l.report("start", []string{"the source was written after the start"})
+	}
+	l.sum.acked += l.acks.Load()
+}
+
+// image makes the content of a source and gives it.
+func image(t *testing.T, path string, seed uint64) []byte {
+	t.Helper()
+	_, err := peer.SparseFile(path, volumeSize, 0.8, seed)
+	must(t, err)
+	b, err := os.ReadFile(path)
+	must(t, err)
+	return b
+}
+
+// TestKillsLoseNoAcknowledgedWrite is the short tier of `make torture`: ten crashes or
+// more in one life of a volume.
+func TestKillsLoseNoAcknowledgedWrite(t *testing.T) {
+	peer.Need(t, "tgtd", "tgtadm")
+	r := tierOf(t, 10, 200)
+	sum := sum{crashes: map[string]int{}}
+	defer func() { tell(t, r, sum) }()
+	rng := rand.New(rand.NewPCG(r.seed, 0))
+	began := time.Now()
+	for i := rng.IntN(4); sum.cycles < int64(r.cycles) || time.Since(began) < r.lasts; i++ {
+		pair := []string{"file to tgtd", "tgtd to file", "tgtd to tgtd", "file to file"}[i%4]
+		t.Run(pair, func(t *testing.T) { lifeOf(t, pair, rng, &sum).live() })
+		if t.Failed() {
+			return
+		}
+	}
+}
+
+// tell is the summary, one line, on standard output too in the long tier.
+func tell(t *testing.T, r tier, sum sum) {
+	line := fmt.Sprintf("torture: seed %d: %v", r.seed, sum)
+	t.Log(line)
+	names := make([]string, 0, len(sum.crashes))
+	for name, n := range sum.crashes {
+		names = append(names, fmt.Sprintf("%4d %s", n, name))
+	}
+	slices.Sort(names)
+	t.Logf("crashes:\n%s", strings.Join(names, "\n"))
+	if r.lasts > 0 {
+		fmt.Println(line)
+	}
+}
+
+// lifeOf makes a pair of units and the service in front of them.
+func lifeOf(t *testing.T, pair string, rng *rand.Rand, sum *sum) *life {
+	dir := t.TempDir()
+	old, fresh := filepath.Join(dir, "old.img"), filepath.Join(dir, "new.img")
+	before := image(t, old, rng.Uint64()|1<<40)
+	must(t, peer.EmptyFile(fresh, volumeSize))
+	bs := 512
+	source, destination := old, fresh
+	if pair == "tgtd to tgtd" && rng.IntN(2) == 0 {
+		bs = 4096 // files have 512
+	}
+	from, to, _ := strings.Cut(pair, " to ")
+	if from == "tgtd" {
+		source = array(t, "old", old, bs)
+	}
+	if to == "tgtd" {
+		destination = array(t, "new", fresh, bs)
+	}
+	l := newLife(t, newService(t, "", source, destination), before, bs, rng, sum)
+	l.source, l.destination = old, fresh
+	return l
+}
+
+// array serves an image through a tgtd and gives its address.
+func array(t *testing.T, name, path string, bs int) string {
+	d := peer.StartTgtd(t)
+	iqn := "iqn.2001-04.com.example:" + name
+	must(t, d.AddTarget(t.Context(), iqn, []peer.Unit{{Path: path, BlockSize: uint32(bs), Thin: true}}))
+	return d.LUN(iqn, 1).URL()
+}
