@@ -11,6 +11,7 @@ import (
 	"github.com/dustin/go-humanize"
 
 	"lunshift/proxy"
+	"lunshift/target"
 )
 
 // noteWidth bounds the notes of the table, in characters; the detail has them whole.
@@ -79,9 +80,21 @@ func WriteDetail(w io.Writer, v proxy.Status) error {
 	row("destination", "%s", unitLine(v.Destination))
 	row("sessions", "%d", len(v.Sessions))
 	for _, s := range v.Sessions {
-		row("", "%s from %s since %s", s.Initiator, s.Address, s.Since.Local().Format(time.DateTime))
+		row("", "%s from %s since %s%s", s.Initiator, s.Address, s.Since.Local().Format(time.DateTime), sessionNote(s))
 	}
 	return t.Flush()
+}
+
+// sessionNote tells how a session came in where that is not the plain way.
+func sessionNote(s target.SessionInfo) string {
+	text := ""
+	if s.CHAPUser != "" {
+		text += ", CHAP user " + s.CHAPUser
+	}
+	if s.PortalGroup > 1 {
+		text += fmt.Sprintf(", portal group %d", s.PortalGroup)
+	}
+	return text
 }
 
 // WriteLine writes one volume as one short line.
