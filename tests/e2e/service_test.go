@@ -49,6 +49,8 @@ type service struct {
 	http    string
 	state   string
 	volumes []volume
+	portals []string // besides portal, as the configuration has them
+	more    string   // further lines of [service], and tables below it
 	env     []string // of every command
 
 	cmd    *exec.Cmd
@@ -112,9 +114,11 @@ func (s *service) config() string { return filepath.Join(s.dir, "lunshift.toml")
 func (s *service) configure() {
 	s.t.Helper()
 	var b bytes.Buffer
-	fmt.Fprintf(&b, "[service]\nportals = [%q]\ncontrol = %q\nhttp = %q\nstate = %q\n", s.portal,
+	portals, err := json.Marshal(append([]string{s.portal}, s.portals...))
+	must(s.t, err)
+	fmt.Fprintf(&b, "[service]\nportals = %s\ncontrol = %q\nhttp = %q\nstate = %q\n", portals,
 		filepath.Join(s.dir, "control.sock"), s.http, s.state)
-	fmt.Fprintf(&b, "initiator_name = \"iqn.2026-11.net.example:gateway\"\nlogin_timeout = \"5s\"\nio_timeout = \"20s\"\n")
+	fmt.Fprintf(&b, "initiator_name = \"iqn.2026-11.net.example:gateway\"\nlogin_timeout = \"5s\"\nio_timeout = \"20s\"\n%s", s.more)
 	for _, v := range s.volumes {
 		if v.iqn == "" {
 			v.iqn = frontIQN(v.name)
@@ -271,6 +275,8 @@ type status struct {
 		Initiator string    `json:"initiator"`
 		Address   string    `json:"address"`
 		Since     time.Time `json:"since"`
+		Group     uint16    `json:"portal_group"`
+		CHAPUser  string    `json:"chap_user"`
 	} `json:"sessions"`
 	Source      struct{ State string } `json:"source"`
 	Destination struct{ State string } `json:"destination"`

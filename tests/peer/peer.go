@@ -11,6 +11,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/url"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -84,6 +85,9 @@ type LUN struct {
 	Initiator string
 	// User and Secret are for CHAP; empty is none.
 	User, Secret string
+	// TargetUser and TargetSecret are what the target must prove in turn; empty asks for
+	// no proof. QEMU cannot ask.
+	TargetUser, TargetSecret string
 }
 
 // URL is the address as lunshift writes it; the secret is not in it.
@@ -101,7 +105,11 @@ func (l LUN) toolURL() string {
 	if l.User != "" {
 		user = l.User + "%" + l.Secret + "@"
 	}
-	return fmt.Sprintf("iscsi://%s%s/%s/%d", user, l.Portal, l.IQN, l.Number)
+	target := ""
+	if l.TargetUser != "" {
+		target = "?" + url.Values{"target_user": {l.TargetUser}, "target_password": {l.TargetSecret}}.Encode()
+	}
+	return fmt.Sprintf("iscsi://%s%s/%s/%d%s", user, l.Portal, l.IQN, l.Number, target)
 }
 
 // Inquiry runs iscsi-inq; with page at least 0 it asks for that VPD page.
@@ -120,8 +128,14 @@ func (l LUN) ReadCapacity(ctx context.Context) (string, error) {
 
 // List runs iscsi-ls against the portal, with its logical units.
 func (l LUN) List(ctx context.Context) (string, error) {
-	url, _, _ := strings.Cut(l.toolURL(), "/"+l.IQN)
-	return Run(ctx, "iscsi-ls", append(l.initiatorArgs(), "-s", url)...)
+	portal, _, _ := strings.Cut(l.toolURL(), "/"+l.IQN)
+	return Run(ctx, "iscsi-ls", append(l.initiatorArgs(), "-s", portal)...)
+}
+
+// Discover runs iscsi-ls against the portal: the targets, each with its portals.
+func (l LUN) Discover(ctx context.Context) (string, error) {
+	portal, _, _ := strings.Cut(l.toolURL(), "/"+l.IQN)
+	return Run(ctx, "iscsi-ls", append(l.initiatorArgs(), portal)...)
 }
 
 func (l LUN) initiatorArgs() []string {
