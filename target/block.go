@@ -256,3 +256,29 @@ func decodeSync(t *task) error { return t.place() }
 // synchronizeCache is SYNCHRONIZE CACHE; IMMED is taken and the answer still comes
 // when the data is safe. The device flushes as a whole.
 func synchronizeCache(t *task) error { return t.u.Device.Flush(t) }
+
+// orWrite is ORWRITE (16): each block becomes what it was or what was sent, and no other
+// write of the block comes between. As between the blocks of a WRITE, a write of another
+// command may come between two runs of blocks.
+func orWrite(t *task) error {
+	bs := uint64(t.u.info.BlockSize)
+	for out, at := t.out[:t.want], t.lba; len(out) > 0; {
+		n := min(len(out), chunk)
+		part := out[:n]
+		e := lun.Extent{Start: lun.LBA(at), Blocks: uint64(n) / bs}
+		err := t.u.Device.Update(t, e, func(blocks []byte) error {
+			for i, b := range part {
+				blocks[i] |= b
+			}
+			return nil
+		})
+		if err != nil {
+			return err
+		}
+		out, at = out[n:], at+e.Blocks
+	}
+	if t.want > 0 && t.cdb[1]&fua != 0 {
+		return t.settle()
+	}
+	return nil
+}

@@ -88,7 +88,7 @@ func (c *conn) check(t *task) error {
 	}
 	if t.op == &unknownOperation || !t.op.anyLUN && !t.op.offered(t.u) {
 		if len(index[t.cdb[0]]) > 0 && index[t.cdb[0]][0].service >= 0 {
-			return senseInvalidField // the service action is not known (SPC-4 4.3.4.1)
+			return badField{at: 1, bit: 4} // the service action is not known (SPC-4 4.3.4.1)
 		}
 		return senseInvalidOpcode
 	}
@@ -98,11 +98,14 @@ func (c *conn) check(t *task) error {
 	if t.u != nil && t.u.conflicts(c, t.access()) {
 		return lun.ErrConflict
 	}
-	if n, err := c.r.ExtendedCDB(); err != nil || n != nil || !t.op.reservedClear(t.cdb[:]) {
+	if n, err := c.r.ExtendedCDB(); err != nil || n != nil {
 		return senseInvalidField
 	}
-	if t.cdb[t.op.control()]&0x04 != 0 { // NACA: there is no ACA (SAM-5 5.2)
-		return senseInvalidField
+	if err := t.op.reserved(t.cdb[:]); err != nil {
+		return err
+	}
+	if at := t.op.control(); t.cdb[at]&0x04 != 0 { // NACA: there is no ACA (SAM-5 5.2)
+		return badField{at: at, bit: 2}
 	}
 	if t.op.decode != nil {
 		if err := t.op.decode(t); err != nil {

@@ -52,6 +52,8 @@ type conn struct {
 	node     *node // nil in a discovery session
 	params   iscsi.Params
 
+	copies copyRecords // of EXTENDED COPY
+
 	bytes share         // of the server's
 	r     *iscsi.Reader // the reader's
 	ready *task         // what the PDU at hand made ready to run; the reader's, under mu

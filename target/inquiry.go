@@ -2,6 +2,7 @@ package target
 
 import (
 	"encoding/binary"
+	"fmt"
 	"maps"
 	"slices"
 	"strings"
@@ -23,7 +24,9 @@ func newInquiryData(u *unit) inquiryData {
 	d := inquiryData{standard: standardInquiry(u.Vendor, u.Product, u.Revision)}
 	d.pages = map[byte][]byte{
 		0x80: []byte(u.Serial),
-		0x83: identification(u),
+		0x83: nil, // depends on the portal group of the session
+		0x86: extended(u),
+		0x8f: thirdPartyCopy(),
 		0xb0: blockLimits(u),
 		0xb1: make([]byte, 60), // block device characteristics: nothing is reported (SBC-3 6.6.2)
 		0xb2: provisioning(u),
@@ -31,9 +34,14 @@ func newInquiryData(u *unit) inquiryData {
 	list := slices.Sorted(maps.Keys(d.pages))
 	d.pages[0x00] = append([]byte{0x00}, list...)
 	for code, body := range d.pages {
-		d.pages[code] = append([]byte{0, code, byte(len(body) >> 8), byte(len(body))}, body...)
+		d.pages[code] = page(code, body)
 	}
 	return d
+}
+
+// page is a vital product data page of a disk (SPC-4 7.8.2).
+func page(code byte, body []byte) []byte {
+	return append([]byte{0, code, byte(len(body) >> 8), byte(len(body))}, body...)
 }
 
 // standardInquiry is the standard INQUIRY data (SPC-4 6.6.2) of a disk.
@@ -42,6 +50,7 @@ func standardInquiry(vendor, product, revision string) []byte {
 	b[2] = 0x06 // SPC-4
 	b[3] = 0x12 // HISUP, response data format 2
 	b[4] = byte(len(b) - 5)
+	b[5] = 0x08 // 3PC: EXTENDED COPY and RECEIVE COPY RESULTS
 	b[7] = 0x02 // CMDQUE
 	pad(b[8:16], vendor)
 	pad(b[16:32], product)
@@ -59,8 +68,9 @@ func pad(b []byte, s string) {
 }
 
 // identification is VPD page 83h (SPC-4 7.8.6): the unit by NAA and by T10 vendor
-// identification, and the target port by name and by number.
-func identification(u *unit) []byte {
+// identification, and the target port of the session by name and by number. The portal
+// group is the port (RFC 7143 4.4.1), and its tag the port's number.
+func identification(u *unit, group uint16) []byte {
 	var b []byte
 	add := func(set, kind byte, value []byte) {
 		b = append(b, set, kind, 0, byte(len(value)))
@@ -72,12 +82,22 @@ func identification(u *unit) []byte {
 	pad(vendor, u.Vendor)
 	add(0x02, 0x01, append(vendor, u.Serial...))
 	const port = 0x90 // PIV, association with the target port
-	add(0x51, port|0x04, []byte{0, 0, 0, 1})
-	name := []byte(u.IQN + ",t,0x0001")
+	add(0x51, port|0x04, []byte{0, 0, byte(group >> 8), byte(group)})
+	name := fmt.Appendf(nil, "%s,t,0x%04x", u.IQN, group)
 	for name = append(name, 0); len(name)%4 != 0; {
 		name = append(name, 0)
 	}
 	add(0x53, port|0x08, name)
+	return b
+}
+
+// extended is VPD page 86h, extended INQUIRY data (SPC-4 7.8.7).
+func extended(u *unit) []byte {
+	b := make([]byte, 60)
+	b[1] = 0x01 // SIMPSUP
+	if u.info.VolatileCache {
+		b[2] = 0x01 // V_SUP
+	}
 	return b
 }
 
@@ -86,7 +106,7 @@ func blockLimits(u *unit) []byte {
 	p := make([]byte, 60)
 	b := append(make([]byte, 4), p...)
 	bs := u.info.BlockSize
-	b[4] = 0x01 // WSNZ
+	// b[4]: WSNZ is 0, WRITE SAME of no blocks reaches to the end of the medium.
 	b[5] = byte(maxCompare(bs))
 	binary.BigEndian.PutUint16(b[6:], uint16(1)<<min(u.info.PhysicalExponent, 15))
 	binary.BigEndian.PutUint32(b[8:], maxTransfer/bs)
@@ -121,7 +141,7 @@ func provisioning(u *unit) []byte {
 // peripheral qualifier 011b.
 func inquiry(t *task) error {
 	n := int(binary.BigEndian.Uint16(t.cdb[3:]))
-	evpd, page := t.cdb[1]&1 != 0, t.cdb[2]
+	evpd, code := t.cdb[1]&1 != 0, t.cdb[2]
 	switch {
 	case t.u == nil && evpd:
 		return senseNoUnit
@@ -129,14 +149,17 @@ func inquiry(t *task) error {
 		b := standardInquiry("LUNSHIFT", "", "")
 		b[0] = 0x7f
 		return t.reply(b, n)
-	case !evpd && page != 0:
-		return senseInvalidField
+	case !evpd && code != 0:
+		return badField{at: 2, bit: -1}
 	case !evpd:
 		return t.reply(t.u.inq.standard, n)
 	}
-	b, ok := t.u.inq.pages[page]
+	b, ok := t.u.inq.pages[code]
 	if !ok {
-		return senseInvalidField
+		return badField{at: 2, bit: -1}
+	}
+	if code == 0x83 {
+		b = page(code, identification(t.u, t.c.group))
 	}
 	return t.reply(b, n)
 }

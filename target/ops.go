@@ -2,6 +2,7 @@ package target
 
 import (
 	"fmt"
+	"math/bits"
 
 	"lunshift/iscsi"
 )
@@ -103,6 +104,17 @@ func commandSet() []operation {
 		{opcode: 0x42, service: -1, name: "UNMAP", usage: []byte{0x42, 0, 0, 0, 0, 0, 0, 0xff, 0xff, 0}, decode: decodeUnmap, handle: unmap, thin: true},                                  // SBC-3 5.27
 		{opcode: 0x41, service: -1, name: "WRITE SAME (10)", usage: usage10(0x41, 0x08), decode: decodeWriteSame, handle: writeSame, scratch: chunk, exact: true},                         // SBC-3 5.43
 		{opcode: 0x93, service: -1, name: "WRITE SAME (16)", usage: usage16(0x93, 0x09, 2, 10, 4), decode: decodeWriteSame, handle: writeSame, scratch: chunk, exact: true},               // SBC-3 5.44
+		{opcode: 0x8b, service: -1, name: "ORWRITE (16)", usage: usage16(0x8b, rwFlags, 2, 10, 4), decode: decodeWrite, handle: orWrite, partial: true},                                   // SBC-3 5.7
+		{opcode: 0x34, service: -1, name: "PRE-FETCH (10)", usage: prefetchUsage(usage10(0x34, 0x02), 6), decode: decodePrefetch, handle: preFetch},                                       // SBC-3 5.8
+		{opcode: 0x90, service: -1, name: "PRE-FETCH (16)", usage: prefetchUsage(usage16(0x90, 0x02, 2, 10, 4), 14), decode: decodePrefetch, handle: preFetch},                            // SBC-3 5.9
+		{opcode: 0x37, service: -1, name: "READ DEFECT DATA (10)", usage: []byte{0x37, 0, 0x1f, 0, 0, 0, 0, 0xff, 0xff, 0}, handle: readDefectData, quick: true},                          // SBC-3 5.17
+		{opcode: 0xb7, service: -1, name: "READ DEFECT DATA (12)", usage: []byte{0xb7, 0x1f, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0, 0}, handle: readDefectData, quick: true},  // SBC-3 5.18
+		{opcode: 0x1b, service: -1, name: "START STOP UNIT", usage: []byte{0x1b, 0x01, 0, 0, 0x01, 0}, decode: decodeStartStop, handle: startStop, quick: true},                           // SBC-3 5.23
+		{opcode: 0x83, service: 0x00, name: "EXTENDED COPY (LID1)", usage: usage16(0x83, 0, 0, 10, 4), decode: decodeExtendedCopy, handle: extendedCopy, exact: true},                     // SPC-4 6.4
+		{opcode: 0x84, service: 0x00, name: "RECEIVE COPY STATUS (LID1)", usage: copyResultsUsage(0x00), decode: decodeCopyResults, handle: copyStatus, quick: true},                      // SPC-4 6.26
+		{opcode: 0x84, service: 0x01, name: "RECEIVE COPY DATA (LID1)", usage: copyResultsUsage(0x01), decode: decodeCopyResults, handle: copyData, quick: true},                          // SPC-4 6.21
+		{opcode: 0x84, service: 0x03, name: "RECEIVE COPY OPERATING PARAMETERS", usage: copyResultsUsage(0x03), decode: decodeCopyResults, handle: copyParameters, quick: true},           // SPC-4 6.23
+		{opcode: 0x84, service: 0x04, name: "RECEIVE COPY FAILURE DETAILS (LID1)", usage: copyResultsUsage(0x04), decode: decodeCopyResults, handle: copyFailure, quick: true},            // SPC-4 6.22
 		{opcode: 0x89, service: -1, name: "COMPARE AND WRITE", usage: usage16(0x89, rwFlags, 2, 13, 1), decode: decodeCompareWrite, handle: compareAndWrite, scratch: chunk, exact: true}, // SBC-3 5.2
 	}
 }
@@ -146,14 +158,15 @@ func lookup(cdb []byte) *operation {
 // control is where the CONTROL byte is (SAM-5 5.2).
 func (o *operation) control() int { return len(o.usage) - 1 }
 
-// reservedClear tells whether the CDB keeps to the usage data.
-func (o *operation) reservedClear(cdb []byte) bool {
+// reserved is nil for a CDB that keeps to the usage data; otherwise it names the first
+// bit that should be 0.
+func (o *operation) reserved(cdb []byte) error {
 	for i := 1; i < len(o.usage)-1; i++ {
-		if cdb[i]&^o.usage[i] != 0 {
-			return false
+		if extra := cdb[i] &^ o.usage[i]; extra != 0 {
+			return badField{at: i, bit: bits.Len8(extra) - 1}
 		}
 	}
-	return true
+	return nil
 }
 
 // offered tells whether the unit has the operation.
@@ -224,7 +237,7 @@ func reportOpcodes(t *task) error {
 		return t.reply(out, n)
 	case 1: // the opcode has no service actions
 		if len(with) > 0 && with[0].service >= 0 {
-			return senseInvalidField
+			return badField{at: 2, bit: 2}
 		}
 		if len(with) == 0 {
 			return one(nil)
@@ -232,7 +245,7 @@ func reportOpcodes(t *task) error {
 		return one(with[0])
 	case 2: // it has
 		if len(with) > 0 && with[0].service < 0 {
-			return senseInvalidField
+			return badField{at: 2, bit: 2}
 		}
 		for _, o := range with {
 			if o.service == action {
@@ -248,7 +261,7 @@ func reportOpcodes(t *task) error {
 		}
 		return one(nil)
 	}
-	return senseInvalidField
+	return badField{at: 2, bit: 2}
 }
 
 // requestSense is REQUEST SENSE (SPC-4 6.39): it reports a unit attention and

@@ -31,9 +31,10 @@ func unmap(t *task) error {
 		return senseParamLength
 	}
 	n := int(binary.BigEndian.Uint16(t.out[2:]))
-	if n%16 != 0 || n > len(t.out)-8 {
+	if n > len(t.out)-8 {
 		return senseParamLength
 	}
+	n -= n % 16 // a descriptor that is not whole is ignored (SBC-3 5.28.2)
 	if n/16 > maxUnmapDescriptors {
 		return senseParamField
 	}
@@ -66,15 +67,28 @@ const (
 	wsNDOB  = 0x01
 )
 
+// lengthAt is where the NUMBER OF LOGICAL BLOCKS of WRITE SAME is.
+func (t *task) lengthAt() int {
+	if t.cdb[0] == 0x41 {
+		return 7
+	}
+	return 10
+}
+
 func decodeWriteSame(t *task) error {
 	if err := t.place(); err != nil {
 		return err
 	}
-	if t.blocks == 0 || t.blocks > maxUnmap>>t.u.shift { // WSNZ is reported
-		return senseInvalidField
+	if t.blocks == 0 { // from the LBA to the end of the medium (WSNZ is 0)
+		if t.blocks = t.u.info.Blocks - t.lba; t.blocks == 0 {
+			return senseLBARange
+		}
+	}
+	if t.blocks > maxUnmap>>t.u.shift {
+		return badField{at: t.lengthAt(), bit: -1}
 	}
 	if t.cdb[1]&wsUnmap != 0 && !t.u.info.Thin {
-		return senseInvalidField
+		return badField{at: 1, bit: 3}
 	}
 	if t.cdb[1]&wsNDOB == 0 {
 		t.want = int(t.u.info.BlockSize)

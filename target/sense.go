@@ -16,6 +16,7 @@ const (
 	keyHardwareError  = 0x4
 	keyIllegalRequest = 0x5
 	keyUnitAttention  = 0x6
+	keyCopyAborted    = 0xa
 	keyAbortedCommand = 0xb
 	keyMiscompare     = 0xe
 )
@@ -54,6 +55,8 @@ var (
 // the one place that does:
 //
 //	nil                     GOOD
+//	status                  that status, without sense data
+//	detailed                CHECK CONDITION with its own sense data
 //	sense, *lun.SenseError  CHECK CONDITION with that sense
 //	lun.ErrOutOfRange       ILLEGAL REQUEST, LBA OUT OF RANGE
 //	lun.ErrUnavailable      NOT READY, BECOMING READY: initiators try again
@@ -62,13 +65,19 @@ var (
 //	errTaskSetFull          TASK SET FULL
 //	context.Canceled        TASK ABORTED (only where the task itself was not aborted)
 //	anything else           HARDWARE ERROR, INTERNAL TARGET FAILURE
-func statusOf(t *task, err error) (status byte, data []byte) {
+func statusOf(t *task, err error) (code byte, data []byte) {
 	if err == nil {
 		return iscsi.StatusGood, nil
 	}
 	var s sense
 	var device *lun.SenseError
+	var more detailed
+	var bare status
 	switch {
+	case errors.As(err, &bare):
+		return byte(bare), nil
+	case errors.As(err, &more):
+		s, data = more.detail()
 	case errors.As(err, &s):
 	case errors.As(err, &device):
 		s = sense{device.Key, device.ASC, device.ASCQ}
@@ -90,10 +99,17 @@ func statusOf(t *task, err error) (status byte, data []byte) {
 	default:
 		s = senseInternal
 	}
-	if s.Key != keyIllegalRequest && s.Key != keyUnitAttention && s.Key != keyMiscompare && s != senseBecomingReady {
-		t.c.log.WithError(err).WithField("lun", t.lunField>>48&0x3fff).Errorf("%s failed", t.op.name)
+	if s.Key != keyIllegalRequest && s.Key != keyUnitAttention && s.Key != keyMiscompare && s.Key != keyCopyAborted && s != senseBecomingReady {
+		log := t.c.log.WithError(err).WithField("lun", t.lunField>>48&0x3fff)
+		if s == senseDataLost {
+			log.Warnf("%s failed", t.op.name) // the initiator's fault, or the network's
+		} else {
+			log.Errorf("%s failed", t.op.name)
+		}
 	}
-	data = s.fixed()
+	if data == nil {
+		data = s.fixed()
+	}
 	if device != nil && device.Valid && uint64(device.LBA) <= 1<<32-1 {
 		data[0] |= 0x80
 		binary.BigEndian.PutUint32(data[3:], uint32(device.LBA))
