@@ -2,8 +2,11 @@
 
 VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
 FUZZTIME ?= 30s
+# What make torture does: the same SEED gives the same choices; at least so long.
+SEED ?=
+DURATION ?= 10m
 
-.PHONY: all build demo tools test race vm bench fuzz fmt lint clean
+.PHONY: all build torture demo tools test race vm bench fuzz fmt lint clean
 
 all: build
 
@@ -27,6 +30,9 @@ vm: build         ## a Linux in a virtual machine as the initiator (needs qemu-s
 
 bench: build      ## lunshift against tgtd, gotgt and qemu-img, as ratios
 	go run ./tests/bench
+
+torture: tools    ## crashes in every phase, at least 200 and for DURATION, every block checked (SEED, DURATION=10m)
+	@LUNSHIFT_TORTURE=$(DURATION) LUNSHIFT_TORTURE_SEED=$(SEED) go test -C tests/torture -count 1 -timeout 24h
 
 fuzz:             ## every fuzz target for 30 seconds each (FUZZTIME=5m for longer)
 	@for dir in $$(grep -rl --include='*_test.go' '^func Fuzz' . | xargs -n1 dirname | sort -u); do \
