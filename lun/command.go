@@ -43,6 +43,7 @@ type Command struct {
 	cmdSN     uint32
 	sent      bool  // a PDU of it went out on some connection
 	offered   int   // bytes of Out that were sent on this connection
+	asked     int   // bytes of Out that go unsolicited or were asked for by R2T
 	urgent    bool  // may be sent before the session is open to all
 	born      int64 // session tick at submission
 	aborting  bool  // an ABORT TASK is under way

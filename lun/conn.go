@@ -312,6 +312,7 @@ func (c *conn) sendCommand(t *Command) int {
 	if !c.p.InitialR2T {
 		first = min(len(t.Out), int(c.p.FirstBurstLength))
 	}
+	t.asked = first
 	flags := iscsi.AttrSimple
 	if first == imm {
 		flags |= iscsi.FlagFinal

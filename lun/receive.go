@@ -137,6 +137,9 @@ func (c *conn) take(h *iscsi.BHS) error {
 		// A NOP-In that is no answer carries the next StatSN and uses none up.
 		c.window(&head)
 		if head.ITT() != iscsi.NoTag {
+			if head.ITT() != pingITT {
+				return fmt.Errorf("NOP-In for unknown task %08Xh", head.ITT())
+			}
 			c.status(&head)
 			c.pinging = false
 		} else if head.TTT() != iscsi.NoTag {
@@ -296,12 +299,18 @@ func (c *conn) takeR2T(h *iscsi.BHS) error {
 	if n == 0 || off+n > uint64(len(t.Out)) {
 		return fmt.Errorf("R2T for %d bytes at %d of %d", n, off, len(t.Out))
 	}
+	// In order and each byte once, as DataSequenceInOrder says: so a write that is answered
+	// with GOOD has been asked for in full.
+	if off != uint64(t.asked) || n > uint64(c.p.MaxBurstLength) {
+		return fmt.Errorf("R2T for %d bytes at %d where %d were asked for, at most %d at once", n, off, t.asked, c.p.MaxBurstLength)
+	}
 	if len(c.r2ts)-c.r2tHead >= maxR2T {
 		return errors.New("too many R2Ts at once")
 	}
 	if len(c.r2ts) == cap(c.r2ts) && c.r2tHead > 0 {
 		c.r2ts, c.r2tHead = c.r2ts[:copy(c.r2ts, c.r2ts[c.r2tHead:])], 0
 	}
+	t.asked += int(n)
 	c.r2ts = append(c.r2ts, transfer{itt: h.ITT(), ttt: h.TTT(), off: uint32(off), n: uint32(n)})
 	c.wanted = true
 	return nil
