@@ -1,0 +1,326 @@
+package torture
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"math"
+	"math/rand/v2"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/anishathalye/porcupine"
+
+	"lunshift/lun"
+	"lunshift/proxy"
+	"lunshift/tests/peer"
+)
+
+// What is recorded of a command, for each block that it touches.
+type (
+	// input is the command.
+	input struct {
+		block uint64
+		kind  rune  // 'r' read, 'w' write, 'c' compare and write
+		want  value // what 'c' compares with
+		v     value // what 'w' and 'c' write
+	}
+	// output is the answer.
+	output struct {
+		v     value // what 'r' read
+		wrote bool  // what 'c' did
+		// unknown: nobody answered. The command may take effect at any time after its
+		// invocation, or never.
+		unknown bool
+	}
+)
+
+// register is one logical block: what it holds is what was last written.
+var register = porcupine.Model{
+	Partition: func(history []porcupine.Operation) [][]porcupine.Operation {
+		blocks := map[uint64][]porcupine.Operation{}
+		for _, op := range history {
+			b := op.Input.(input).block
+			blocks[b] = append(blocks[b], op)
+		}
+		var parts [][]porcupine.Operation
+		for _, part := range blocks {
+			parts = append(parts, part)
+		}
+		return parts
+	},
+	Init: func() any { return original },
+	Step: func(state, in, out any) (bool, any) {
+		now, i, o := state.(value), in.(input), out.(output)
+		switch i.kind {
+		case 'w':
+			return true, i.v
+		case 'c':
+			switch {
+			case o.unknown && now == i.want, o.wrote && now == i.want:
+				return true, i.v
+			case o.unknown: // it found something else, if it came at all
+				return true, now
+			}
+			return !o.wrote && now != i.want, now
+		}
+		return o.v == now, now
+	},
+	DescribeOperation: func(in, out any) string { return fmt.Sprintf("%+v → %+v", in, out) },
+}
+
+// history is what concurrent clients saw.
+type history struct {
+	mu    sync.Mutex // guards ops
+	ops   []porcupine.Operation
+	began time.Time
+}
+
+func (h *history) now() int64 { return int64(time.Since(h.began)) }
+
+// add notes a command on a block. Reads that nobody answered say nothing.
+func (h *history) add(client int, in input, out output, call int64) {
+	back := h.now()
+	if out.unknown {
+		if in.kind == 'r' {
+			return
+		}
+		back = math.MaxInt64
+	}
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.ops = append(h.ops, porcupine.Operation{ClientId: client, Input: in, Output: out, Call: call, Return: back})
+}
+
+// check wants the history to be linearizable, block by block.
+func (h *history) check(limit time.Duration) porcupine.CheckResult {
+	return porcupine.CheckOperationsTimeout(register, h.ops, limit)
+}
+
+// rival is a client that shares its blocks with the others.
+type rival struct {
+	id       int
+	o        *oracle
+	hot      []uint64 // pairs of adjacent blocks begin here
+	sequence uint64
+	rng      *rand.Rand
+	h        *history
+	faults   *faults
+	seen     map[uint64]value // what it last saw in a block, for its comparisons
+}
+
+func (c *rival) run(ctx context.Context, h host) {
+	for ctx.Err() == nil {
+		if err := c.step(ctx, h); err != nil {
+			if !errors.Is(err, errGone) {
+				c.faults.add("client %d: %v", c.id, err)
+			}
+			return
+		}
+	}
+}
+
+// step is one command on one block or on two adjacent ones, at times over the end of a
+// region. Each block is a register of its own: SCSI makes no promise that both change at
+// one instant.
+func (c *rival) step(ctx context.Context, h host) error {
+	lba, n := c.hot[c.rng.IntN(len(c.hot))], 1+c.rng.Uint64N(2)
+	if n == 1 {
+		lba += c.rng.Uint64N(2)
+	}
+	p := make([]byte, n*uint64(c.o.bs))
+	call := c.h.now()
+	kind := c.rng.IntN(10)
+	switch {
+	case kind < 5:
+		err := h.do(ctx, opRead16, 0, lba, uint32(n), nil, p)
+		for i := range n {
+			v, known := c.o.which(p[i*uint64(c.o.bs):][:c.o.bs], lba+i)
+			if err == nil && !known {
+				return fmt.Errorf("block %d holds %s", lba+i, c.o.describe(p[i*uint64(c.o.bs):][:c.o.bs], lba+i))
+			}
+			c.seen[lba+i] = v
+			c.h.add(c.id, input{block: lba + i, kind: 'r'}, output{v: v, unknown: err != nil}, call)
+		}
+		return err
+	case kind < 8:
+		c.sequence++
+		v := made(c.id, c.sequence)
+		for i := range n {
+			c.o.fill(p[i*uint64(c.o.bs):][:c.o.bs], lba+i, v)
+		}
+		err := h.do(ctx, opWrite16, 0, lba, uint32(n), p, nil)
+		for i := range n {
+			c.h.add(c.id, input{block: lba + i, kind: 'w', v: v}, output{unknown: err != nil}, call)
+		}
+		return err
+	}
+	// A comparison of two blocks would not be one of two registers.
+	want, known := c.seen[lba]
+	if !known {
+		return nil
+	}
+	c.sequence++
+	v := made(c.id, c.sequence)
+	p = make([]byte, 2*c.o.bs)
+	c.o.fill(p[:c.o.bs], lba, want)
+	c.o.fill(p[c.o.bs:], lba, v)
+	err := h.do(ctx, opCompareWrite, 0, lba, 1, p, nil)
+	refused := errors.Is(err, errMiscompare)
+	c.h.add(c.id, input{lba, 'c', want, v}, output{wrote: err == nil, unknown: err != nil && !refused}, call)
+	if refused {
+		return nil
+	}
+	return err
+}
+
+// which tells the value of a block that holds one as a whole.
+func (o *oracle) which(p []byte, lba uint64) (value, bool) {
+	if v := value(binary.BigEndian.Uint64(p[8:])); v > original && o.holds(p, lba, v) {
+		return v, true
+	}
+	return original, o.holds(p, lba, original)
+}
+
+// TestHistoriesAreLinearizable records what clients of a few hot blocks see while the
+// service is killed and the volume changes its phase under them.
+func TestHistoriesAreLinearizable(t *testing.T) {
+	peer.Need(t, "tgtd", "tgtadm")
+	r := tierOf(t, 1, 10)
+	rng := rand.New(rand.NewPCG(r.seed, 1))
+	pairs := []string{"tgtd to tgtd", "file to tgtd", "tgtd to file"}
+	for i := range r.cycles {
+		sum := sum{crashes: map[string]int{}}
+		l := lifeOf(t, pairs[(i+rng.IntN(len(pairs)))%len(pairs)], rng, &sum)
+		h := &history{began: time.Now()}
+		l.record(h, 6)
+		unknown := 0
+		for _, op := range h.ops {
+			if op.Output.(output).unknown {
+				unknown++
+			}
+		}
+		t.Logf("%d operations, %d of them unanswered, %d crashes", len(h.ops), unknown, sum.cycles)
+		if unknown == 0 || len(h.ops) < 200 {
+			t.Error("a history that says nothing")
+		}
+		if got := h.check(time.Minute); got != porcupine.Ok {
+			t.Fatalf("seed %d: the history is not linearizable: %v", r.seed, got)
+		}
+		if r.lasts > 0 {
+			fmt.Printf("torture: seed %d: history of %d operations, %d unanswered, linearizable\n", r.seed, len(h.ops), unknown)
+		}
+	}
+}
+
+// record lets rivals loose on a life of the volume from ready to synced.
+func (l *life) record(h *history, rivals int) {
+	t := l.t
+	ctx := t.Context()
+	perRegion := uint64(regionSize / l.o.bs)
+	// The ends of regions that the copier comes to at different times.
+	hot := []uint64{perRegion - 1, 100*perRegion + 7, 300*perRegion - 1}
+	var all []*rival
+	for i := range rivals {
+		all = append(all, &rival{id: i, o: l.o, hot: hot, rng: rand.New(rand.NewPCG(l.rng.Uint64(), uint64(i))), h: h, faults: &l.faults, seen: map[uint64]value{}})
+	}
+	l.s.start("")
+	_, err := l.s.client.Throttle(ctx, volumeName, 2*copyRate)
+	must(t, err)
+	steps := []func(){
+		func() {},
+		func() { startVolume(ctx, l.s) },
+		func() { startVolume(ctx, l.s) },
+		func() { unthrottle(ctx, l.s) },
+		func() { l.until(proxy.Synced) },
+	}
+	for _, step := range steps {
+		round, leave := context.WithCancel(ctx)
+		var hosts []*lun.Initiator
+		var running sync.WaitGroup
+		for i := range 3 {
+			dialed, err := l.s.dial(ctx, fmt.Sprintf("rival%d", i))
+			must(t, err)
+			hosts = append(hosts, dialed)
+		}
+		for i, c := range all {
+			running.Go(func() { c.run(round, host{hosts[i%len(hosts)]}) })
+		}
+		time.Sleep(time.Duration(20+l.rng.IntN(40)) * time.Millisecond)
+		step()
+		time.Sleep(time.Duration(20+l.rng.IntN(100)) * time.Millisecond)
+		l.s.kill()
+		l.sum.cycles++
+		// Nobody sends anything again: a write that took effect twice, with another
+		// between, would be the initiator's doing.
+		leave()
+		for _, dialed := range hosts {
+			dialed.Close()
+		}
+		running.Wait()
+		if wrong := l.faults.take(); len(wrong) > 0 {
+			t.Fatal(wrong)
+		}
+		l.s.start("")
+	}
+	// What the blocks hold in the end counts as well.
+	dialed, err := l.s.dial(ctx, "reader")
+	must(t, err)
+	defer dialed.Close()
+	for range 4 {
+		last := &rival{id: rivals, o: l.o, h: h, seen: map[uint64]value{}}
+		for _, lba := range hot {
+			for at := lba; at < lba+2; at++ {
+				p := make([]byte, l.o.bs)
+				call := h.now()
+				must(t, host{dialed}.do(ctx, opRead16, 0, at, 1, nil, p))
+				v, known := l.o.which(p, at)
+				if !known {
+					t.Fatalf("block %d holds %s", at, l.o.describe(p, at))
+				}
+				h.add(last.id, input{block: at, kind: 'r'}, output{v: v}, call)
+			}
+		}
+	}
+}
+
+// TestWrongHistoriesAreRefused holds the check itself to histories that must not pass.
+func TestWrongHistoriesAreRefused(t *testing.T) {
+	const a, b = value(2), value(3)
+	write := func(v value) input { return input{kind: 'w', v: v} }
+	swap := func(want, v value) input { return input{kind: 'c', want: want, v: v} }
+	read := input{kind: 'r'}
+	gone := output{unknown: true}
+	type step struct {
+		in         input
+		out        output
+		call, back int64
+	}
+	const never = math.MaxInt64
+	for _, tc := range []struct {
+		name  string
+		steps []step
+		want  porcupine.CheckResult
+	}{
+		{"read of what was written", []step{{write(a), output{}, 1, 2}, {read, output{v: a}, 3, 4}}, porcupine.Ok},
+		{"acknowledged write lost", []step{{write(a), output{}, 1, 2}, {read, output{v: original}, 3, 4}}, porcupine.Illegal},
+		{"older than a read before", []step{{write(a), gone, 1, never}, {read, output{v: a}, 3, 4}, {read, output{v: original}, 5, 6}}, porcupine.Illegal},
+		{"unanswered write that came late", []step{{write(a), gone, 1, never}, {read, output{v: original}, 3, 4}, {read, output{v: a}, 5, 6}}, porcupine.Ok},
+		{"unanswered write that came twice", []step{{write(a), gone, 1, never}, {read, output{v: a}, 2, 3}, {write(b), output{}, 4, 5}, {read, output{v: a}, 6, 7}}, porcupine.Illegal},
+		{"write seen before it was issued", []step{{read, output{v: a}, 1, 2}, {write(a), output{}, 3, 4}}, porcupine.Illegal},
+		{"two comparisons that both win", []step{{swap(original, a), output{wrote: true}, 1, 5}, {swap(original, b), output{wrote: true}, 2, 6}}, porcupine.Illegal},
+		{"comparison lost to another", []step{{swap(original, a), output{wrote: true}, 1, 5}, {swap(original, b), output{}, 2, 6}}, porcupine.Ok},
+		{"comparison refused without a reason", []step{{swap(original, a), output{}, 1, 2}}, porcupine.Illegal},
+		{"never written", []step{{read, output{v: b}, 1, 2}}, porcupine.Illegal},
+	} {
+		var h history
+		for i, s := range tc.steps {
+			h.ops = append(h.ops, porcupine.Operation{ClientId: i, Input: s.in, Output: s.out, Call: s.call, Return: s.back})
+		}
+		if got := h.check(time.Minute); got != tc.want {
+			t.Errorf("%s: %v, want %v", tc.name, got, tc.want)
+		}
+	}
+}
