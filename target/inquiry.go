@@ -106,7 +106,7 @@ func blockLimits(u *unit) []byte {
 	p := make([]byte, 60)
 	b := append(make([]byte, 4), p...)
 	bs := u.info.BlockSize
-	// b[4]: WSNZ is 0, WRITE SAME of no blocks reaches to the end of the medium.
+	b[4] = 0x01 // WSNZ
 	b[5] = byte(maxCompare(bs))
 	binary.BigEndian.PutUint16(b[6:], uint16(1)<<min(u.info.PhysicalExponent, 15))
 	binary.BigEndian.PutUint32(b[8:], maxTransfer/bs)

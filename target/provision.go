@@ -79,12 +79,9 @@ func decodeWriteSame(t *task) error {
 	if err := t.place(); err != nil {
 		return err
 	}
-	if t.blocks == 0 { // from the LBA to the end of the medium (WSNZ is 0)
-		if t.blocks = t.u.info.Blocks - t.lba; t.blocks == 0 {
-			return senseLBARange
-		}
-	}
-	if t.blocks > maxUnmap>>t.u.shift {
+	// WSNZ is reported: no number is no way to say "to the end of the medium", by which an
+	// initiator in error would lose all that follows.
+	if t.blocks == 0 || t.blocks > maxUnmap>>t.u.shift {
 		return badField{at: t.lengthAt(), bit: -1}
 	}
 	if t.cdb[1]&wsUnmap != 0 && !t.u.info.Thin {

@@ -5,7 +5,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"slices"
 	"testing"
 
 	"lunshift/tests/peer"
@@ -42,10 +41,7 @@ func TestSuiteAnswersTheSameInEveryPhase(t *testing.T) {
 		t.Run(fmt.Sprint(block), func(t *testing.T) {
 			t.Parallel()
 			s := serve(t, block)
-			list := exceptions
-			if block < 4096 {
-				list = append(slices.Clone(list), physical)
-			}
+			list := exceptionsOf(block)
 			var before []testCase
 			for _, phase := range phases {
 				if err := s.enter(t.Context(), phase); err != nil {

@@ -48,10 +48,7 @@ func report(ctx context.Context, w io.Writer, binary string, bound time.Duration
 	defer os.RemoveAll(dir)
 	var ours []run
 	for _, block := range []int{512, 4096} {
-		list := exceptions
-		if block < 4096 {
-			list = append(slices.Clone(list), physical)
-		}
+		list := exceptionsOf(block)
 		runs, err := lunshiftRuns(ctx, binary, filepath.Join(dir, fmt.Sprint(block)), block, bound)
 		if err != nil {
 			return err

@@ -47,12 +47,12 @@ func startService(ctx context.Context, binary, dir string, block int) (*service,
 		return nil, err
 	}
 	var portals []string
-	for range 2 {
+	for group := 1; group <= 2; group++ {
 		address, err := freePort()
 		if err != nil {
 			return nil, err
 		}
-		portals = append(portals, fmt.Sprintf("%q", address))
+		portals = append(portals, fmt.Sprintf("%q", fmt.Sprintf("%s,%d", address, group)))
 		s.urls = append(s.urls, fmt.Sprintf("iscsi://%s/%s/0", address, volumeIQN))
 	}
 	conf := fmt.Sprintf("[service]\nportals = [%s]\ncontrol = %q\nhttp = \"\"\nstate = %q\n[[volume]]\nname = %q\niqn = %q\nsource = %q\ndestination = %q\nfile_block_size = %d\n",
