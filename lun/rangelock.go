@@ -9,12 +9,17 @@ import (
 // overlapping extents are served in the order in which they asked; others do
 // not wait. The zero value is ready.
 type RangeLock struct {
-	mu   sync.Mutex // protects head, tail and the entries between
+	mu   sync.Mutex // protects what follows and the entries between head and tail
 	head *Held
 	tail *Held
+	free *Held // entries for reuse, linked by next
+	kept int   // in free
 }
 
-// Held is an extent that was locked, or waits to be.
+// mostKept bounds the entries that a RangeLock keeps for reuse.
+const mostKept = 256
+
+// Held is an extent that was locked, or waits to be. After Unlock it is another's.
 type Held struct {
 	extent     Extent
 	prev, next *Held
@@ -25,8 +30,8 @@ type Held struct {
 // Lock waits until no earlier holder overlaps e. It fails only when ctx ends
 // first.
 func (l *RangeLock) Lock(ctx context.Context, e Extent) (*Held, error) {
-	h := &Held{extent: e}
 	l.mu.Lock()
+	h := l.entry(e)
 	for o := l.head; o != nil; o = o.next {
 		if o.extent.Overlaps(e) {
 			h.ahead++
@@ -58,9 +63,21 @@ func (l *RangeLock) TryLock(e Extent) (*Held, bool) {
 			return nil, false
 		}
 	}
-	h := &Held{extent: e}
+	h := l.entry(e)
 	l.push(h)
 	return h, true
+}
+
+// entry makes an entry; mu is held.
+func (l *RangeLock) entry(e Extent) *Held {
+	h := l.free
+	if h == nil {
+		return &Held{extent: e}
+	}
+	l.free = h.next
+	l.kept--
+	*h = Held{extent: e}
+	return h
 }
 
 // push puts h at the end of the list; mu is held.
@@ -95,6 +112,11 @@ func (l *RangeLock) Unlock(h *Held) {
 		h.next.prev = h.prev
 	} else {
 		l.tail = h.prev
+	}
+	if l.kept < mostKept {
+		*h = Held{next: l.free}
+		l.free = h
+		l.kept++
 	}
 }
 
