@@ -16,7 +16,8 @@ type Redirection struct {
 	Address string
 	// Group is the portal group tag there, which only discovery tells; 0 is 1.
 	Group uint16
-	// Permanent makes the status 0102h (moved permanently) rather than 0101h.
+	// Permanent makes the status 0102h (moved permanently) rather than 0101h, the only
+	// one that libiscsi 1.19 follows, and QEMU with it.
 	Permanent bool
 	// Initiators are who is told, after the same proof that a Unit asks. Empty is those
 	// whom the units of the target admit; where it has none, the loopback of this host.
