@@ -1,6 +1,7 @@
 package state
 
 import (
+	"cmp"
 	"context"
 	"encoding/binary"
 	"errors"
@@ -172,13 +173,23 @@ func (c *committer) serve(batch []*request) {
 			ops = append(ops, *r.alone)
 		}
 		for _, st := range stages {
-			ops = st.finish(ops)
+			if more, err := st.finish(ops); err == nil {
+				ops = more
+			} else {
+				st.err = err
+			}
 		}
 		err := c.commit(ops, false)
 		var set uint64
-		if err == nil {
-			for _, st := range stages {
+		for _, st := range stages {
+			switch {
+			case err == nil && st.err == nil:
 				set += st.publish()
+			case errors.Is(err, ErrFailed):
+				// The database may show what is not on stable storage. Its readers are
+				// kept away from it for good.
+			default:
+				st.drop()
 			}
 		}
 		c.stats.served(len(sets)+len(alone), set)
@@ -186,7 +197,7 @@ func (c *committer) serve(batch []*request) {
 			r.finish(err)
 		}
 		for _, r := range sets {
-			r.finish(wrap(r.flags.volume, "set flags", err))
+			r.finish(wrap(r.flags.volume, "set flags", cmp.Or(stages[r.flags].err, err)))
 		}
 	}
 	for _, r := range mine {

@@ -4,7 +4,6 @@ import (
 	"context"
 	"fmt"
 	"math/bits"
-	"sync"
 	"sync/atomic"
 )
 
@@ -63,6 +62,11 @@ func (r Run) end() uint64 { return r.Start + r.Blocks }
 // readers see is on stable storage. A flag, once set, stays; so reads that run
 // beside a Set see each block as before or as after it, and never go back.
 //
+// Which regions are none, partial or all is in memory; the bitmaps of partial ones
+// are as far as Options.BitmapMemory goes, and are read from the database else. That
+// can fail, by damage or after Close. Then Set fails and Runs tells the error; All says
+// no and Any says yes, as of a block that nothing is known of.
+//
 // All methods may be called concurrently.
 type Flags struct {
 	store   *Store
@@ -73,9 +77,11 @@ type Flags struct {
 	regions uint64 // ⌈Blocks / RegionBlocks⌉
 	words   int    // of a partial region's bitmap
 
-	kinds  [kindCount]levels
-	shards [shardCount]shard
-	gone   atomic.Bool // Forget was committed
+	// compact says that bitmaps may be stored as runs (headerSchema 2).
+	compact bool
+
+	kinds [kindCount]levels
+	gone  atomic.Bool // Forget was committed
 }
 
 // levels is one kind's upper level, one bit for each region. Only the committer
@@ -113,8 +119,9 @@ func (f *Flags) Set(ctx context.Context, k Kinds, runs ...Run) error {
 	return f.store.submit(ctx, &request{flags: f, kinds: k, runs: runs})
 }
 
-// All tells whether every block of r has every kind in k. It is true for an empty
-// r and false for one beyond the volume. It does not allocate.
+// All tells whether every block of r is known to have every kind in k. It is true for an
+// empty r and false for one beyond the volume. It allocates nothing unless it has to
+// read the database.
 func (f *Flags) All(k Kinds, r Run) bool {
 	if !f.holds(r) {
 		return false
@@ -144,7 +151,8 @@ func (f *Flags) All(k Kinds, r Run) bool {
 	return true
 }
 
-// Any tells whether a block of r has one of the kinds in k. It does not allocate.
+// Any tells whether a block of r has one of the kinds in k, or that is not known. It
+// allocates nothing unless it has to read the database.
 func (f *Flags) Any(k Kinds, r Run) bool {
 	if !f.holds(r) || r.Blocks == 0 {
 		return false
@@ -168,12 +176,19 @@ func (f *Flags) Any(k Kinds, r Run) bool {
 
 // Runs calls yield for consecutive runs that together are r, in order, each as
 // long as possible; set tells whether its blocks have the kind k, one kind. It
-// stops when yield returns false. A run beyond the volume, or a k of none or
-// several kinds, gives no call.
-func (f *Flags) Runs(k Kinds, r Run, yield func(r Run, set bool) bool) {
+// stops when yield returns false. An error says that a part of r behind what was
+// yielded is not known: its flags cannot be read, or it is beyond the volume
+// (ErrRange).
+func (f *Flags) Runs(k Kinds, r Run, yield func(r Run, set bool) bool) error {
 	i, ok := k.index()
-	if !ok || !f.holds(r) || r.Blocks == 0 {
-		return
+	if !ok {
+		return fmt.Errorf("volume %s: runs: want one kind, not %#x", f.volume, uint8(k))
+	}
+	if !f.holds(r) {
+		return fmt.Errorf("volume %s: flags of blocks %d+%d of %d: %w", f.volume, r.Start, r.Blocks, f.geo.Blocks, ErrRange)
+	}
+	if r.Blocks == 0 {
+		return nil
 	}
 	var run Run // not yet yielded
 	var isSet bool
@@ -190,7 +205,6 @@ func (f *Flags) Runs(k Kinds, r Run, yield func(r Run, set bool) bool) {
 		run.Blocks += blocks
 		return true
 	}
-	var buf [32]uint64
 	last := (r.end() - 1) >> f.shift
 	for at := r.Start; at < r.end(); {
 		g := at >> f.shift
@@ -203,26 +217,33 @@ func (f *Flags) Runs(k Kinds, r Run, yield func(r Run, set bool) bool) {
 		if next > g {
 			end := min(next<<f.shift, r.end())
 			if !add(end-at, set) {
-				return
+				return nil
 			}
 			at = end
 			continue
 		}
 		end := min((g+1)<<f.shift, r.end())
-		for at < end {
-			lo := at - g<<f.shift
-			n := min(end-at, 64*uint64(len(buf))-lo%64)
-			f.partialRead(i, g, lo/64, buf[:(lo%64+n+63)/64])
-			for bit := lo % 64; n > 0; {
-				same := runLength(buf[:], bit, n)
-				if !add(same, buf[bit/64]>>(bit%64)&1 != 0) {
-					return
-				}
-				bit, n, at = bit+same, n-same, at+same
+		bitmap, all, err := f.partial(i, g)
+		if err != nil {
+			return wrap(f.volume, "read flags", err)
+		}
+		if bitmap == nil {
+			if !add(end-at, all) {
+				return nil
 			}
+			at = end
+			continue
+		}
+		for lo := at - g<<f.shift; at < end; {
+			same := runLength(bitmap, lo, end-at)
+			if !add(same, bitmap[lo/64]>>(lo%64)&1 != 0) {
+				return nil
+			}
+			lo, at = lo+same, at+same
 		}
 	}
 	yield(run, isSet)
+	return nil
 }
 
 // Count is how many blocks have the kind k, one kind.
@@ -271,13 +292,10 @@ func (f *Flags) Regions() uint64 { return f.regions }
 // Geometry is what the flags are kept for.
 func (f *Flags) Geometry() Geometry { return f.geo }
 
-// Memory is about how many bytes the flags hold.
+// Memory is about how many bytes the flags hold besides bitmaps, which all volumes share
+// (Stats.BitmapBytes): a bit for each kind, region and level.
 func (f *Flags) Memory() uint64 {
-	n := uint64(len(f.kinds[0].all)) * 8 * 2 * kindCount
-	for i := range f.shards {
-		n += f.shards[i].memory()
-	}
-	return n
+	return uint64(len(f.kinds[0].all)) * 8 * 2 * kindCount
 }
 
 func (f *Flags) holds(r Run) bool {
@@ -298,6 +316,16 @@ func (f *Flags) regionBlocks(g uint64) uint64 {
 
 func (f *Flags) isAll(i int, g uint64) bool {
 	return f.kinds[i].all[g/64].Load()>>(g%64)&1 != 0
+}
+
+// isPartial tells whether region g is partial of a kind.
+func (f *Flags) isPartial(g uint64) bool {
+	for i := range f.kinds {
+		if f.kinds[i].partial[g/64].Load()>>(g%64)&1 != 0 {
+			return true
+		}
+	}
+	return false
 }
 
 // nextNotAll is the first region from g on that is not all, or end.
@@ -327,75 +355,58 @@ func (f *Flags) nextSome(i int, g, end uint64) uint64 {
 	return end
 }
 
+// partial gives kind i's bitmap of region g, which was partial a moment ago; nil where
+// it is all or none by now, and then all tells which.
+func (f *Flags) partial(i int, g uint64) (bitmap []uint64, all bool, err error) {
+	m, err := f.store.bitmaps.find(f, g, false)
+	if m[i] != nil || err != nil {
+		return m[i], false, err
+	}
+	return nil, f.isAll(i, g), nil
+}
+
 // partialAll tells whether n bits from lo on of region g, which was not all a
-// moment ago, are set.
+// moment ago, are known to be set.
 func (f *Flags) partialAll(i int, g, lo, n uint64) bool {
 	if f.kinds[i].partial[g/64].Load()>>(g%64)&1 == 0 {
 		return f.isAll(i, g)
 	}
-	s := &f.shards[g%shardCount]
-	s.mu.RLock()
-	defer s.mu.RUnlock()
-	if slot := s.slots[g][i]; slot != 0 {
-		return allBits(s.slab.at(slot, f.words), lo, n)
+	bitmap, all, err := f.partial(i, g)
+	switch {
+	case err != nil:
+		return false
+	case bitmap != nil:
+		return allBits(bitmap, lo, n)
 	}
-	return f.isAll(i, g)
+	return all
 }
 
-// partialAny is partialAll for one bit of the n.
+// partialAny tells whether one of n bits from lo on of region g is not known to be
+// clear.
 func (f *Flags) partialAny(i int, g, lo, n uint64) bool {
-	s := &f.shards[g%shardCount]
-	s.mu.RLock()
-	defer s.mu.RUnlock()
-	if slot := s.slots[g][i]; slot != 0 {
-		return anyBit(s.slab.at(slot, f.words), lo, n)
+	bitmap, all, err := f.partial(i, g)
+	switch {
+	case err != nil:
+		return true
+	case bitmap != nil:
+		return anyBit(bitmap, lo, n)
 	}
-	return f.isAll(i, g)
+	return all
 }
 
-// partialRead copies region g's bitmap from word from on to buf.
-func (f *Flags) partialRead(i int, g, from uint64, buf []uint64) {
-	s := &f.shards[g%shardCount]
-	s.mu.RLock()
-	defer s.mu.RUnlock()
-	if slot := s.slots[g][i]; slot != 0 {
-		copy(buf, s.slab.at(slot, f.words)[from:])
-		return
-	}
-	var w uint64
-	if f.isAll(i, g) {
-		w = ^w
-	}
-	for j := range buf {
-		buf[j] = w
-	}
+// putPartial publishes m as region g's bitmaps. The all bits must have been set
+// before.
+func (f *Flags) putPartial(g uint64, m regionBitmaps) {
+	f.store.bitmaps.publish(f, g, m)
+	f.markPartial(g, m)
 }
 
-// partialCopy is region g's bitmap as a copy; nil where the region is none or all.
-func (f *Flags) partialCopy(i int, g uint64) []uint64 {
-	s := &f.shards[g%shardCount]
-	s.mu.RLock()
-	defer s.mu.RUnlock()
-	if slot := s.slots[g][i]; slot != 0 {
-		return append([]uint64(nil), s.slab.at(slot, f.words)...)
-	}
-	return nil
-}
-
-// putPartial makes bitmaps the partial bitmaps of region g, nil for none. The
-// all bits must have been set before.
-func (f *Flags) putPartial(g uint64, bitmaps [kindCount][]uint64) {
-	s := &f.shards[g%shardCount]
-	for i, b := range bitmaps {
+// markPartial notes of which kinds region g is partial.
+func (f *Flags) markPartial(g uint64, m regionBitmaps) {
+	for i, b := range m {
 		if b != nil {
 			orWord(&f.kinds[i].partial[g/64], 1<<(g%64))
-		}
-	}
-	s.mu.Lock()
-	s.put(g, bitmaps, f.words)
-	s.mu.Unlock()
-	for i, b := range bitmaps {
-		if b == nil {
+		} else {
 			clearWord(&f.kinds[i].partial[g/64], 1<<(g%64))
 		}
 	}
@@ -412,92 +423,6 @@ func clearWord(w *atomic.Uint64, m uint64) {
 		w.And(^m)
 	}
 }
-
-const (
-	shardCount = 64
-	// slabBytes is how much a shard takes at once for bitmaps.
-	slabBytes = 16 << 10
-)
-
-// shard holds the bitmaps of the partial regions g with the same g % shardCount.
-type shard struct {
-	mu    sync.RWMutex // guards all below, the bitmaps' content too
-	slots map[uint64][kindCount]uint32
-	slab  slab
-}
-
-// put replaces region g's bitmaps. Equal ones share a slot: until the copier
-// comes by, what is valid in a region is what the initiators wrote.
-func (s *shard) put(g uint64, bitmaps [kindCount][]uint64, words int) {
-	old := s.slots[g]
-	if old[0] != 0 {
-		s.slab.release(old[0])
-	}
-	if old[1] != 0 && old[1] != old[0] {
-		s.slab.release(old[1])
-	}
-	var slots [kindCount]uint32
-	for i, b := range bitmaps {
-		if i > 0 && b != nil && bitmaps[0] != nil && equalWords(b, bitmaps[0]) {
-			slots[i] = slots[0]
-		} else if b != nil {
-			slots[i] = s.slab.take(words)
-			copy(s.slab.at(slots[i], words), b)
-		}
-	}
-	if slots != [kindCount]uint32{} {
-		if s.slots == nil {
-			s.slots = map[uint64][kindCount]uint32{}
-		}
-		s.slots[g] = slots
-		return
-	}
-	delete(s.slots, g)
-	if len(s.slots) == 0 {
-		s.slots, s.slab = nil, slab{}
-	}
-}
-
-func (s *shard) memory() uint64 {
-	s.mu.RLock()
-	defer s.mu.RUnlock()
-	n := uint64(len(s.slots)) * 28 // a map entry with its share of free room
-	for _, p := range s.slab.pages {
-		n += uint64(len(p)) * 8
-	}
-	return n + uint64(cap(s.slab.free))*4
-}
-
-// slab hands out bitmaps of one length by number, from 1 on, so that a partial
-// region costs neither a pointer nor a header.
-type slab struct {
-	pages [][]uint64
-	free  []uint32
-}
-
-// perPage is how many bitmaps of that many words a page holds.
-func perPage(words int) int { return max(1, slabBytes/8/words) }
-
-func (s *slab) at(slot uint32, words int) []uint64 {
-	per := perPage(words)
-	page, n := int(slot-1)/per, int(slot-1)%per
-	return s.pages[page][n*words : (n+1)*words]
-}
-
-func (s *slab) take(words int) uint32 {
-	if len(s.free) == 0 {
-		per := perPage(words)
-		s.pages = append(s.pages, make([]uint64, per*words))
-		for n := len(s.pages) * per; n > (len(s.pages)-1)*per; n-- {
-			s.free = append(s.free, uint32(n))
-		}
-	}
-	slot := s.free[len(s.free)-1]
-	s.free = s.free[:len(s.free)-1]
-	return slot
-}
-
-func (s *slab) release(slot uint32) { s.free = append(s.free, slot) }
 
 func equalWords(a, b []uint64) bool {
 	for i := range a {

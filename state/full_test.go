@@ -28,9 +28,10 @@ func TestSmallFileSystemFillsUpWithoutAFault(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	f.compact = false
 	var acked []Run
 	for err == nil {
-		runs := make([]Run, 64) // 16 KiB of bitmap each
+		runs := make([]Run, 64) // 16 KiB of bitmap each, as they are not stored as runs
 		for i := range runs {
 			runs[i] = Run{rand.Uint64N(g.Blocks - 8), 8}
 		}

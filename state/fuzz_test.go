@@ -12,21 +12,25 @@ import (
 func FuzzStoredFlags(f *testing.F) {
 	f.Add(uint64(0), []byte{1, 0, 1, 0, 0, 0, 0, 0, 0})
 	f.Add(uint64(3), []byte{3 | sameBitmap, 1, 0, 0, 0, 0, 0, 0, 0})
+	f.Add(uint64(3), []byte{1 | asRuns, 2, 3, 1, 4, 5})
+	f.Add(uint64(3), []byte{3 | asRuns, 1, 0, 1, 1, 63, 1})
 	f.Add(uint64(15), append([]byte{3}, make([]byte, 16)...))
 	f.Add(uint64(0), make([]byte, chunkWords*8))
 	f.Add(uint64(0), []byte(`{"schema":1,"generation":7,"blocks":10,"region_blocks":8,"chunk_regions":8192}`))
 	f.Fuzz(func(t *testing.T, n uint64, value []byte) {
 		flags := newFlags(nil, "v", 1, Geometry{Blocks: 1000, RegionBlocks: 64})
 		flags.loadChunk(int(n%3), n/3, value)
-		if err := flags.loadRegion(n, value); err == nil {
-			bitmaps, _ := decodeRegion(value, flags.words)
-			again, err := decodeRegion(encodeRegion(bitmaps), flags.words)
-			if err != nil {
-				t.Fatal(err)
-			}
-			for i := range bitmaps {
-				if (bitmaps[i] == nil) != (again[i] == nil) || bitmaps[i] != nil && !equalWords(bitmaps[i], again[i]) {
-					t.Fatalf("kind %d: %x, then %x", i, bitmaps[i], again[i])
+		if err := flags.loadRegion(n, value, nil); err == nil {
+			bitmaps, _ := decodeRegion(value, flags.words, nil)
+			for _, compact := range []bool{false, true} {
+				again, err := decodeRegion(encodeRegion(bitmaps, compact), flags.words, nil)
+				if err != nil {
+					t.Fatal(err)
+				}
+				for i := range bitmaps {
+					if (bitmaps[i] == nil) != (again[i] == nil) || bitmaps[i] != nil && !equalWords(bitmaps[i], again[i]) {
+						t.Fatalf("kind %d: %x, then %x", i, bitmaps[i], again[i])
+					}
 				}
 			}
 		}

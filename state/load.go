@@ -2,6 +2,7 @@ package state
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/rand"
 	"encoding/binary"
@@ -66,56 +67,122 @@ func decodeWords(b []byte) []uint64 {
 }
 
 // A region's value begins with a byte that says whose bitmaps follow: bit i that
-// of kind i, sameBitmap that all of them are equal and stored once.
-const sameBitmap = 0x80
+// of kind i, sameBitmap that all of them are equal and stored once, asRuns that each is
+// the count of its runs of set bits and then, for each run, the clear bits before it and
+// its length, all uvarints.
+const (
+	sameBitmap = 0x80
+	asRuns     = 0x40
+)
 
-func encodeRegion(bitmaps [kindCount][]uint64) []byte {
+// encodeRegion stores m as runs where it may and that is shorter.
+func encodeRegion(m regionBitmaps, compact bool) []byte {
 	var tag byte
-	b := make([]byte, 1, 1+8*(len(bitmaps[0])+len(bitmaps[1])))
-	for i, words := range bitmaps {
+	dense := make([]byte, 1, 1+8*(len(m[0])+len(m[1])))
+	runs := make([]byte, 1, 64)
+	for i, words := range m {
 		switch {
 		case words == nil:
 			continue
-		case tag != 0 && equalWords(words, bitmaps[0]):
+		case tag != 0 && equalWords(words, m[0]):
 			tag |= sameBitmap
 		default:
-			b = append(b, encodeWords(words)...)
+			for _, w := range words {
+				dense = binary.LittleEndian.AppendUint64(dense, w)
+			}
+			runs = appendRuns(runs, words)
 		}
 		tag |= 1 << i
 	}
-	b[0] = tag
-	return b
+	if compact && len(runs) < len(dense) {
+		runs[0] = tag | asRuns
+		return runs
+	}
+	dense[0] = tag
+	return dense
 }
 
-func decodeRegion(b []byte, words int) (bitmaps [kindCount][]uint64, err error) {
+func appendRuns(b []byte, words []uint64) []byte {
+	var n, gap uint64
+	var runs []byte
+	size := 64 * uint64(len(words))
+	for at := uint64(0); at < size; {
+		same := runLength(words, at, size-at)
+		if words[at/64]>>(at%64)&1 == 0 {
+			gap = same
+		} else {
+			runs = binary.AppendUvarint(binary.AppendUvarint(runs, gap), same)
+			n, gap = n+1, 0
+		}
+		at += same
+	}
+	return append(binary.AppendUvarint(b, n), runs...)
+}
+
+// decodeRegion gives the bitmaps, in scratch where that has room.
+func decodeRegion(b []byte, words int, scratch []uint64) (m regionBitmaps, err error) {
 	if len(b) == 0 {
-		return bitmaps, fmt.Errorf("empty value")
+		return m, fmt.Errorf("empty value")
 	}
-	kinds := b[0] &^ sameBitmap
-	same := b[0]&sameBitmap != 0
-	n := bits.OnesCount8(kinds)
-	if kinds == 0 || kinds >= 1<<kindCount || same && n < 2 {
-		return bitmaps, fmt.Errorf("unknown tag %#x", b[0])
+	tag := b[0]
+	kinds := tag &^ (sameBitmap | asRuns)
+	if kinds == 0 || kinds >= 1<<kindCount || tag&sameBitmap != 0 && bits.OnesCount8(kinds) < 2 {
+		return m, fmt.Errorf("unknown tag %#x", tag)
 	}
-	if same {
-		n = 1
-	}
-	if len(b) != 1+n*words*8 {
-		return bitmaps, fmt.Errorf("%d bytes, want %d", len(b), 1+n*words*8)
+	if len(scratch) < kindCount*words {
+		scratch = make([]uint64, bits.OnesCount8(kinds)*words)
 	}
 	b = b[1:]
-	for i := range bitmaps {
-		if kinds&(1<<i) == 0 {
+	for i := range m {
+		switch {
+		case kinds&(1<<i) == 0:
+			continue
+		case i > 0 && tag&sameBitmap != 0:
+			m[i] = m[0]
 			continue
 		}
-		if same && i > 0 {
-			bitmaps[i] = bitmaps[0]
-			continue
+		m[i], scratch = scratch[:words:words], scratch[words:]
+		if b, err = decodeBitmap(b, m[i], tag&asRuns != 0); err != nil {
+			return regionBitmaps{}, err
 		}
-		bitmaps[i] = decodeWords(b[:words*8])
-		b = b[words*8:]
 	}
-	return bitmaps, nil
+	if len(b) > 0 {
+		return regionBitmaps{}, fmt.Errorf("%d bytes too many", len(b))
+	}
+	return m, nil
+}
+
+// decodeBitmap fills words from the beginning of b and gives the rest of b.
+func decodeBitmap(b []byte, words []uint64, runs bool) (rest []byte, err error) {
+	if !runs {
+		if len(b) < 8*len(words) {
+			return nil, errCutOff
+		}
+		for i := range words {
+			words[i] = binary.LittleEndian.Uint64(b[8*i:])
+		}
+		return b[8*len(words):], nil
+	}
+	clear(words)
+	next := func() uint64 {
+		v, n := binary.Uvarint(b)
+		if n <= 0 {
+			err = errCutOff
+			return 0
+		}
+		b = b[n:]
+		return v
+	}
+	size, at := 64*uint64(len(words)), uint64(0)
+	for n := next(); n > 0 && err == nil; n-- {
+		gap, length := next(), next()
+		if gap > size-at || length > size-at-gap || length == 0 {
+			return nil, cmp.Or(err, fmt.Errorf("a run reaches beyond the region"))
+		}
+		setBits(words, at+gap, length)
+		at += gap + length
+	}
+	return b, err
 }
 
 // Flags gives the flags of a volume, and begins them, none set, for a volume that
@@ -145,14 +212,15 @@ func (s *Store) Flags(volume string, g Geometry) (*Flags, error) {
 	if header == nil {
 		return s.begin(volume, g)
 	}
-	gen, stored, err := decodeHeader(header)
+	h, err := decodeHeader(header)
 	if err != nil {
 		return nil, damaged(s.dir, fmt.Errorf("flags of volume %s: %w", volume, err))
 	}
-	if err := s.checkGeometry(volume, stored, g); err != nil {
+	if err := s.checkGeometry(volume, h.geometry(), g); err != nil {
 		return nil, err
 	}
-	f = newFlags(s, volume, gen, g)
+	f = newFlags(s, volume, h.Generation, g)
+	f.compact = h.Schema >= compactSchema
 	if err := s.view(f.load); err != nil {
 		return nil, err
 	}
@@ -183,6 +251,7 @@ func (s *Store) begin(volume string, g Geometry) (*Flags, error) {
 		return nil, wrap(volume, "begin flags", err)
 	}
 	f := newFlags(s, volume, gen, g)
+	f.compact = true
 	s.keep(f)
 	return f, nil
 }
@@ -201,7 +270,11 @@ func (s *Store) checkGeometry(volume string, have, want Geometry) error {
 		volume, s.dir, have.Blocks, have.RegionBlocks, want.Blocks, want.RegionBlocks, ErrGeometry)
 }
 
-const headerSchema = 1
+const (
+	headerSchema = 2
+	// compactSchema is from where on bitmaps may be stored as runs.
+	compactSchema = 2
+)
 
 // storedHeader says that a volume has flags, and where.
 type storedHeader struct {
@@ -212,22 +285,22 @@ type storedHeader struct {
 	ChunkRegions uint64 `json:"chunk_regions"`
 }
 
-func decodeHeader(b []byte) (gen uint64, g Geometry, err error) {
-	var h storedHeader
+func (h storedHeader) geometry() Geometry { return Geometry{h.Blocks, h.RegionBlocks} }
+
+func decodeHeader(b []byte) (h storedHeader, err error) {
 	if err := json.Unmarshal(b, &h); err != nil {
-		return 0, g, fmt.Errorf("header: %w", err)
+		return h, fmt.Errorf("header: %w", err)
 	}
 	if h.Schema > headerSchema {
-		return 0, g, fmt.Errorf("header has schema %d, this lunshift knows up to %d: %w", h.Schema, headerSchema, ErrVersion)
+		return h, fmt.Errorf("header has schema %d, this lunshift knows up to %d: %w", h.Schema, headerSchema, ErrVersion)
 	}
-	g = Geometry{h.Blocks, h.RegionBlocks}
-	if err := g.check(); err != nil {
-		return 0, g, fmt.Errorf("header: %w", err)
+	if err := h.geometry().check(); err != nil {
+		return h, fmt.Errorf("header: %w", err)
 	}
 	if h.Schema < 1 || h.ChunkRegions != chunkRegions {
-		return 0, g, fmt.Errorf("header: schema %d, chunks of %d regions", h.Schema, h.ChunkRegions)
+		return h, fmt.Errorf("header: schema %d, chunks of %d regions", h.Schema, h.ChunkRegions)
 	}
-	return h.Generation, g, nil
+	return h, nil
 }
 
 func newFlags(s *Store, volume string, gen uint64, g Geometry) *Flags {
@@ -256,6 +329,7 @@ func (f *Flags) load(txn *badger.Txn) error {
 	o.PrefetchValues = false // they lie beside the keys
 	it := txn.NewIterator(o)
 	defer it.Close()
+	scratch := make([]uint64, kindCount*f.words)
 	for it.Rewind(); it.Valid(); it.Next() {
 		item := it.Item()
 		key := item.Key()[genSize:]
@@ -264,7 +338,7 @@ func (f *Flags) load(txn *badger.Txn) error {
 			case len(key) == 10 && key[0] == chunkMark:
 				return f.loadChunk(int(key[1]), binary.BigEndian.Uint64(key[2:]), value)
 			case len(key) == 9 && key[0] == regionMark:
-				return f.loadRegion(binary.BigEndian.Uint64(key[1:]), value)
+				return f.loadRegion(binary.BigEndian.Uint64(key[1:]), value, scratch)
 			}
 			return fmt.Errorf("unknown key %x", key)
 		})
@@ -300,35 +374,41 @@ func (f *Flags) loadChunk(kind int, chunk uint64, value []byte) error {
 	return nil
 }
 
-func (f *Flags) loadRegion(g uint64, value []byte) error {
-	if g >= f.regions {
-		return fmt.Errorf("region %d of %d", g, f.regions)
-	}
-	bitmaps, err := decodeRegion(value, f.words)
+// loadRegion notes that region g is partial and counts; its bitmaps are read again when
+// they are asked for.
+func (f *Flags) loadRegion(g uint64, value []byte, scratch []uint64) error {
+	m, err := f.decodeRegion(g, value, scratch)
 	if err != nil {
-		return fmt.Errorf("region %d: %w", g, err)
+		return err
+	}
+	for i, b := range m {
+		f.kinds[i].blocks.Add(countBits(b))
+	}
+	f.markPartial(g, m)
+	return nil
+}
+
+// decodeRegion is the stored value of region g. A bitmap beside an all bit is left of a
+// commit that was cut off and counts for nothing; the next one of the region
+// removes it.
+func (f *Flags) decodeRegion(g uint64, value []byte, scratch []uint64) (regionBitmaps, error) {
+	if g >= f.regions {
+		return regionBitmaps{}, fmt.Errorf("region %d of %d", g, f.regions)
+	}
+	m, err := decodeRegion(value, f.words, scratch)
+	if err != nil {
+		return regionBitmaps{}, fmt.Errorf("region %d: %w", g, err)
 	}
 	size := f.regionBlocks(g)
-	for i, b := range bitmaps {
-		if b == nil {
-			continue
+	for i, b := range m {
+		if rest := uint64(f.words)*64 - size; b != nil && rest > 0 && anyBit(b, size, rest) {
+			return regionBitmaps{}, fmt.Errorf("region %d has a bit beyond its last block", g)
 		}
-		if rest := f.words*64 - int(size); rest > 0 && anyBit(b, size, uint64(rest)) {
-			return fmt.Errorf("region %d has a bit beyond its last block", g)
-		}
-		// A bitmap beside an all bit is left of a commit that was cut off; the
-		// next one of the region removes it.
 		if f.isAll(i, g) {
-			bitmaps[i] = nil
-			continue
+			m[i] = nil
 		}
-		n := countBits(b)
-		f.kinds[i].blocks.Add(n)
 	}
-	if bitmaps[0] != nil || bitmaps[1] != nil {
-		f.putPartial(g, bitmaps)
-	}
-	return nil
+	return m, nil
 }
 
 // forgetVolume removes the record and the header, from where on the flags are out
@@ -365,11 +445,11 @@ func (s *Store) sweep() error {
 			if err != nil {
 				return err
 			}
-			gen, _, err := decodeHeader(value)
+			h, err := decodeHeader(value)
 			if err != nil {
 				return damaged(s.dir, fmt.Errorf("flags of volume %s: %w", it.Item().Key()[len(headerPrefix):], err))
 			}
-			named[gen] = true
+			named[h.Generation] = true
 		}
 		for it.Seek([]byte(flagsPrefix)); it.ValidForPrefix([]byte(flagsPrefix)); {
 			key := it.Item().Key()

@@ -21,15 +21,22 @@ type stage struct {
 	// chunks holds new all bits by chunk, regions new bitmaps by region, nil where
 	// the batch leaves the kind alone.
 	chunks  map[uint64]*[kindCount][chunkWords]uint64
-	regions map[uint64]*[kindCount][]uint64
+	regions map[uint64]*stagedRegion
 	blocks  [kindCount]uint64 // newly set
+	err     error             // why the batch cannot be worked out
+}
+
+// stagedRegion is a region that a batch changes.
+type stagedRegion struct {
+	old, fresh regionBitmaps
+	pinned     bool // old is
 }
 
 func newStage(f *Flags) *stage {
 	return &stage{
 		f:       f,
 		chunks:  map[uint64]*[kindCount][chunkWords]uint64{},
-		regions: map[uint64]*[kindCount][]uint64{},
+		regions: map[uint64]*stagedRegion{},
 	}
 }
 
@@ -82,13 +89,12 @@ func (s *stage) setPart(i int, g, lo, n uint64) {
 		return
 	}
 	r := s.region(g)
-	if r[i] == nil {
-		if r[i] = s.f.partialCopy(i, g); r[i] == nil {
-			r[i] = make([]uint64, s.f.words)
-		}
+	if r.fresh[i] == nil {
+		r.fresh[i] = make([]uint64, s.f.words)
+		copy(r.fresh[i], r.old[i])
 	}
-	setBits(r[i], lo, n)
-	if countBits(r[i]) == s.f.regionBlocks(g) {
+	setBits(r.fresh[i], lo, n)
+	if countBits(r.fresh[i]) == s.f.regionBlocks(g) {
 		s.setAll(i, g, g+1)
 	}
 }
@@ -116,18 +122,31 @@ func (s *stage) chunk(c uint64) *[kindCount][chunkWords]uint64 {
 	return p
 }
 
-func (s *stage) region(g uint64) *[kindCount][]uint64 {
+// region takes g into the batch. What it holds until now stays pinned, so that no
+// reader looks for it in the database while the batch is written there.
+func (s *stage) region(g uint64) *stagedRegion {
 	r := s.regions[g]
-	if r == nil {
-		r = new([kindCount][]uint64)
-		s.regions[g] = r
+	if r != nil {
+		return r
+	}
+	r = new(stagedRegion)
+	s.regions[g] = r
+	if s.f.isPartial(g) && s.err == nil {
+		r.old, s.err = s.f.store.bitmaps.find(s.f, g, true)
+		r.pinned = !r.old.empty()
+		for i := range r.old {
+			if s.f.isAll(i, g) {
+				r.old[i] = nil
+			}
+		}
 	}
 	return r
 }
 
-// finish appends to ops what is to be written. The chunks come first: if the ops
-// are split and only a part is written, a region is all before its bitmap goes.
-func (s *stage) finish(ops []op) []op {
+// finish appends to ops what is to be written, or fails where a bitmap cannot be read.
+// The chunks come first: if the ops are split and only a part is written, a region is
+// all before its bitmap goes.
+func (s *stage) finish(ops []op) ([]op, error) {
 	f := s.f
 	for _, c := range slices.Sorted(maps.Keys(s.chunks)) {
 		for i, words := range s.chunks[c] {
@@ -146,8 +165,7 @@ func (s *stage) finish(ops []op) []op {
 				// Regions that have a bitmap lose this kind's.
 				for m := fresh & f.kinds[i].partial[at].Load(); m != 0; m &= m - 1 {
 					g := at*64 + uint64(bits.TrailingZeros64(m))
-					s.blocks[i] -= countBits(f.partialCopy(i, g))
-					s.region(g)
+					s.blocks[i] -= countBits(s.region(g).old[i])
 				}
 			}
 			if changed {
@@ -155,34 +173,41 @@ func (s *stage) finish(ops []op) []op {
 			}
 		}
 	}
+	if s.err != nil {
+		return nil, s.err
+	}
 	for _, g := range slices.Sorted(maps.Keys(s.regions)) {
 		r := s.regions[g]
-		had, changed := false, false
-		for i := range r {
-			old := f.partialCopy(i, g)
-			had = had || old != nil
+		changed := false
+		for i := range r.fresh {
 			switch {
 			case s.isAll(i, g):
-				r[i] = nil
-				changed = changed || old != nil
-			case r[i] == nil:
-				r[i] = old
+				r.fresh[i] = nil
+				changed = changed || r.old[i] != nil
+			case r.fresh[i] == nil:
+				r.fresh[i] = r.old[i]
 			default:
-				n := countBits(r[i]) - countBits(old)
+				n := countBits(r.fresh[i]) - countBits(r.old[i])
 				s.blocks[i] += n
 				changed = changed || n > 0
 			}
 		}
+		// Equal ones share their words: until the copier comes by, what is valid in
+		// a region is what the initiators wrote.
+		if r.fresh[0] != nil && r.fresh[1] != nil && equalWords(r.fresh[0], r.fresh[1]) {
+			r.fresh[1] = r.fresh[0]
+		}
 		switch {
 		case !changed:
+			s.unpin(g, r)
 			delete(s.regions, g)
-		case r[0] == nil && r[1] == nil && had:
+		case r.fresh.empty() && !r.old.empty():
 			ops = append(ops, op{key: regionKey(f.gen, g)})
-		case r[0] != nil || r[1] != nil:
-			ops = append(ops, op{regionKey(f.gen, g), encodeRegion(*r)})
+		case !r.fresh.empty():
+			ops = append(ops, op{regionKey(f.gen, g), encodeRegion(r.fresh, f.compact)})
 		}
 	}
-	return ops
+	return ops, nil
 }
 
 // publish makes what finish worked out visible and tells how many flags are new.
@@ -197,11 +222,24 @@ func (s *stage) publish() (set uint64) {
 		}
 	}
 	for g, r := range s.regions {
-		s.f.putPartial(g, *r)
+		s.f.putPartial(g, r.fresh)
 	}
 	for i, n := range s.blocks {
 		s.f.kinds[i].blocks.Add(n)
 		set += n
 	}
 	return set
+}
+
+// drop lets go of a batch of which nothing was written.
+func (s *stage) drop() {
+	for g, r := range s.regions {
+		s.unpin(g, r)
+	}
+}
+
+func (s *stage) unpin(g uint64, r *stagedRegion) {
+	if r.pinned {
+		s.f.store.bitmaps.unpin(s.f, g)
+	}
 }

@@ -9,9 +9,9 @@
 // again from nothing by itself.
 //
 // A Store is one directory. A Record is one volume's place in its life. Flags
-// is the two-level image of one volume's blocks: it is read without I/O, and
-// written in transactions that gather what became due, of all volumes, while the
-// last one was being synced.
+// is the two-level image of one volume's blocks: the upper level is in memory, the lower
+// as far as a bound allows, and it is written in transactions that gather what became
+// due, of all volumes, while the last one was being synced.
 //
 // What it cannot tell is a directory that was put back as a whole from an older
 // copy: flags set since then are lost with it.
@@ -79,6 +79,10 @@ const (
 type Options struct {
 	// Log takes what Badger and the committer have to tell. Nil discards it.
 	Log logrus.FieldLogger
+	// BitmapMemory bounds the bitmaps of partial regions that are held in memory, of
+	// all volumes together, in bytes; 0 is 64 MiB. The rest is read from the
+	// directory when it is asked for.
+	BitmapMemory uint64
 }
 
 // Store is an open state directory. All methods may be called concurrently.
@@ -96,6 +100,7 @@ type Store struct {
 	closed  error // Close's outcome
 
 	syncer  *syncer // of the committer alone
+	bitmaps *bitmaps
 	stats   statsKeeper
 	freeMin atomic.Uint64 // minFree, another in tests of a full disk
 
@@ -158,6 +163,7 @@ func Open(dir string, opts Options) (_ *Store, err error) {
 		queue:   make(chan *request, maxBatch),
 		closing: make(chan struct{}),
 		stopped: make(chan struct{}),
+		bitmaps: newBitmaps(opts.BitmapMemory),
 		flags:   map[string]*Flags{},
 	}
 	s.freeMin.Store(minFree)
@@ -206,7 +212,7 @@ func openBadger(dir string, log logrus.FieldLogger) (db *badger.DB, err error) {
 }
 
 // Close lets the commits under way finish, refuses the rest with ErrClosed and
-// gives the directory up. Flags stay readable.
+// gives the directory up. What Flags have in memory stays readable.
 func (s *Store) Close() error {
 	s.close.Do(func() {
 		close(s.closing)
@@ -255,11 +261,11 @@ func (s *Store) forget(volume string, r *request, instead []Record) error {
 	if header == nil {
 		return nil
 	}
-	gen, _, err := decodeHeader(header)
+	h, err := decodeHeader(header)
 	if err != nil {
 		return nil // its flags are out of reach all the same
 	}
-	if err := s.drop(gen); err != nil {
+	if err := s.drop(h.Generation); err != nil {
 		return wrap(volume, "remove forgotten flags", err)
 	}
 	return nil
@@ -273,6 +279,9 @@ type Stats struct {
 	Failures uint64
 	// FlagsSet counts the blocks of any kind whose flag was newly set.
 	FlagsSet uint64
+	// BitmapBytes is about how many bytes the bitmaps in memory take now, BitmapReads how
+	// often one had to be read from the database.
+	BitmapBytes, BitmapReads uint64
 	// Latency is the time from a transaction's begin to its sync.
 	Latency Histogram
 }
@@ -286,7 +295,11 @@ type Histogram struct {
 }
 
 // Stats is a snapshot.
-func (s *Store) Stats() Stats { return s.stats.snapshot() }
+func (s *Store) Stats() Stats {
+	st := s.stats.snapshot()
+	st.BitmapBytes, st.BitmapReads = s.bitmaps.memory(), s.bitmaps.reads.Load()
+	return st
+}
 
 type statsKeeper struct {
 	mu sync.Mutex // guards all below
