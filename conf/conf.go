@@ -81,6 +81,9 @@ type Volume struct {
 	Digests bool
 	// Autostart starts the migration with the service.
 	Autostart bool
+	// VerifySample is how much of source and destination is compared before a cutover;
+	// 0 is nothing.
+	VerifySample Size
 	// Overwrite allows a destination that is not blank.
 	Overwrite bool
 	// RegionSize is the unit of copying, a power of two from 64 KiB to 64 MiB.
@@ -145,6 +148,7 @@ func defaultVolume() Volume {
 	return Volume{
 		RegionSize:    1 << 20,
 		FileBlockSize: 512,
+		VerifySample:  64 << 20,
 		Sessions:      1,
 		Copy:          Copy{Depth: 8},
 		ReservationBy: ByPort,

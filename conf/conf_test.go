@@ -77,7 +77,7 @@ func TestFourSettingsAreEnough(t *testing.T) {
 		Name: "db01", IQN: "iqn.2026-11.net.example:db01",
 		Source:      Unit{Address: "iscsi://10.0.0.5/iqn.2001-04.com.example:old/1"},
 		Destination: Unit{Address: "/dev/sdx"},
-		RegionSize:  1 << 20, FileBlockSize: 512, Sessions: 1, Copy: Copy{Depth: 8}, ReservationBy: ByPort,
+		RegionSize:  1 << 20, FileBlockSize: 512, VerifySample: 64 << 20, Sessions: 1, Copy: Copy{Depth: 8}, ReservationBy: ByPort,
 	}
 	if len(cfg.Volumes) != 1 || !reflect.DeepEqual(cfg.Volumes[0], want) {
 		t.Errorf("got %+v, want %+v", cfg.Volumes, want)

@@ -148,6 +148,7 @@ func (d *decoder) volumeSettings(v *Volume, files *secretFiles, path, label stri
 		{"digests", boolean(&v.Digests)},
 		{"autostart", boolean(&v.Autostart)},
 		{"overwrite", boolean(&v.Overwrite)},
+		{"verify_sample", size(&v.VerifySample)},
 		{"region_size", all(size(&v.RegionSize), func() error { return checkRegionSize(v.RegionSize) })},
 		{"file_block_size", all(integer(&v.FileBlockSize, 512, 4096), func() error {
 			if v.FileBlockSize != 512 && v.FileBlockSize != 4096 {

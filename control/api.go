@@ -24,7 +24,8 @@ type Volume interface {
 	Pause(ctx context.Context) error
 	Resume(ctx context.Context) error
 	Throttle(ctx context.Context, rate uint64) error
-	Cutover(ctx context.Context) error
+	Cutover(ctx context.Context, o proxy.CutoverOptions) error
+	Verify(ctx context.Context, o proxy.VerifyOptions) (proxy.VerifyReport, error)
 	Wait(ctx context.Context, p proxy.Phase) error
 	Remove(ctx context.Context, instead ...state.Record) error
 	Shutdown(ctx context.Context) error

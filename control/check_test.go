@@ -220,7 +220,7 @@ func TestCheckBesideTheServiceKnowsWhatTheStateKnows(t *testing.T) {
 	if _, err := service.client.Start(ctx, "db01"); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := service.client.CutoverWhenSynced(ctx, "db01", 0); err != nil {
+	if _, err := service.client.CutoverWhenSynced(ctx, "db01", 0, proxy.CutoverOptions{}); err != nil {
 		t.Fatal(err)
 	}
 	// It serves on without the units, which stand on their own from now on.

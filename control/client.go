@@ -75,16 +75,23 @@ func (c *Client) Throttle(ctx context.Context, volume string, rate uint64) (prox
 }
 
 // Cutover ends a migration.
-func (c *Client) Cutover(ctx context.Context, volume string) (proxy.Status, error) {
-	return c.volume(ctx, http.MethodPost, volume, "/cutover", nil)
+func (c *Client) Cutover(ctx context.Context, volume string, o proxy.CutoverOptions) (proxy.Status, error) {
+	return c.volume(ctx, http.MethodPost, volume, "/cutover", o)
+}
+
+// Verify compares source and destination of a volume in phase synced; it goes on as
+// long as ctx.
+func (c *Client) Verify(ctx context.Context, volume string, o proxy.VerifyOptions) (proxy.VerifyReport, error) {
+	var report proxy.VerifyReport
+	return report, c.onVolume(ctx, http.MethodPost, volume, "/verify", o, &report)
 }
 
 // CutoverWhenSynced waits for phase synced, not longer than timeout where that is
 // not 0, and then ends the migration. A volume that was not started is refused at once.
-func (c *Client) CutoverWhenSynced(ctx context.Context, volume string, timeout time.Duration) (proxy.Status, error) {
+func (c *Client) CutoverWhenSynced(ctx context.Context, volume string, timeout time.Duration, o proxy.CutoverOptions) (proxy.Status, error) {
 	status, err := c.Status(ctx, volume)
 	if KindOf(err) == Unknown {
-		return c.Cutover(ctx, volume) // it may be done and removed
+		return c.Cutover(ctx, volume, o) // it may be done and removed
 	}
 	if err != nil {
 		return status, err
@@ -95,7 +102,7 @@ func (c *Client) CutoverWhenSynced(ctx context.Context, volume string, timeout t
 	if status, err = c.wait(ctx, volume, proxy.Synced, timeout, true); err != nil {
 		return status, err
 	}
-	return c.Cutover(ctx, volume)
+	return c.Cutover(ctx, volume, o)
 }
 
 // Wait returns when the volume is in phase p or past it. A timeout of 0 waits

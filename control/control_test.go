@@ -40,9 +40,14 @@ func TestStepsTravelOverTheSocket(t *testing.T) {
 	check("resume", s, err, !s.Paused)
 	s, err = client.Throttle(ctx, "db01", 200<<20)
 	check("throttle", s, err, s.RateLimit == 200<<20)
+	v.report = proxy.VerifyReport{Different: 512, Extents: []proxy.BlockRun{{LBA: 9, Blocks: 1}}}
+	how := proxy.VerifyOptions{Sample: 1 << 20, Rate: 5}
+	if r, err := client.Verify(ctx, "db01", how); err != nil || r.Different != 512 || r.Extents[0].LBA != 9 || v.asked != how {
+		t.Errorf("verify %v: %+v, %v", v.asked, r, err)
+	}
 	go v.set(func(s *proxy.Status) { s.Phase = proxy.Synced })
-	s, err = client.CutoverWhenSynced(ctx, "db01", 0)
-	check("cutover", s, err, s.Phase == proxy.Cutover)
+	s, err = client.CutoverWhenSynced(ctx, "db01", 0, proxy.CutoverOptions{AcceptUnreadable: true, NoVerify: true})
+	check("cutover", s, err, s.Phase == proxy.Cutover && v.asked == proxy.CutoverOptions{AcceptUnreadable: true, NoVerify: true})
 
 	all, err := client.Statuses(ctx)
 	if err != nil || len(all) != 2 || all[0].Name != "db01" || all[1].Name != "db02" {
@@ -72,20 +77,20 @@ func TestKindsOfFailureKeepTheirExitCodesOverTheSocket(t *testing.T) {
 		exit int
 		text string
 	}{
-		{"phase", func() error { _, err := client.Cutover(ctx, "db01"); return err }, WrongPhase, 3, "cutover is not allowed in phase ready: do something else"},
-		{"cutover --wait before start", func() error { _, err := client.CutoverWhenSynced(ctx, "db01", 0); return err }, WrongPhase, 3, "start it first"},
+		{"phase", func() error { _, err := client.Cutover(ctx, "db01", proxy.CutoverOptions{}); return err }, WrongPhase, 3, "cutover is not allowed in phase ready: do something else"},
+		{"cutover --wait before start", func() error { _, err := client.CutoverWhenSynced(ctx, "db01", 0, proxy.CutoverOptions{}); return err }, WrongPhase, 3, "start it first"},
 		{"unknown", func() error { _, err := client.Start(ctx, "db/9?x"); return err }, Unknown, 1, `there is no volume "db/9?x"; the service has db01`},
 		{"dots", func() error { _, err := client.Remove(ctx, ".."); return err }, Usage, 2, "no volume name"},
 		{"empty name", func() error { _, err := client.Start(ctx, ""); return err }, Usage, 2, "no volume name"},
 		{"failure", func() error { v.fail = errors.New("disk full"); _, err := client.Start(ctx, "db01"); return err }, Failed, 1, "disk full"},
 		{"failure by a limit of its own", func() error {
 			v.fail = fmt.Errorf("cutover undone: %w", context.DeadlineExceeded)
-			_, err := client.Cutover(ctx, "db01")
+			_, err := client.Cutover(ctx, "db01", proxy.CutoverOptions{})
 			return err
 		}, Failed, 1, "cutover undone"},
 		{"failure by a stop of the service", func() error {
 			v.fail = fmt.Errorf("cutover undone: %w", context.Canceled)
-			_, err := client.Cutover(ctx, "db01")
+			_, err := client.Cutover(ctx, "db01", proxy.CutoverOptions{})
 			return err
 		}, Failed, 1, "cutover undone"},
 		{"phase name", func() error { _, err := client.Wait(ctx, "db01", "sinked", 0); return err }, Usage, 2, "the phases are ready, migrating, synced, cutover"},
@@ -189,7 +194,7 @@ func TestWaitBearsAVolumeThatIsNotOpenYet(t *testing.T) {
 	e.mu.Lock()
 	e.volume, e.known.Phase = nil, proxy.Synced
 	e.mu.Unlock()
-	done = waits(func() (proxy.Status, error) { return client.CutoverWhenSynced(ctx, "db01", 0) })
+	done = waits(func() (proxy.Status, error) { return client.CutoverWhenSynced(ctx, "db01", 0, proxy.CutoverOptions{}) })
 	v = open(proxy.Synced)
 	if err := <-done; err != nil || v.Status().Phase != proxy.Cutover {
 		t.Errorf("cutover: %v", err)
@@ -210,11 +215,11 @@ func TestLastStepsOfARemovedVolumeAreDone(t *testing.T) {
 		}
 	}
 	for _, name := range []string{"db01", "marked", "deleted"} {
-		got, err := client.Cutover(ctx, name)
+		got, err := client.Cutover(ctx, name, proxy.CutoverOptions{})
 		if err != nil || got.Phase != proxy.Cutover || got.Name != name {
 			t.Errorf("cutover of %s: %+v, %v", name, got, err)
 		}
-		if _, err := client.CutoverWhenSynced(ctx, name, time.Second); err != nil {
+		if _, err := client.CutoverWhenSynced(ctx, name, time.Second, proxy.CutoverOptions{}); err != nil {
 			t.Errorf("cutover --wait of %s: %v", name, err)
 		}
 		if got, err := client.Wait(ctx, name, proxy.Synced, time.Second); err != nil || got.Phase != proxy.Cutover {
@@ -228,7 +233,7 @@ func TestLastStepsOfARemovedVolumeAreDone(t *testing.T) {
 		}
 	}
 	for _, name := range []string{"moving", "db09"} {
-		if _, err := client.CutoverWhenSynced(ctx, name, time.Second); KindOf(err) != Unknown {
+		if _, err := client.CutoverWhenSynced(ctx, name, time.Second, proxy.CutoverOptions{}); KindOf(err) != Unknown {
 			t.Errorf("cutover of %s: %v", name, err)
 		}
 	}
@@ -259,7 +264,7 @@ func TestOnlyStepsThatChangedSomethingAreLogged(t *testing.T) {
 		if _, err := client.Remove(ctx, "db01"); err != nil {
 			t.Fatal(err)
 		}
-		if _, err := client.Cutover(ctx, "db01"); err != nil {
+		if _, err := client.Cutover(ctx, "db01", proxy.CutoverOptions{}); err != nil {
 			t.Fatal(err)
 		}
 	}

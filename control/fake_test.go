@@ -26,6 +26,9 @@ type fakeVolume struct {
 	changed chan struct{}
 	// fail is what the next steps return.
 	fail error
+	// report is what a comparison gives; asked is how it was asked for.
+	report proxy.VerifyReport
+	asked  any
 }
 
 func newFake(name string) *fakeVolume {
@@ -76,7 +79,17 @@ func (f *fakeVolume) Resume(context.Context) error {
 func (f *fakeVolume) Throttle(_ context.Context, rate uint64) error {
 	return f.step("", "throttle", func(s *proxy.Status) { s.RateLimit = rate })
 }
-func (f *fakeVolume) Cutover(context.Context) error {
+func (f *fakeVolume) Verify(_ context.Context, o proxy.VerifyOptions) (proxy.VerifyReport, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.asked = o
+	return f.report, nil
+}
+
+func (f *fakeVolume) Cutover(_ context.Context, o proxy.CutoverOptions) error {
+	f.mu.Lock()
+	f.asked = o
+	f.mu.Unlock()
 	return f.step(proxy.Synced, "cutover", func(s *proxy.Status) { s.Phase = proxy.Cutover })
 }
 func (f *fakeVolume) Remove(context.Context, ...state.Record) error {

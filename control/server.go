@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"net/http"
 	"time"
 
@@ -30,24 +31,21 @@ func (s *Service) handler() http.Handler {
 	}))
 	mux.HandleFunc("GET /v1/volumes/{name}", s.answerVolume(func(r *http.Request, e *entry) error { return nil }))
 	steps := map[string]func(context.Context, Volume) error{
-		"start":   func(ctx context.Context, v Volume) error { return v.Start(ctx) },
-		"pause":   func(ctx context.Context, v Volume) error { return v.Pause(ctx) },
-		"resume":  func(ctx context.Context, v Volume) error { return v.Resume(ctx) },
-		"cutover": func(ctx context.Context, v Volume) error { return v.Cutover(ctx) },
+		"start":  func(ctx context.Context, v Volume) error { return v.Start(ctx) },
+		"pause":  func(ctx context.Context, v Volume) error { return v.Pause(ctx) },
+		"resume": func(ctx context.Context, v Volume) error { return v.Resume(ctx) },
 	}
 	for name, step := range steps {
-		do := s.answerVolume(func(r *http.Request, e *entry) error {
+		mux.HandleFunc("POST /v1/volumes/{name}/"+name, s.answerVolume(func(r *http.Request, e *entry) error {
 			v, err := e.open()
 			if err != nil {
 				return err
 			}
 			return step(s.running, v)
-		})
-		if name == "cutover" {
-			do = s.unlessGone(do)
-		}
-		mux.HandleFunc("POST /v1/volumes/{name}/"+name, do)
+		}))
 	}
+	mux.HandleFunc("POST /v1/volumes/{name}/cutover", s.unlessGone(s.answerVolume(s.cutover)))
+	mux.HandleFunc("POST /v1/volumes/{name}/verify", s.answer(s.verify))
 	mux.HandleFunc("POST /v1/volumes/{name}/throttle", s.answerVolume(s.throttle))
 	mux.HandleFunc("GET /v1/volumes/{name}/wait", s.unlessGone(s.answerVolume(s.wait)))
 	mux.HandleFunc("GET /v1/volumes/{name}/check", s.answer(s.check))
@@ -63,16 +61,56 @@ func (s *Service) handler() http.Handler {
 
 func (s *Service) throttle(r *http.Request, e *entry) error {
 	var body throttleRequest
-	d := json.NewDecoder(r.Body)
-	d.DisallowUnknownFields()
-	if err := d.Decode(&body); err != nil {
-		return Usagef("throttle: the request is not understood: %v", err)
+	if err := decode(r, "throttle", &body); err != nil {
+		return err
 	}
 	v, err := e.open()
 	if err != nil {
 		return err
 	}
 	return v.Throttle(s.running, body.Rate)
+}
+
+func (s *Service) cutover(r *http.Request, e *entry) error {
+	var o proxy.CutoverOptions
+	if err := decode(r, "cutover", &o); err != nil {
+		return err
+	}
+	v, err := e.open()
+	if err != nil {
+		return err
+	}
+	return v.Cutover(s.running, o)
+}
+
+// verify answers when the comparison has ended; it ends with the one who asked.
+func (s *Service) verify(r *http.Request) (any, error) {
+	var o proxy.VerifyOptions
+	if err := decode(r, "verify", &o); err != nil {
+		return nil, err
+	}
+	e, err := s.entry(r.PathValue("name"))
+	if err != nil {
+		return nil, err
+	}
+	v, err := e.open()
+	if err != nil {
+		return nil, err
+	}
+	ctx, cancel := context.WithCancel(r.Context())
+	defer cancel()
+	defer context.AfterFunc(s.running, cancel)()
+	return v.Verify(ctx, o)
+}
+
+// decode reads the body of a request; none at all leaves the defaults.
+func decode(r *http.Request, step string, to any) error {
+	d := json.NewDecoder(r.Body)
+	d.DisallowUnknownFields()
+	if err := d.Decode(to); err != nil && err != io.EOF {
+		return Usagef("%s: the request is not understood: %v", step, err)
+	}
+	return nil
 }
 
 // wait answers once the volume is in a phase or past it, or the time is over.

@@ -134,7 +134,7 @@ func TestServiceMovesAVolumeFromStartToCutover(t *testing.T) {
 	write(size - 64<<10)
 	metrics(t, service, `lunshift_volume_phase{phase="synced",volume="db01"} 1`)
 	for range 2 {
-		if s, err := service.client.CutoverWhenSynced(ctx, "db01", 0); err != nil || s.Phase != proxy.Cutover {
+		if s, err := service.client.CutoverWhenSynced(ctx, "db01", 0, proxy.CutoverOptions{}); err != nil || s.Phase != proxy.Cutover {
 			t.Fatalf("cutover: %+v, %v", s, err)
 		}
 	}
@@ -205,7 +205,7 @@ func TestServiceGoesOnAfterARestart(t *testing.T) {
 	if _, err := second.client.Resume(ctx, "db01"); err != nil {
 		t.Error(err)
 	}
-	if _, err := second.client.CutoverWhenSynced(ctx, "db01", 0); err != nil {
+	if _, err := second.client.CutoverWhenSynced(ctx, "db01", 0, proxy.CutoverOptions{}); err != nil {
 		t.Error(err)
 	}
 	if err := second.stop(); err != nil {
@@ -287,7 +287,7 @@ func TestRemovedVolumeDoesNotBeginAnew(t *testing.T) {
 	destination := unitFile(t, dir, "new", 4<<20, 0)
 	cfg := configFor(t, dir, unitFile(t, dir, "old", 4<<20, 4<<20), destination, "autostart = true\noverwrite = true")
 	first := start(t, cfg)
-	if _, err := first.client.CutoverWhenSynced(ctx, "db01", 0); err != nil {
+	if _, err := first.client.CutoverWhenSynced(ctx, "db01", 0, proxy.CutoverOptions{}); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := first.client.Remove(ctx, "db01"); err != nil {
@@ -311,7 +311,7 @@ func TestRemovedVolumeDoesNotBeginAnew(t *testing.T) {
 	if _, err := lun.Open(ctx, "iscsi://"+second.info.Portals[0]+"/iqn.2026-11.net.example:db01/0", lun.Options{LoginTimeout: time.Second}); err == nil {
 		t.Error("initiators find the removed volume")
 	}
-	if s, err := second.client.CutoverWhenSynced(ctx, "db01", time.Second); err != nil || s.Phase != proxy.Cutover {
+	if s, err := second.client.CutoverWhenSynced(ctx, "db01", time.Second, proxy.CutoverOptions{}); err != nil || s.Phase != proxy.Cutover {
 		t.Errorf("cutover of a removed volume: %+v, %v", s, err)
 	}
 	if err := second.stop(); err != nil {
@@ -328,7 +328,7 @@ func TestRemovedVolumeDoesNotBeginAnew(t *testing.T) {
 		}
 	}
 	unsure := start(t, cfg)
-	if _, err := unsure.client.CutoverWhenSynced(ctx, "db01", time.Second); KindOf(err) != Unknown {
+	if _, err := unsure.client.CutoverWhenSynced(ctx, "db01", time.Second, proxy.CutoverOptions{}); KindOf(err) != Unknown {
 		t.Errorf("cutover of what may be another pair: %v", err)
 	}
 	if report, err := Check(ctx, cfg, quiet()); err != nil || report.Refused() == nil || !strings.Contains(report.Refused().Error(), "another pair is served once they can") {
@@ -348,7 +348,7 @@ func TestRemovedVolumeDoesNotBeginAnew(t *testing.T) {
 			t.Fatal("another pair that came later is not served")
 		}
 	}
-	if _, err := unsure.client.CutoverWhenSynced(ctx, "db01", 20*time.Second); err != nil {
+	if _, err := unsure.client.CutoverWhenSynced(ctx, "db01", 20*time.Second, proxy.CutoverOptions{}); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := unsure.client.Remove(ctx, "db01"); err != nil {
@@ -443,7 +443,7 @@ func TestRenamedVolumeDoesNotBeginAnew(t *testing.T) {
 	cfg.Volumes[0].Name = "db01"
 	cfg.Volumes[0].Source.Address, cfg.Volumes[0].Destination.Address = old, moved
 	again := start(t, cfg)
-	if _, err := again.client.CutoverWhenSynced(t.Context(), "db01", 0); err != nil {
+	if _, err := again.client.CutoverWhenSynced(t.Context(), "db01", 0, proxy.CutoverOptions{}); err != nil {
 		t.Fatal(err)
 	}
 	if err := again.stop(); err != nil {
@@ -452,7 +452,7 @@ func TestRenamedVolumeDoesNotBeginAnew(t *testing.T) {
 	cfg.Volumes[0].Name = "db03"
 	refused("lunshift remove db01")
 	cfg.Volumes[0].Source.Address, cfg.Volumes[0].Destination.Address = moved, unitFile(t, dir, "third", 1<<20, 0)
-	if _, err := start(t, cfg).client.CutoverWhenSynced(t.Context(), "db03", 0); KindOf(err) != WrongPhase {
+	if _, err := start(t, cfg).client.CutoverWhenSynced(t.Context(), "db03", 0, proxy.CutoverOptions{}); KindOf(err) != WrongPhase {
 		t.Errorf("the destination moves on: %v", err)
 	}
 }

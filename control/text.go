@@ -66,6 +66,22 @@ func WriteDetail(w io.Writer, v proxy.Status) error {
 	if v.Phase == proxy.Migrating {
 		row("remaining", "%s at %s/s, time left %s", humanize.IBytes(v.Remaining), humanize.IBytes(v.Rate), timeLeft(v))
 	}
+	for i, e := range v.UnreadableRuns {
+		if i == 0 {
+			row("unreadable", "%s on the source", humanize.IBytes(v.Unreadable))
+		}
+		if i == 10 {
+			row("", "and %d other places", len(v.UnreadableRuns)-i)
+			break
+		}
+		row("", "LBA %d, %d blocks", e.LBA, e.Blocks)
+	}
+	if v.AcceptedUnreadable > 0 {
+		row("given up", "%s that the source could not read; they read as zeroes", humanize.IBytes(v.AcceptedUnreadable))
+	}
+	if v.Verify != nil {
+		row("verify", "%s", verified(v.Verify))
+	}
 	if v.Phase != proxy.Cutover {
 		limit := "none"
 		if v.RateLimit > 0 {
@@ -83,6 +99,46 @@ func WriteDetail(w io.Writer, v proxy.Status) error {
 		row("", "%s from %s since %s%s", s.Initiator, s.Address, s.Since.Local().Format(time.DateTime), sessionNote(s))
 	}
 	return t.Flush()
+}
+
+// WriteVerify writes the outcome of a comparison.
+func WriteVerify(w io.Writer, volume string, r proxy.VerifyReport) error {
+	all := "everything"
+	if r.Sample {
+		all = "a sample"
+	}
+	result := "no difference"
+	if r.Different > 0 {
+		result = humanize.IBytes(r.Different) + " differ"
+	}
+	_, err := fmt.Fprintf(w, "%s: %s compared in %s (%s read of each side; %s unallocated, %s left out as written by initiators): %s\n",
+		volume, all, r.EndedAt.Sub(r.StartedAt).Round(time.Millisecond), humanize.IBytes(r.Compared), humanize.IBytes(r.Unallocated), humanize.IBytes(r.Written), result)
+	for _, e := range r.Extents {
+		fmt.Fprintf(w, "  LBA %d, %d blocks\n", e.LBA, e.Blocks)
+	}
+	if r.More {
+		fmt.Fprintln(w, "  and others")
+	}
+	return err
+}
+
+// verified says how the comparison of source and destination stands.
+func verified(v *proxy.VerifyStatus) string {
+	switch {
+	case v.Running && v.Total > 0:
+		return fmt.Sprintf("under way, %.1f%%", 100*float64(v.Done)/float64(v.Total))
+	case v.Running:
+		return "under way"
+	}
+	what := "everything"
+	if v.Last.Sample {
+		what = "a sample"
+	}
+	result := "no difference"
+	if v.Last.DifferentBytes > 0 {
+		result = humanize.IBytes(v.Last.DifferentBytes) + " differ"
+	}
+	return fmt.Sprintf("%s compared %s (%s): %s", what, v.Last.At.Local().Format(time.DateTime), humanize.IBytes(v.Last.ComparedBytes), result)
 }
 
 // sessionNote tells how a session came in where that is not the plain way.

@@ -35,6 +35,9 @@ const (
 
 	firstRetry = 100 * time.Millisecond
 	lastRetry  = 10 * time.Second
+	// unreadableRest is the time between attempts at blocks that the source has but
+	// cannot read.
+	unreadableRest = 5 * time.Minute
 )
 
 // Ledger knows what is valid on the destination. The volume implements it; all
@@ -60,6 +63,9 @@ type Ledger interface {
 	// they are valid and that is on stable storage, but for those of an era in
 	// which the destination lost its cache: they stay as they are.
 	Commit(ctx context.Context, done []Copied) error
+	// Unreadable tells which blocks of e the source cannot read (MEDIUM ERROR); all
+	// others of e were read just now or need not be.
+	Unreadable(ctx context.Context, e lun.Extent, bad []lun.Extent)
 }
 
 // Copied is an extent that the destination holds, but for the flush.
@@ -137,6 +143,7 @@ type done struct {
 	era             uint64
 	extents         []lun.Extent
 	copied, skipped uint64
+	unreadable      error // a part of the job cannot be read; it is not in extents
 }
 
 // New makes a Copier; nothing happens before Run.
@@ -178,6 +185,21 @@ func (c *Copier) Run(ctx context.Context) error {
 	}()
 	stop := context.AfterFunc(ctx, c.wake)
 	defer stop()
+	// An initiator may write what cannot be copied, and so end the wait for it.
+	look := time.NewTicker(lastRetry)
+	defer look.Stop()
+	looking := make(chan struct{})
+	defer close(looking)
+	go func() {
+		for {
+			select {
+			case <-look.C:
+				c.wake()
+			case <-looking:
+				return
+			}
+		}
+	}()
 
 	var workers sync.WaitGroup
 	for range max(1, c.Depth) {
@@ -259,7 +281,7 @@ func (c *Copier) work(ctx context.Context, finished chan<- done) {
 		}
 		d, err := c.copy(ctx, j)
 		if err != nil {
-			c.release(ctx, j, err)
+			c.release(ctx, j, err, firstRetry)
 			if c.rest(ctx, &wait) != nil {
 				return
 			}
@@ -344,9 +366,9 @@ func (c *Copier) claim(first, count uint64, hole bool) job {
 }
 
 // release gives a job's regions back; err is why it failed, nil if it did not. The
-// regions of a job that failed rest, each time longer; once there are none the fault
-// is over.
-func (c *Copier) release(ctx context.Context, j job, err error) {
+// regions of a job that failed rest, at least for rest, each time longer; once there
+// are none the fault is over.
+func (c *Copier) release(ctx context.Context, j job, err error, rest time.Duration) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	defer c.cond.Broadcast()
@@ -360,7 +382,7 @@ func (c *Copier) release(ctx context.Context, j job, err error) {
 	switch {
 	case ctx.Err() != nil: // stopped, which is no fault of the region
 	case err != nil:
-		f := failure{wait: min(max(2*c.failing[j.first].wait, firstRetry), lastRetry)}
+		f := failure{wait: max(min(2*c.failing[j.first].wait, lastRetry), rest)}
 		f.until = time.Now().Add(f.wait)
 		for r := j.first; r < j.first+j.count; r++ {
 			c.failing[r] = f
@@ -405,10 +427,16 @@ func (c *Copier) finish(ctx context.Context, finished <-chan done) {
 		}
 		err := c.Ledger.Commit(ctx, copied)
 		for _, d := range batch {
-			if err == nil {
+			switch {
+			case err != nil:
+				c.release(ctx, d.job, err, firstRetry)
+			case d.unreadable != nil:
 				c.account(d)
+				c.release(ctx, d.job, d.unreadable, unreadableRest)
+			default:
+				c.account(d)
+				c.release(ctx, d.job, nil, 0)
 			}
-			c.release(ctx, d.job, err)
 		}
 		if err == nil {
 			wait = firstRetry

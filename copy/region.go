@@ -35,8 +35,14 @@ func (c *Copier) copyRegion(ctx context.Context, e lun.Extent, d *done) error {
 	p := c.pool.Get().(*[]byte)
 	defer c.pool.Put(p)
 	buf := (*p)[:c.info.Bytes(e)]
-	if err := c.read(ctx, buf, e, need); err != nil {
+	bad, err := c.read(ctx, buf, e, need)
+	if err != nil {
 		return err
+	}
+	c.Ledger.Unreadable(ctx, e, bad)
+	if len(bad) > 0 {
+		d.unreadable = fmt.Errorf("the source cannot read %v and %d other runs of blocks near it", bad[0], len(bad)-1)
+		need = without(need, bad)
 	}
 	for _, run := range need {
 		for !run.Empty() {
@@ -52,8 +58,9 @@ func (c *Copier) copyRegion(ctx context.Context, e lun.Extent, d *done) error {
 }
 
 // read fills buf, the content of e, with what the source has for the runs in need;
-// unallocated blocks are zeroes without being read.
-func (c *Copier) read(ctx context.Context, buf []byte, e lun.Extent, need []lun.Extent) error {
+// unallocated blocks are zeroes without being read. It gives the runs that the source
+// cannot read.
+func (c *Copier) read(ctx context.Context, buf []byte, e lun.Extent, need []lun.Extent) (bad []lun.Extent, err error) {
 	// Runs that lie close together are read as one.
 	type read struct {
 		whole lun.Extent
@@ -76,22 +83,66 @@ func (c *Copier) read(ctx context.Context, buf []byte, e lun.Extent, need []lun.
 	for _, r := range reads {
 		clear(c.part(buf, e, lun.Extent{Start: at, Blocks: uint64(r.whole.Start - at)}))
 		err := c.readRun(ctx, c.part(buf, e, r.whole), r.whole)
-		if err != nil && len(r.parts) > 1 && ctx.Err() == nil {
+		if err != nil && (len(r.parts) > 1 || unreadable(err)) && ctx.Err() == nil {
 			// What nobody needs may be what cannot be read.
 			err = nil
 			for _, part := range r.parts {
-				if err = c.readRun(ctx, c.part(buf, e, part), part); err != nil {
+				var lost []lun.Extent
+				if lost, err = c.salvage(ctx, buf, e, part); err != nil {
 					break
 				}
+				bad = append(bad, lost...)
 			}
 		}
 		if err != nil {
-			return err
+			return nil, err
 		}
 		at = r.whole.End()
 	}
 	clear(c.part(buf, e, lun.Extent{Start: at, Blocks: uint64(e.End() - at)}))
-	return nil
+	return bad, nil
+}
+
+// salvage reads what can be read of run, and gives the blocks that cannot.
+func (c *Copier) salvage(ctx context.Context, buf []byte, whole, run lun.Extent) (bad []lun.Extent, err error) {
+	err = c.readRun(ctx, c.part(buf, whole, run), run)
+	switch {
+	case err == nil || !unreadable(err):
+		return nil, err
+	case run.Blocks == 1:
+		return []lun.Extent{run}, nil
+	}
+	half := lun.Extent{Start: run.Start, Blocks: run.Blocks / 2}
+	rest := lun.Extent{Start: half.End(), Blocks: run.Blocks - half.Blocks}
+	for _, part := range [...]lun.Extent{half, rest} {
+		lost, err := c.salvage(ctx, buf, whole, part)
+		if err != nil {
+			return nil, err
+		}
+		for _, e := range lost {
+			if n := len(bad); n > 0 && bad[n-1].End() == e.Start {
+				bad[n-1].Blocks += e.Blocks
+			} else {
+				bad = append(bad, e)
+			}
+		}
+	}
+	return bad, nil
+}
+
+// unreadable tells whether the device has the blocks but cannot read them.
+func unreadable(err error) bool {
+	const mediumError = 0x3 // SPC-4 4.5.6
+	var sense *lun.SenseError
+	return errors.As(err, &sense) && sense.Key == mediumError
+}
+
+// without gives the blocks of runs that are not in bad.
+func without(runs, bad []lun.Extent) []lun.Extent {
+	for _, b := range bad {
+		runs = lun.Subtract(runs, b)
+	}
+	return runs
 }
 
 func (c *Copier) readRun(ctx context.Context, p []byte, e lun.Extent) error {

@@ -188,7 +188,7 @@ func migrate(ctx context.Context, o Options, volume *proxy.Volume, newUnit *unit
 	say("Every block is valid on the new LUN: cutting over, and pointing the load at the new LUN.")
 	load.moving.Store(true)
 	began = time.Now()
-	if err := volume.Cutover(ctx); err != nil {
+	if err := volume.Cutover(ctx, proxy.CutoverOptions{}); err != nil {
 		return nil, err
 	}
 	at, err := lun.Open(ctx, newUnit.url, lun.Options{Log: o.Log})

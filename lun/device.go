@@ -42,6 +42,24 @@ func (e Extent) Intersect(o Extent) Extent {
 	return Extent{Start: start, Blocks: uint64(end - start)}
 }
 
+// Subtract gives the blocks of list that are not in e.
+func Subtract(list []Extent, e Extent) []Extent {
+	var left []Extent
+	for _, x := range list {
+		if !x.Overlaps(e) {
+			left = append(left, x)
+			continue
+		}
+		if x.Start < e.Start {
+			left = append(left, Extent{Start: x.Start, Blocks: uint64(e.Start - x.Start)})
+		}
+		if x.End() > e.End() {
+			left = append(left, Extent{Start: e.End(), Blocks: uint64(x.End() - e.End())})
+		}
+	}
+	return left
+}
+
 func (e Extent) String() string {
 	return fmt.Sprintf("LBA %d+%d", e.Start, e.Blocks)
 }

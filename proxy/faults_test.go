@@ -382,7 +382,7 @@ func TestWriteFailsWhenTheStateCannotBeWritten(t *testing.T) {
 	if s := v.Status(); !s.Degraded || !strings.Contains(s.DegradedReason, "state") {
 		t.Errorf("degraded %v: %q", s.Degraded, s.DegradedReason)
 	}
-	if err := v.Cutover(ctx); err == nil {
+	if err := v.Cutover(ctx, CutoverOptions{}); err == nil {
 		t.Error("cut over without a record")
 	}
 }
@@ -405,12 +405,12 @@ func TestCutoverThatFailsIsUndone(t *testing.T) {
 	must(t, v.Start(ctx))
 	waitFor(t, v, Synced)
 	flushes.Store(0)
-	if err := v.Cutover(ctx); !errors.Is(err, broken) || !strings.Contains(err.Error(), "still synced") {
+	if err := v.Cutover(ctx, CutoverOptions{}); !errors.Is(err, broken) || !strings.Contains(err.Error(), "still synced") {
 		t.Fatalf("cutover: %v", err)
 	}
 	fill(t, v, lun.Extent{Start: 7, Blocks: 3}, 5)
 	expect(t, v, lun.Extent{Start: 7, Blocks: 3}, 5)
-	must(t, v.Cutover(ctx))
+	must(t, v.Cutover(ctx, CutoverOptions{}))
 }
 
 // A destination that is thick, whose blocks are of 4096 bytes and hold old data, is

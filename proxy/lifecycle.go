@@ -233,7 +233,26 @@ func (v *Volume) copy(ctx context.Context) {
 // initiators.
 func (v *Volume) becomeSynced(ctx context.Context) error {
 	now := time.Now()
-	return v.advance(ctx, Synced, func(r *state.Record) { r.SyncedAt, r.Paused = &now, false })
+	err := v.advance(ctx, Synced, func(r *state.Record) { r.SyncedAt, r.Paused = &now, false })
+	if err == nil {
+		v.fault("copy", nil)
+	}
+	return err
+}
+
+// becomeSyncedWithout gives up what the source cannot read, which is all that is left.
+func (v *Volume) becomeSyncedWithout(ctx context.Context) error {
+	if err := v.stopCopier(ctx); err != nil {
+		return err
+	}
+	err := v.acceptUnreadable(ctx)
+	if err == nil {
+		err = v.becomeSynced(ctx)
+	}
+	if err != nil && !v.record.Paused {
+		v.runCopier()
+	}
+	return err
 }
 
 // watch measures the rate and writes down the progress until ctx ends.
@@ -325,13 +344,28 @@ func (v *Volume) Throttle(ctx context.Context, rate uint64) error {
 	return nil
 }
 
-// Cutover ends the migration: synced → cutover. Commands of initiators are held,
+// CutoverOptions say what a cutover does besides.
+type CutoverOptions struct {
+	// AcceptUnreadable gives up blocks that the source cannot read, where they are all
+	// that is left to copy: they read as zeroes on the destination from then on.
+	AcceptUnreadable bool `json:"accept_unreadable"`
+	// NoVerify leaves out the comparison of a sample.
+	NoVerify bool `json:"no_verify"`
+}
+
+// Cutover ends the migration: synced → cutover. A sample of source and destination is
+// compared first. Commands of initiators are held,
 // those in flight end, the destination is flushed and the record written; then the
 // target asks the sessions to leave and takes no more. From its return on
 // no command passes. Done already, it does nothing.
-func (v *Volume) Cutover(ctx context.Context) error {
+func (v *Volume) Cutover(ctx context.Context, o CutoverOptions) error {
 	v.step.Lock()
 	defer v.step.Unlock()
+	if v.Phase() == Migrating && o.AcceptUnreadable && !v.closed && v.onlyUnreadable() {
+		if err := v.becomeSyncedWithout(ctx); err != nil {
+			return err
+		}
+	}
 	switch v.Phase() {
 	case Cutover:
 		return nil
@@ -341,6 +375,10 @@ func (v *Volume) Cutover(ctx context.Context) error {
 		if v.Phase() == Ready {
 			hint = fmt.Sprintf("start it first (lunshift start %s)", v.cfg.Name)
 		}
+		if v.Phase() == Migrating && v.onlyUnreadable() {
+			_, size := v.shown(v.unreadable())
+			hint = fmt.Sprintf("the source cannot read the last %d bytes (lunshift status %s shows where): mend it, or give them up with --accept-unreadable; they then read as zeroes", size, v.cfg.Name)
+		}
 		return v.notAllowed("cutover", hint)
 	}
 	if v.closed {
@@ -348,6 +386,11 @@ func (v *Volume) Cutover(ctx context.Context) error {
 	}
 	if err := v.stopCopier(ctx); err != nil {
 		return err
+	}
+	if v.cfg.VerifySample > 0 && !o.NoVerify {
+		if err := v.verifySample(ctx); err != nil {
+			return v.errorf("cutover not begun: %w", err)
+		}
 	}
 	// Most of what the destination has in its cache is flushed before commands are held.
 	if err := v.destinationFlush.Flush(ctx); err != nil {

@@ -131,13 +131,16 @@ func (v *Volume) Extents(ctx context.Context, e lun.Extent) ([]lun.Allocation, e
 		return nil, errRetired
 	}
 	side := v.source
-	v.flags.Runs(state.Valid, run(e), func(r state.Run, valid bool) bool {
+	err := v.flags.Runs(state.Valid, run(e), func(r state.Run, valid bool) bool {
 		e = extent(r)
 		if valid {
 			side = v.destination
 		}
 		return false // the first run alone; the caller asks again for the rest
 	})
+	if err != nil {
+		return nil, v.unknown(err)
+	}
 	return side.Extents(ctx, e)
 }
 
@@ -167,7 +170,7 @@ func (v *Volume) read(ctx context.Context, p []byte, e lun.Extent) error {
 	}
 	parts, gctx := errgroup.WithContext(ctx)
 	parts.SetLimit(splitDepth)
-	v.flags.Runs(state.Valid, run(e), func(r state.Run, valid bool) bool {
+	err := v.flags.Runs(state.Valid, run(e), func(r state.Run, valid bool) bool {
 		side, part := v.source, extent(r)
 		if valid {
 			side = v.destination
@@ -177,7 +180,17 @@ func (v *Volume) read(ctx context.Context, p []byte, e lun.Extent) error {
 		parts.Go(func() error { return side.ReadAt(gctx, q, part.Start) })
 		return true
 	})
-	return parts.Wait()
+	if err != nil {
+		err = v.unknown(err)
+	}
+	return errors.Join(err, parts.Wait())
+}
+
+// unknown marks the volume as degraded because flags cannot be read. Blocks of which
+// it is not known where they are are neither read nor written nor copied.
+func (v *Volume) unknown(err error) error {
+	v.fault("state", err)
+	return err
 }
 
 // change passes the gate, keeps other changes of e out and makes this one.
@@ -271,7 +284,7 @@ func (v *Volume) suspect(e lun.Extent) {
 	defer v.commits.Unlock()
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	v.suspects = append(subtract(v.suspects, e), e)
+	v.suspects = append(lun.Subtract(v.suspects, e), e)
 }
 
 func run(e lun.Extent) state.Run { return state.Run{Start: uint64(e.Start), Blocks: e.Blocks} }
@@ -295,19 +308,22 @@ func (l *ledger) NextMissing(from uint64) (uint64, bool) {
 func (l *ledger) Begin(e lun.Extent) (era uint64) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.suspects = subtract(l.suspects, e)
+	l.suspects = lun.Subtract(l.suspects, e)
 	return l.destination.Resets()
 }
 
 func (l *ledger) Invalid(e lun.Extent) []lun.Extent {
 	var runs []lun.Extent
-	l.flags.Runs(state.Valid, run(e), func(r state.Run, valid bool) bool {
+	err := l.flags.Runs(state.Valid, run(e), func(r state.Run, valid bool) bool {
 		if !valid {
 			runs = append(runs, extent(r))
 		}
 		return true
 	})
-	return runs
+	if err != nil {
+		(*Volume)(l).unknown(err)
+	}
+	return runs // as far as is known: what is left out stays missing
 }
 
 func (l *ledger) Exclude(ctx context.Context, e lun.Extent) (func(), error) {
@@ -349,7 +365,7 @@ func (l *ledger) Commit(ctx context.Context, copied []copier.Copied) error {
 	defer l.commits.Unlock()
 	l.mu.Lock()
 	for _, s := range l.suspects {
-		done = subtract(done, s)
+		done = lun.Subtract(done, s)
 	}
 	l.mu.Unlock()
 	runs := make([]state.Run, len(done))
@@ -360,22 +376,4 @@ func (l *ledger) Commit(ctx context.Context, copied []copier.Copied) error {
 	err := l.flags.Set(ctx, state.Valid, runs...)
 	failpoint.Here("copy.flagged")
 	return err
-}
-
-// subtract gives the blocks of list that are not in e.
-func subtract(list []lun.Extent, e lun.Extent) []lun.Extent {
-	var left []lun.Extent
-	for _, x := range list {
-		if !x.Overlaps(e) {
-			left = append(left, x)
-			continue
-		}
-		if x.Start < e.Start {
-			left = append(left, lun.Extent{Start: x.Start, Blocks: uint64(e.Start - x.Start)})
-		}
-		if x.End() > e.End() {
-			left = append(left, lun.Extent{Start: e.End(), Blocks: uint64(x.End() - e.End())})
-		}
-	}
-	return left
 }

@@ -68,6 +68,12 @@ type UnitStatus struct {
 	Errors uint64 `json:"errors"`
 }
 
+// BlockRun is a run of logical blocks as it is shown to people and scripts.
+type BlockRun struct {
+	LBA    uint64 `json:"lba"`
+	Blocks uint64 `json:"blocks"`
+}
+
 // Status is a volume at one instant. Sizes and counts are bytes.
 type Status struct {
 	Name     string `json:"name"`
@@ -93,6 +99,13 @@ type Status struct {
 	InitiatorWritten uint64 `json:"initiator_written_bytes"`
 	// Remaining is what is not yet valid on the destination.
 	Remaining uint64 `json:"remaining_bytes"`
+	// Unreadable is the size of the blocks that the source cannot read and no initiator
+	// wrote since, UnreadableRuns where they are. They are part of Remaining.
+	Unreadable     uint64     `json:"unreadable_bytes"`
+	UnreadableRuns []BlockRun `json:"unreadable"`
+	// AcceptedUnreadable is the size of such blocks that were accepted as lost; they
+	// read as zeroes on the destination.
+	AcceptedUnreadable uint64 `json:"accepted_unreadable_bytes"`
 	// Rate is the copy's current speed, RateLimit its throttle (0 none).
 	Rate      uint64 `json:"copy_rate_bytes_per_second"`
 	RateLimit uint64 `json:"copy_rate_limit_bytes_per_second"`

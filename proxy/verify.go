@@ -3,6 +3,7 @@ package proxy
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"slices"
@@ -24,14 +25,16 @@ const (
 	verifyDepth = 4
 	// mostDifferences is how many differing extents a report lists.
 	mostDifferences = 1000
+	// sampleLimit bounds the comparison before a cutover.
+	sampleLimit = 30 * time.Second
 )
 
 // VerifyOptions say how much is compared, and how fast.
 type VerifyOptions struct {
 	// Sample is how many bytes to compare, at places chosen at random; 0 is all.
-	Sample uint64
+	Sample uint64 `json:"sample_bytes"`
 	// Rate is how many bytes per second are read of each side; 0 is no limit.
-	Rate uint64
+	Rate uint64 `json:"rate"`
 }
 
 // VerifyReport is the outcome of a comparison of source and destination. Sizes are
@@ -42,21 +45,16 @@ type VerifyReport struct {
 	// Sample is true where not everything was to be compared.
 	Sample bool `json:"sample"`
 	// Compared was read of both sides. Unallocated is without storage on both, and so
-	// reads as zeroes on both. Written was not compared, as initiators wrote it.
+	// reads as zeroes on both. Written was not compared, as
+	// initiators wrote it or it was given up as unreadable.
 	Compared    uint64 `json:"compared_bytes"`
 	Unallocated uint64 `json:"unallocated_bytes"`
 	Written     uint64 `json:"initiator_written_bytes"`
 	// Different is what differs; Extents are the first places, in rising order, and
 	// More says that there are others.
-	Different uint64       `json:"different_bytes"`
-	Extents   []Difference `json:"different_extents"`
-	More      bool         `json:"more"`
-}
-
-// Difference is a run of blocks that differ.
-type Difference struct {
-	LBA    uint64 `json:"lba"`
-	Blocks uint64 `json:"blocks"`
+	Different uint64     `json:"different_bytes"`
+	Extents   []BlockRun `json:"different_extents"`
+	More      bool       `json:"more"`
 }
 
 // VerifyStatus is how far a comparison is, or how the last one ended. Sizes are bytes.
@@ -73,6 +71,7 @@ type VerifyStatus struct {
 type verification struct {
 	v        *Volume
 	throttle *copier.Throttle
+	accepted []lun.Extent // what the source cannot read
 	total    atomic.Uint64
 	looked   atomic.Uint64
 
@@ -89,7 +88,10 @@ func (v *Volume) Verify(ctx context.Context, o VerifyOptions) (VerifyReport, err
 		return VerifyReport{}, v.notAllowed("verify", fmt.Sprintf("source and destination are compared in phase %s", Synced))
 	}
 	x := &verification{v: v, throttle: copier.NewThrottle(o.Rate)}
-	x.report = VerifyReport{StartedAt: time.Now(), Sample: o.Sample > 0, Extents: []Difference{}}
+	v.mu.Lock()
+	x.accepted = extents(v.record.Accepted)
+	v.mu.Unlock()
+	x.report = VerifyReport{StartedAt: time.Now(), Sample: o.Sample > 0, Extents: []BlockRun{}}
 	if !v.verifying.CompareAndSwap(nil, x) {
 		return VerifyReport{}, v.errorf("a comparison is under way already: wait for its end (lunshift status %s)", v.cfg.Name)
 	}
@@ -98,7 +100,7 @@ func (v *Volume) Verify(ctx context.Context, o VerifyOptions) (VerifyReport, err
 		return VerifyReport{}, v.errorf("verify: %w", err)
 	}
 	x.report.EndedAt = time.Now()
-	slices.SortFunc(x.report.Extents, func(a, b Difference) int { return int(min(max(int64(a.LBA)-int64(b.LBA), -1), 1)) })
+	slices.SortFunc(x.report.Extents, func(a, b BlockRun) int { return int(min(max(int64(a.LBA)-int64(b.LBA), -1), 1)) })
 	r := x.report
 	err := v.save(ctx, func(rec *state.Record) {
 		rec.Verified = &state.Verified{At: r.EndedAt, Sample: r.Sample, ComparedBytes: r.Compared, DifferentBytes: r.Different}
@@ -199,15 +201,18 @@ func (x *verification) chunk(ctx context.Context, e lun.Extent) error {
 	return nil
 }
 
-// clean gives the runs of e that no initiator wrote.
+// clean gives the runs of e that no initiator wrote and that were not given up.
 func (x *verification) clean(e lun.Extent) []lun.Extent {
-	var out []lun.Extent
+	out := []lun.Extent{}
 	x.v.flags.Runs(state.Dirty, run(e), func(r state.Run, dirty bool) bool {
 		if !dirty {
 			out = append(out, extent(r))
 		}
 		return true
 	})
+	for _, lost := range x.accepted {
+		out = lun.Subtract(out, lost)
+	}
 	return out
 }
 
@@ -275,7 +280,7 @@ func (x *verification) confirm(ctx context.Context, e lun.Extent) error {
 			x.count(func(r *VerifyReport) {
 				r.Different += x.v.info.Bytes(d)
 				if len(r.Extents) < mostDifferences {
-					r.Extents = append(r.Extents, Difference{LBA: uint64(d.Start), Blocks: d.Blocks})
+					r.Extents = append(r.Extents, BlockRun{LBA: uint64(d.Start), Blocks: d.Blocks})
 				} else {
 					r.More = true
 				}
@@ -301,4 +306,26 @@ func (v *Volume) verified() *VerifyStatus {
 		return nil
 	}
 	return s
+}
+
+// verifySample compares a part before a cutover, as far as it comes within
+// sampleLimit, and refuses where it differs.
+func (v *Volume) verifySample(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, sampleLimit)
+	defer cancel()
+	r, err := v.Verify(ctx, VerifyOptions{Sample: v.cfg.VerifySample})
+	switch {
+	case errors.Is(err, context.DeadlineExceeded) && ctx.Err() != nil:
+		v.log.Warnf("the sample before the cutover was not compared within %v", sampleLimit)
+		return nil
+	case err != nil:
+		return fmt.Errorf("a sample of source and destination could not be compared: %w", err)
+	case r.Different > 0:
+		return v.refuse("%d bytes of a sample of %d differ between source and destination, first at LBA %d: compare everything (lunshift verify %s); somebody may have written to one of them", r.Different, r.Compared, r.Extents[0].LBA, v.cfg.Name)
+	}
+	return nil
+}
+
+func (v *Volume) refuse(format string, args ...any) error {
+	return &Refusal{fmt.Sprintf("volume %s: "+format, append([]any{v.cfg.Name}, args...)...)}
 }

@@ -43,7 +43,7 @@ func TestVerifyFindsWhatWasChangedBehindTheVolumesBack(t *testing.T) {
 		}
 	}
 	report, err = v.Verify(t.Context(), VerifyOptions{})
-	want := []Difference{{7, 1}, {99, 1}, {3000, 2}, {blocks - 1, 1}}
+	want := []BlockRun{{7, 1}, {99, 1}, {3000, 2}, {blocks - 1, 1}}
 	if err != nil || report.Different != 5*testBlock || report.Written != 50*testBlock || len(report.Extents) != len(want) {
 		t.Fatalf("%+v, %v", report, err)
 	}
@@ -171,7 +171,7 @@ func TestVerifyEndsWithTheCutover(t *testing.T) {
 	if _, err := v.Verify(t.Context(), VerifyOptions{}); err == nil {
 		t.Error("two at a time")
 	}
-	if err := v.Cutover(t.Context()); err != nil {
+	if err := v.Cutover(t.Context(), CutoverOptions{}); err != nil {
 		t.Fatal(err)
 	}
 	select {

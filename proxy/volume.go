@@ -49,6 +49,9 @@ type Config struct {
 	// CopyRate limits the copy in bytes per second; 0 is no limit. A rate set by
 	// Throttle is kept in the state and wins over it.
 	CopyRate uint64
+	// VerifySample is how much of source and destination is compared before a cutover,
+	// in bytes; 0 is nothing.
+	VerifySample uint64
 	// Overwrite allows a destination that is not blank.
 	Overwrite bool
 	// Autostart starts the migration when the Volume is opened in phase ready.
@@ -270,6 +273,8 @@ func (v *Volume) Status() Status {
 	s.Verify = v.verified()
 	v.mu.Unlock()
 	s.StartedAt, s.SyncedAt, s.CutoverAt = r.StartedAt, r.SyncedAt, r.CutoverAt
+	s.UnreadableRuns = []BlockRun{}
+	_, s.AcceptedUnreadable = v.shown(extents(r.Accepted))
 	if r.Hold != nil {
 		ms := float64(r.Hold.Microseconds()) / 1000
 		s.Hold = &ms
@@ -289,6 +294,7 @@ func (v *Volume) Status() Status {
 	s.Copied, s.Skipped, s.Allocated, s.AllocatedKnown = p.Copied, p.Skipped, p.Allocated, p.Surveyed
 	s.InitiatorWritten = v.flags.Count(state.Dirty) * bs
 	s.Remaining = s.Size - v.flags.Count(state.Valid)*bs
+	s.UnreadableRuns, s.Unreadable = v.shown(v.unreadable())
 	if s.Phase != Migrating {
 		s.Rate = 0
 		return s

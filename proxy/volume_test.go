@@ -500,15 +500,15 @@ func TestCutoverEndsEveryCommandAndIsFinal(t *testing.T) {
 	v := r.open(t)
 	ctx := context.Background()
 	var phase *PhaseError
-	if err := v.Cutover(ctx); !errors.As(err, &phase) || !errors.Is(err, ErrPhase) {
+	if err := v.Cutover(ctx, CutoverOptions{}); !errors.As(err, &phase) || !errors.Is(err, ErrPhase) {
 		t.Fatalf("cutover in ready: %v", err)
 	}
 	must(t, v.Start(ctx))
 	must(t, v.Start(ctx))
 	waitFor(t, v, Synced)
 	fill(t, v, lun.Extent{Start: 1, Blocks: 1}, 1)
-	must(t, v.Cutover(ctx))
-	must(t, v.Cutover(ctx))
+	must(t, v.Cutover(ctx, CutoverOptions{}))
+	must(t, v.Cutover(ctx, CutoverOptions{}))
 	writes := r.destination.Count(luntest.Write)
 	if err := v.WriteAt(ctx, stamp(1, 2), 1); !errors.Is(err, lun.ErrUnavailable) {
 		t.Errorf("a write after the cutover: %v", err)

@@ -51,6 +51,10 @@ type Record struct {
 	CutoverAt *time.Time `json:"cutover_at,omitempty"`
 	// Hold is how long initiator I/O was held at cutover.
 	Hold *time.Duration `json:"hold_ns,omitempty"`
+	// Unreadable is what the source could not read when it was last tried, Accepted
+	// what of it was given up and zeroed on the destination; both in rising order.
+	Unreadable []Run `json:"unreadable,omitempty"`
+	Accepted   []Run `json:"accepted_unreadable,omitempty"`
 	// Verified is the last comparison of source and destination; nil without.
 	Verified *Verified `json:"verified,omitempty"`
 }

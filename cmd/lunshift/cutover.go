@@ -13,10 +13,12 @@ import (
 func (a *app) cutoverCommand() *cobra.Command {
 	var wait bool
 	var timeout time.Duration
+	var o proxy.CutoverOptions
 	command := a.step("cutover", "End the migration of a synced volume",
-		`End the migration: commands in flight end, the destination is flushed, and initiators
-are asked to log out. From then on the destination stands alone; point initiators
-at the new array. Done already, it changes nothing.`,
+		`End the migration: a sample of source and destination is compared, commands in flight
+end, the destination is flushed, and initiators are asked to log out. From then on the
+destination stands alone; point initiators at the new array. Done already, it changes
+nothing.`,
 		func(ctx context.Context, c *control.Client, volume string) (control.Status, error) {
 			switch {
 			case timeout < 0:
@@ -24,12 +26,14 @@ at the new array. Done already, it changes nothing.`,
 			case timeout > 0 && !wait:
 				return control.Status{}, control.Usagef("--timeout goes with --wait, for it is how long to wait for phase %s", proxy.Synced)
 			case !wait:
-				return c.Cutover(ctx, volume)
+				return c.Cutover(ctx, volume, o)
 			}
 			a.tellStuck(ctx, c, volume, proxy.Synced)
-			return c.CutoverWhenSynced(ctx, volume, timeout)
+			return c.CutoverWhenSynced(ctx, volume, timeout, o)
 		})
 	command.Flags().BoolVar(&wait, "wait", false, "wait for phase synced first")
 	command.Flags().DurationVar(&timeout, "timeout", 0, "with --wait, how long at most, such as 1h; 0 is without end")
+	command.Flags().BoolVar(&o.NoVerify, "no-verify", false, "do not compare a sample first")
+	command.Flags().BoolVar(&o.AcceptUnreadable, "accept-unreadable", false, "give up blocks that the source cannot read; they read as zeroes from then on")
 	return command
 }

@@ -19,6 +19,7 @@ import (
 
 	"lunshift/control"
 	"lunshift/lun"
+	"lunshift/proxy"
 )
 
 // asCommand makes the test binary the command itself.
@@ -88,6 +89,19 @@ func configFile(t *testing.T, dir string) string {
 		t.Fatal(err)
 	}
 	return path
+}
+
+// spoil changes one byte of a block of db01's destination.
+func spoil(t *testing.T, config string, block int64) {
+	t.Helper()
+	f, err := os.OpenFile(filepath.Join(filepath.Dir(config), "db01new"), os.O_WRONLY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, err = f.WriteAt([]byte{8}, block*512+100)
+	if err := errors.Join(err, f.Close()); err != nil {
+		t.Fatal(err)
+	}
 }
 
 // errorOf reads the error that a command with --json gave, which is its only output.
@@ -333,10 +347,21 @@ func TestCommandsCanBeRepeatedFromStartToRemove(t *testing.T) {
 	for range 2 {
 		do(0, "", "resume", "db01")
 	}
+	do(3, "verify is not allowed in phase ready", "verify", "db02")
 	do(0, "db01: synced", "wait", "db01", "--for", "synced", "--timeout", "30s")
-	for range 2 {
-		do(0, "db01: cutover", "cutover", "db01", "--wait")
+	do(0, "db01: everything compared", "verify", "db01")
+	do(2, "--sample", "verify", "db01", "--sample", "much")
+	do(0, "no difference", "status", "db01")
+	// Somebody writes to the new array past lunshift.
+	spoil(t, config, 5000)
+	do(1, "512 B differ\n  LBA 5000, 1 blocks\n", "verify", "db01")
+	var report proxy.VerifyReport
+	if r := do(1, "", "verify", "db01", "--json"); json.Unmarshal([]byte(r.stdout), &report) != nil || report.Different != 512 || len(report.Extents) != 1 {
+		t.Errorf("verify --json: %q", r.stdout)
 	}
+	do(1, "first at LBA 5000", "cutover", "db01")
+	do(0, "db01: cutover", "cutover", "db01", "--no-verify")
+	do(0, "db01: cutover", "cutover", "db01", "--wait")
 	do(0, "cutover", "status", "db01", "--watch")
 	do(0, "db01: removed", "remove", "db01")
 	do(0, "db01: nothing to remove", "remove", "db01")

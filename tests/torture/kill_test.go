@@ -56,7 +56,7 @@ var (
 // A crash may cut these calls short; what came of them is seen after the restart.
 func startVolume(ctx context.Context, s *service) { s.client.Start(ctx, volumeName) }
 func unthrottle(ctx context.Context, s *service)  { s.client.Throttle(ctx, volumeName, 0) }
-func cutOver(ctx context.Context, s *service)     { s.client.Cutover(ctx, volumeName) }
+func cutOver(ctx context.Context, s *service)     { s.client.Cutover(ctx, volumeName, proxy.CutoverOptions{}) }
 
 // sum is what a test did.
 type sum struct {

@@ -1,0 +1,74 @@
+package conf
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"slices"
+	"strconv"
+	"strings"
+)
+
+func redirect(to *Portal) func(any) error {
+	return func(v any) error {
+		var s string
+		if err := text(&s)(v); err != nil {
+			return err
+		}
+		bad := fmt.Errorf("%q is no address to log in to; it is host:port of the new array, such as \"10.0.0.9:3260\", with \",group\" behind it where the portal group is not 1", s)
+		address, tag, grouped := strings.Cut(s, ",")
+		group := uint64(1)
+		if grouped {
+			var err error
+			if group, err = strconv.ParseUint(tag, 10, 16); err != nil || group == 0 {
+				return bad
+			}
+		}
+		host, port, err := net.SplitHostPort(address)
+		n, err2 := strconv.ParseUint(port, 10, 16)
+		odd := func(r rune) bool { return r <= ' ' || r >= 0x7f }
+		if errors.Join(err, err2) != nil || n == 0 || host == "" || strings.ContainsFunc(host, odd) {
+			return bad
+		}
+		*to = Portal{address, uint16(group)}
+		return nil
+	}
+}
+
+// redirection refuses a redirection to where initiators would not find the volume.
+func (d *decoder) redirection(path, label string, v *Volume, faulty map[string]bool) {
+	if v.Redirect.Address == "" {
+		return
+	}
+	fault := func(format string, args ...any) {
+		d.fault(path+".redirect", label+".redirect", fmt.Sprintf(format, args...))
+	}
+	if slices.ContainsFunc(d.portals, func(p Portal) bool { return p.Address == v.Redirect.Address }) {
+		fault("%s is a portal of lunshift itself; name one of the new array", v.Redirect.Address)
+	}
+	rest, ok := strings.CutPrefix(v.Destination.Address, "iscsi://")
+	parts := strings.Split(rest, "/")
+	if !ok || len(parts) != 3 || faulty["destination"] || faulty["iqn"] || faulty["lun"] {
+		return
+	}
+	if lun, err := strconv.ParseUint(parts[2], 10, 64); parts[1] != v.IQN || err == nil && lun != v.LUN {
+		fault("initiators ask for %s LUN %d there, but the destination is %s LUN %s; give the volume the iqn and lun of the destination, or leave redirect out", v.IQN, v.LUN, parts[1], parts[2])
+	}
+}
+
+// oneRedirect refuses volumes of one target that are sent to different places: a login is
+// for all of them.
+func (d *decoder) oneRedirect(volumes []Volume) {
+	first := map[string]Volume{}
+	for n, v := range volumes {
+		other, known := first[v.IQN]
+		if !known {
+			first[v.IQN] = v
+			continue
+		}
+		if v.IQN != "" && v.Redirect != other.Redirect {
+			d.fault(fmt.Sprintf("volume[%d].redirect", n), "volume["+v.Name+"].redirect",
+				fmt.Sprintf("is not that of volume %s of the same iqn, and one login leads to both; give both the same, or leave it out of both", other.Name))
+		}
+	}
+}
