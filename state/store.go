@@ -154,6 +154,11 @@ func Open(dir string, opts Options) (_ *Store, err error) {
 	if err != nil {
 		return nil, damaged(dir, err)
 	}
+	// Badger makes its directory, but leaves the directory's own name to chance.
+	if err := syncPath(dir); err != nil {
+		db.Close()
+		return nil, fmt.Errorf("state directory %s: %w", dir, reason(err))
+	}
 	s := &Store{
 		dir:     dir,
 		log:     log,
