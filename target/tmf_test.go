@@ -82,3 +82,92 @@ func TestAbortIsAnsweredOnlyWhenTheDeviceIsDone(t *testing.T) {
 		})
 	}
 }
+
+func TestAbortOfACommandThatNeverCameTakesItsPlace(t *testing.T) {
+	m := newMemory(512, 64)
+	_, addr := begin(t, Config{}, Unit{IQN: iqn, Device: m})
+	i := login(t, addr, loginOptions{})
+	first := i.cmdSN
+	abort := func(ref, cmdSN uint32, want byte) {
+		t.Helper()
+		var h iscsi.BHS
+		h.SetOpcode(iscsi.OpTaskMgmt)
+		h.SetImmediate()
+		h.SetFlags(iscsi.FlagFinal | iscsi.TMFAbortTask)
+		h.SetITT(9000 + ref)
+		h.SetTTT(123456)
+		h.SetRefCmdSN(ref)
+		h.SetCmdSN(cmdSN)
+		h.SetExpStatSN(i.expSN)
+		i.send(&h, nil)
+		if p := i.recv(); p.Opcode() != iscsi.OpTaskMgmtResp || p.Response() != want {
+			t.Fatalf("abort of CmdSN %d before %d: %v, response %d, want %d", ref, cmdSN, p.Opcode(), p.Response(), want)
+		}
+	}
+	abort(first-1, first, iscsi.TMFNoTask)         // ended
+	abort(first, first, iscsi.TMFNoTask)           // not before the request
+	abort(first+5000, first+9000, iscsi.TMFNoTask) // beyond the window
+	// first and first+2 count as received; first+1 is still to come.
+	abort(first+2, first+3, iscsi.TMFComplete)
+	abort(first, first+3, iscsi.TMFComplete)
+	i.cmdSN = first
+	w := i.command(rw16(0x8a, 0, 1), iscsi.FlagWrite, 512) // comes late after all: not done
+	i.start(w, pattern(512, 7))
+	i.good(tur, nil, 0) // first+1
+	if i.cmdSN != first+2 {
+		t.Fatal("the test lost count")
+	}
+	i.start(i.command(rw16(0x8a, 0, 1), iscsi.FlagWrite, 512), pattern(512, 7)) // first+2
+	if r := i.good(rw16(0x88, 0, 1), nil, 512); r.data[0] != 0 || r.data[1] != 0 {
+		t.Error("a command that was aborted before it came was done")
+	}
+}
+
+func TestTaskManagementInFlightIsBounded(t *testing.T) {
+	d := deaf{newMemory(512, 64), make(chan struct{}, 1), make(chan struct{})}
+	_, addr := begin(t, Config{}, Unit{IQN: iqn, Device: d})
+	i, other := login(t, addr, loginOptions{}), login(t, addr, loginOptions{name: nameB})
+	w := other.command(rw16(0x8a, 0, 1), iscsi.FlagWrite, 512)
+	other.start(w, pattern(512, 1))
+	<-d.began
+	for range mostImmediate {
+		i.tmf(iscsi.TMFLUNReset, 0)
+	}
+	i.tmf(iscsi.TMFLUNReset, 0)
+	if p := i.recv(); p.Opcode() != iscsi.OpReject || p.Response() != iscsi.RejectTooManyImmed {
+		t.Fatalf("one too many: %v, reason %d", p.Opcode(), p.Response())
+	}
+	i.ping()
+	close(d.release)
+	for range mostImmediate {
+		if p := i.recv(); p.Opcode() != iscsi.OpTaskMgmtResp || p.Response() != iscsi.TMFComplete {
+			t.Fatalf("%v, response %d", p.Opcode(), p.Response())
+		}
+	}
+	i.tmf(iscsi.TMFLUNReset, 0)
+	if p := i.recv(); p.Opcode() != iscsi.OpTaskMgmtResp || p.Response() != iscsi.TMFComplete {
+		t.Fatalf("afterwards: %v, response %d", p.Opcode(), p.Response())
+	}
+}
+
+func TestClearTaskSetIsToldToWhomItConcerns(t *testing.T) {
+	m := newMemory(512, 64)
+	_, addr := begin(t, Config{}, Unit{IQN: iqn, Device: m})
+	a, b, idle := host(t, addr, nameA), host(t, addr, nameB), host(t, addr, nameC)
+	hold := make(chan struct{})
+	defer close(hold)
+	m.set(hold, nil)
+	b.start(b.command(rw16(0x8a, 0, 1), iscsi.FlagWrite, 512), pattern(512, 1))
+	<-m.entered
+	a.tmf(iscsi.TMFClearTaskSet, 0)
+	if p := a.recv(); p.Response() != iscsi.TMFComplete {
+		t.Fatalf("response %d", p.Response())
+	}
+	m.set(nil, nil)
+	if got := b.attentions(); len(got) != 1 || got[0] != attnCleared {
+		t.Errorf("whose command was cleared finds %v", got)
+	}
+	if got := append(a.attentions(), idle.attentions()...); len(got) != 0 {
+		t.Errorf("the others find %v", got)
+	}
+}
