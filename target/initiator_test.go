@@ -241,6 +241,7 @@ type result struct {
 	flags           byte
 	residual, r2ts  int
 	expDataSN, pdus uint32
+	sense           []byte // sense data, as it came
 }
 
 func (r result) String() string {
@@ -339,6 +340,7 @@ func (i *initiator) finish(itt uint32, out []byte) result {
 		case iscsi.OpSCSIResponse:
 			if len(p.data) >= 16 {
 				s := p.data[2:]
+				r.sense = s
 				r.key, r.asc, r.ascq, r.info = s[2]&0xf, s[12], s[13], binary.BigEndian.Uint32(s[3:])
 			}
 			r.expDataSN = p.DataSN()
@@ -387,8 +389,12 @@ func rw16(op byte, lba uint64, blocks uint32) []byte {
 
 func pattern(n int, seed byte) []byte {
 	b := make([]byte, n)
-	for i := range b {
+	const period = 1 << 17
+	for i := range b[:min(n, period)] {
 		b[i] = seed + byte(i*7) + byte(i>>9)
+	}
+	for at := period; at < n; at += period {
+		copy(b[at:], b[:period])
 	}
 	return b
 }
