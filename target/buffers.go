@@ -119,10 +119,10 @@ func (s *share) take(n int64) bool {
 	a := s.a
 	a.mu.Lock()
 	defer a.mu.Unlock()
+	a.shares[s] = struct{}{}
 	if len(a.waiting) > 0 {
 		return false
 	}
-	a.shares[s] = struct{}{}
 	more := int64(float)
 	if a.free < n+more || s.held+n+more > a.each {
 		a.reclaim()
@@ -142,6 +142,7 @@ func (s *share) acquire(n int64, c *claim) bool {
 	a := s.a
 	a.mu.Lock()
 	defer a.mu.Unlock()
+	a.shares[s] = struct{}{}
 	c.n, c.of, c.calling = n, s, true
 	a.waiting = append(a.waiting, c)
 	// In this order: what becomes spare after the one is seen by the other.

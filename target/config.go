@@ -60,9 +60,14 @@ type Config struct {
 	LoginFailures int
 	// CommandsPerSession is the command window of a session, 1 to 4096; 0 is 128.
 	CommandsPerSession int
-	// BytesInFlight bounds the data of all commands together, in bytes, at least 64
-	// MiB; 0 is 256 MiB. One session has a quarter of it at most, but not less than
-	// 32 MiB.
+	// BytesInFlight bounds the memory for the data of all commands together, in bytes,
+	// at least 64 MiB; 0 is 256 MiB. A command is counted from when it is admitted,
+	// with what its data will take; it takes it with the first byte. What does not fit
+	// waits. A quarter is for data that arrives before its command is admitted;
+	// when that is used up such a command ends with TASK SET FULL. One session has
+	// three sixteenths at most, but not less than 40 MiB, and an eighth for data that
+	// comes early. Besides, a connection on which something is being read or sent has
+	// up to 768 KiB of buffers.
 	BytesInFlight int64
 	// DataTimeout is how long an initiator may take to send the next part of a
 	// command's data-out before its session is dropped; 0 is 2 min. It is looked at
