@@ -130,9 +130,7 @@ func TestCHAPAdmitsWhoKnowsTheSecretByEveryAlgorithm(t *testing.T) {
 				if s := i.prove(proof{own: hostCredentials, target: target, algorithm: algorithm}); s != 0 {
 					t.Fatalf("login status %04Xh", s)
 				}
-				if r := i.do(tur, nil, 0); !r.is(attnPowerOn) {
-					t.Error(r)
-				}
+				i.do(tur, nil, 0) // a unit attention
 				i.good(rw16(0x88, 0, 1), nil, 512)
 			})
 		}

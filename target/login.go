@@ -3,6 +3,7 @@ package target
 import (
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"strings"
 	"time"
@@ -62,9 +63,11 @@ type negotiation struct {
 	text      []byte // of requests with the C bit
 	rest      []byte // of an answer that is longer than one PDU
 	declared  bool   // MaxRecvDataSegmentLength was sent
+	named     bool   // TargetAlias was
 
 	terms     terms
 	settled   bool // the initiator proved what it must
+	method    bool // AuthMethod was negotiated
 	chap      *iscsi.CHAPTarget
 	challenge []byte // the one that was sent
 	counted   bool   // the failure was
@@ -166,9 +169,6 @@ func (n *negotiation) answer(pairs []iscsi.Pair, transit bool) (out []iscsi.Pair
 			}
 		}
 		if !n.discovery {
-			if n.terms.node != nil && n.terms.node.alias != "" && n.settled {
-				out = append(out, iscsi.Pair{Key: "TargetAlias", Value: n.terms.node.alias})
-			}
 			out = append(out, iscsi.Pair{Key: "TargetPortalGroupTag", Value: fmt.Sprint(n.group)})
 		}
 	}
@@ -223,6 +223,10 @@ func (n *negotiation) answer(pairs []iscsi.Pair, transit bool) (out []iscsi.Pair
 			return out, status, err
 		}
 	}
+	if node := n.terms.node; n.settled && !n.named && !n.discovery && node != nil && node.alias != "" {
+		n.named = true
+		out = append(out, iscsi.Pair{Key: "TargetAlias", Value: node.alias})
+	}
 	if n.stage == iscsi.StageOperational && !n.declared {
 		n.declared = true
 		out = append(out, iscsi.Pair{Key: "MaxRecvDataSegmentLength", Value: fmt.Sprint(n.neg.Want.MaxRecv)})
@@ -249,9 +253,10 @@ func (n *negotiation) chooseMethod(list string) (method string, status uint16, e
 	if n.stage != iscsi.StageSecurity {
 		return "", iscsi.LoginInitiatorError, errors.New("AuthMethod outside the security stage")
 	}
-	if n.chap != nil {
+	if n.method {
 		return "", iscsi.LoginInitiatorError, errors.New("AuthMethod negotiated twice")
 	}
+	n.method = true
 	for m := range strings.SplitSeq(list, ",") {
 		switch {
 		case m == "CHAP" && len(n.terms.asks) > 0:
@@ -385,10 +390,21 @@ func (c *conn) login() error {
 	}
 	defer func() { c.srv.challenges.forget(n.challenge) }()
 	if err := c.loginSteps(n); err != nil {
-		if n := (net.Error)(nil); errors.As(err, &n) && n.Timeout() && !errors.Is(err, errLoginRefused) {
-			return fmt.Errorf("no login within %v", cfg.LoginTimeout)
+		if errors.Is(err, errLoginRefused) || errors.Is(err, io.EOF) {
+			return err
 		}
-		return err
+		c.mu.Lock()
+		known := c.closing || c.draining // the end has another cause
+		c.mu.Unlock()
+		if known {
+			return errLoginRefused
+		}
+		if n := (net.Error)(nil); errors.As(err, &n) && n.Timeout() {
+			err = fmt.Errorf("no login within %v", cfg.LoginTimeout)
+		}
+		// Strangers can cause these at will.
+		c.srv.notices.tell(c.log, fmt.Sprintf("connection dropped: %v", err))
+		return errLoginRefused
 	}
 	// A drain between must win over the deadline that is lifted here.
 	c.nc.SetDeadline(time.Time{})
@@ -528,7 +544,7 @@ func (c *conn) begin(n *negotiation) (status uint16, err error) {
 		switch {
 		case ok && now.moved == nil && now.gone && now.node == c.node:
 			return iscsi.LoginTargetRemoved, fmt.Errorf("initiator %s asks for target %q: %w", c.initiator, c.node.iqn, errCutOver)
-		case !ok || now.moved != nil || now.node != c.node:
+		case !ok || now.moved != nil || now.node != c.node || !c.node.sees(&c.peer):
 			return iscsi.LoginServiceUnavailable, fmt.Errorf("%w: target %s changed while initiator %s logged in", errLoginRefused, c.node.iqn, c.initiator)
 		}
 		c.arrive()

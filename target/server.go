@@ -234,7 +234,9 @@ func (s *Server) AddUnit(u Unit) error {
 	n.units.Store(&units)
 	s.mu.Unlock()
 	for _, c := range s.sessions(u.IQN) {
-		c.lunsChanged(u.LUN)
+		if made.sees(&c.peer) { // to others nothing changed
+			c.lunsChanged(u.LUN)
+		}
 	}
 	return nil
 }
@@ -314,7 +316,7 @@ func (s *Server) RemoveUnit(iqn string, lun uint64) error {
 	for _, c := range s.sessions(iqn) {
 		if last && c.node == n {
 			c.close(fmt.Errorf("target %s removed", iqn))
-		} else {
+		} else if u.sees(&c.peer) {
 			c.lunsChanged(lun)
 		}
 	}
