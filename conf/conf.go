@@ -98,6 +98,10 @@ type Volume struct {
 	PortalGroups []uint16
 	// ReservationBy is ByPort or ByName.
 	ReservationBy string
+	// Redirect is where logins to IQN are sent after the cutover, its host an IP address
+	// or a name; without an Address they are refused. The destination has IQN and LUN too,
+	// where it tells.
+	Redirect Portal
 }
 
 // What a persistent reservation's registration belongs to.

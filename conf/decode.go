@@ -60,6 +60,7 @@ func (d *decoder) config(tree map[string]any) *Config {
 		cfg.Volumes = append(cfg.Volumes, d.volume(path, m, uses))
 	}
 	d.oneLogin(cfg.Volumes)
+	d.oneRedirect(cfg.Volumes)
 	d.reflections()
 	return cfg
 }
@@ -112,6 +113,7 @@ func (d *decoder) volume(path string, m map[string]any, uses *uses) Volume {
 	d.secrets(&v.Source, v.Name, "source", path, label, files.source)
 	d.secrets(&v.Destination, v.Name, "destination", path, label, files.destination)
 	d.groupsWithPortals(path, label, &v)
+	d.redirection(path, label, &v, faulty)
 	if list, given := m["initiator"]; given {
 		volume := v.Name
 		if faulty["name"] {
@@ -165,6 +167,7 @@ func (d *decoder) volumeSettings(v *Volume, files *secretFiles, path, label stri
 		{"initiator", func(any) error { return nil }}, // read once the name is known
 		{"portal_groups", portalGroups(&v.PortalGroups)},
 		{"reservation_by", oneOf(&v.ReservationBy, ByPort, ByName)},
+		{"redirect", redirect(&v.Redirect)},
 	}
 }
 

@@ -289,6 +289,9 @@ func (s *Service) openAll(ctx context.Context) error {
 	if err := group.Wait(); err != nil {
 		return err
 	}
+	for _, v := range s.cfg.Volumes {
+		s.redirect(v.IQN)
+	}
 	return errors.Join(failures...)
 }
 
@@ -343,7 +346,7 @@ func (s *Service) openVolume(ctx context.Context, v conf.Volume) (_ Volume, unit
 		RegionSize: uint64(v.RegionSize), CopyDepth: v.Copy.Depth, CopyRate: uint64(v.Copy.Rate),
 		Overwrite: v.Overwrite, VerifySample: uint64(v.VerifySample), Autostart: v.Autostart,
 		Initiators: initiators(v), PortalGroups: v.PortalGroups, ReservationsByName: v.ReservationBy == conf.ByName,
-		Store: s.store, Target: s.target, Log: s.log,
+		Store: s.store, Target: s.target, Log: s.log, CutOver: func() { s.redirect(v.IQN) },
 	})
 	if err != nil {
 		s.claims.release(v.Name)

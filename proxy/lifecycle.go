@@ -414,6 +414,9 @@ func (v *Volume) Cutover(ctx context.Context, o CutoverOptions) error {
 	case err != nil:
 		return v.errorf("cutover undone, still %s: %w", v.Phase(), err)
 	}
+	if v.cfg.CutOver != nil {
+		v.cfg.CutOver()
+	}
 	ctx, cancel := context.WithTimeout(ctx, logoutLimit)
 	defer cancel()
 	if err := v.cfg.Target.Retire(ctx, v.cfg.IQN, v.cfg.LUN); err != nil && ctx.Err() == nil {

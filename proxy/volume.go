@@ -60,6 +60,9 @@ type Config struct {
 	Initiators         []target.Initiator
 	PortalGroups       []uint16
 	ReservationsByName bool
+	// CutOver, where it is set, is called once a cutover is recorded, before sessions are
+	// asked to leave. It may ask for Status.
+	CutOver func()
 
 	Store  *state.Store
 	Target *target.Server

@@ -460,3 +460,58 @@ func TestFaultySecretsOfInitiatorsAreOneLineEach(t *testing.T) {
 		}
 	}
 }
+
+// A host that stays logged in is sent to the new array by the cutover, and so is every
+// later login, after a restart of lunshift too.
+func TestLoginsAreSentToTheNewArrayAfterTheCutover(t *testing.T) {
+	needTools(t)
+	d := peer.StartTgtd(t)
+	path := emptyFile(t, t.TempDir(), "new.img", 8*mib)
+	must(t, d.AddTarget(t.Context(), frontIQN("db01"), []peer.Unit{{Path: path, Thin: true}}))
+	direct := d.LUN(frontIQN("db01"), 1)
+	v := files(t)
+	v.lun, v.destination = 1, direct.URL()
+	v.more = "redirect = \"" + direct.Portal + "\"\n"
+	s := newService(t, v)
+	s.start()
+	front := s.front("db01")
+	front.Number = 1
+	host := shell(t, front)
+	write := func(pattern byte) {
+		t.Helper()
+		if _, err := host.Do(t.Context(), peer.Write(pattern, 0, 64*kib)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	write(1)
+	s.run("start", "db01")
+	s.run("wait", "db01", "--for", "synced", "--timeout", "1m")
+	write(2)
+	if names, err := d.Initiators(t.Context(), frontIQN("db01")); err != nil || len(names) != 1 {
+		t.Errorf("sessions at the new array before the cutover: %v, %v", names, err)
+	}
+	s.run("cutover", "db01")
+	write(3)
+	must(t, host.Close())
+	check := func(pattern byte) {
+		t.Helper()
+		for _, l := range []peer.LUN{direct, front} {
+			if _, err := l.QemuIO(t.Context(), peer.Read(pattern, 0, 64*kib)); err != nil {
+				t.Errorf("at %s: %v", l.Portal, err)
+			}
+		}
+		if got, _ := s.sees(front); len(got) != 1 || got[0] != direct.Portal+",1" {
+			t.Errorf("discovery tells %v, want %s", got, direct.Portal)
+		}
+	}
+	check(3)
+	s.stop()
+	s.start()
+	check(3)
+	s.run("remove", "db01")
+	check(3)
+	s.stop()
+	s.start()
+	check(3)
+	s.stop()
+}

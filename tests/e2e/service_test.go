@@ -36,6 +36,7 @@ const (
 // volume is one [[volume]] of the configuration.
 type volume struct {
 	name, iqn           string
+	lun                 uint64
 	source, destination string
 	block               uint32 // of plain files
 	more                string // further lines
@@ -123,8 +124,8 @@ func (s *service) configure() {
 		if v.iqn == "" {
 			v.iqn = frontIQN(v.name)
 		}
-		fmt.Fprintf(&b, "\n[[volume]]\nname = %q\niqn = %q\nlun = 0\nsource = %q\ndestination = %q\n",
-			v.name, v.iqn, v.source, v.destination)
+		fmt.Fprintf(&b, "\n[[volume]]\nname = %q\niqn = %q\nlun = %d\nsource = %q\ndestination = %q\n",
+			v.name, v.iqn, v.lun, v.source, v.destination)
 		if v.block != 0 {
 			fmt.Fprintf(&b, "file_block_size = %d\n", v.block)
 		}
