@@ -22,6 +22,7 @@ const (
 	// Extensions of Badger's files.
 	logExt   = ".mem"
 	tableExt = ".sst"
+	valueExt = ".vlog" // of logs of long values, of which there are none
 
 	// formatVersion is the layout of the directory and of the keys.
 	formatVersion = 1
@@ -383,4 +384,34 @@ func reason(err error) error {
 		return pe.Err
 	}
 	return err
+}
+
+// removeEmptyLogs removes the logs of Badger that are empty. A power loss leaves them: a
+// new log's name can reach the disk before anything in it does. Badger takes an
+// empty log for one that it cannot open. What was acknowledged was synced, and so is in
+// none of them; the head tells if it is missing all the same.
+func removeEmptyLogs(dir string) error {
+	entries, err := os.ReadDir(dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return reason(err)
+	}
+	for _, e := range entries {
+		if ext := filepath.Ext(e.Name()); ext != logExt && ext != valueExt {
+			continue
+		}
+		info, err := e.Info()
+		if err != nil {
+			return reason(err)
+		}
+		if info.Size() > 0 || !info.Mode().IsRegular() {
+			continue
+		}
+		if err := os.Remove(filepath.Join(dir, e.Name())); err != nil {
+			return fmt.Errorf("remove the empty log %s: %w", e.Name(), reason(err))
+		}
+	}
+	return nil
 }

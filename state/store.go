@@ -147,6 +147,9 @@ func Open(dir string, opts Options) (_ *Store, err error) {
 		}
 	}()
 	bdir := filepath.Join(dir, badgerDir)
+	if err := removeEmptyLogs(bdir); err != nil {
+		return nil, fmt.Errorf("state directory %s: %w", dir, err)
+	}
 	if err := verifyFiles(bdir); err != nil {
 		return nil, damaged(dir, err)
 	}
