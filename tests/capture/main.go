@@ -32,7 +32,7 @@ const (
 	secret = "app1-opens-this-door"
 	proof  = "gw-proves-who-it-is"
 	// limit is how much of each direction of a connection is kept, in bytes.
-	limit = 48 << 10
+	limit = 24 << 10
 )
 
 func main() {
@@ -65,8 +65,23 @@ func run() error {
 	return errors.Join(initiators(dir), array(dir))
 }
 
+// kept is what was kept, so that nothing is twice.
+type kept map[string]bool
+
+func (k kept) keep(dir, name string, b []byte) error {
+	if len(b) == 0 || k[string(b)] {
+		return nil
+	}
+	k[string(b)] = true
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return err
+	}
+	return os.WriteFile(filepath.Join(dir, name), b, 0o644)
+}
+
 // initiators records what initiators send.
 func initiators(dir string) error {
+	kept := kept{}
 	for _, c := range []struct {
 		name, user, query string
 		tools             [][]string // "PORTAL" and "URL" stand for the addresses
@@ -105,7 +120,7 @@ func initiators(dir string) error {
 				// A case of the suite may well fail; what it sent counts.
 				fmt.Printf("%s: %v (%d bytes of output)\n", strings.Join(tool, " "), err, len(out))
 				for k, e := range r.Finish() {
-					if err := keep("target/testdata/captures", fmt.Sprintf("%s-%d-%d", c.name, i+1, k+1), e.Sent); err != nil {
+					if err := kept.keep("target/testdata/captures", fmt.Sprintf("%s-%d-%d", c.name, i+1, k+1), e.Sent); err != nil {
 						return err
 					}
 				}
@@ -154,22 +169,13 @@ func array(dir string) error {
 	if err != nil {
 		return fmt.Errorf("qemu-io: %w: %s", err, out)
 	}
+	kept := kept{}
 	for i, e := range r.Finish() {
-		if err := keep("lun/testdata/captures", fmt.Sprintf("tgtd-%d", i+1), e.Answered); err != nil {
+		if err := kept.keep("lun/testdata/captures", fmt.Sprintf("tgtd-%d", i+1), e.Answered); err != nil {
 			return err
 		}
 	}
 	return nil
-}
-
-func keep(dir, name string, b []byte) error {
-	if len(b) == 0 {
-		return nil
-	}
-	if err := os.MkdirAll(dir, 0o755); err != nil {
-		return err
-	}
-	return os.WriteFile(filepath.Join(dir, name), b, 0o644)
 }
 
 // serve runs lunshift over source until stop is called.
@@ -186,7 +192,7 @@ func serve(dir, source, more string) (portal string, stop func(), err error) {
 	l.Close()
 	file := filepath.Join(state, "lunshift.toml")
 	err = os.WriteFile(file, fmt.Appendf(nil, "[service]\nportals = [%q]\ncontrol = %q\nhttp = \"\"\nstate = %q\n[[volume]]\nname = \"db01\"\niqn = %q\nsource = %q\ndestination = %q\n%s",
-		portal, filepath.Join(state, "control"), state, iqn, source, filepath.Join(dir, "destination"), more), 0o600)
+		portal, filepath.Join(state, "control"), filepath.Join(state, "flags"), iqn, source, filepath.Join(dir, "destination"), more), 0o600)
 	if err != nil {
 		return "", nil, err
 	}
@@ -196,7 +202,7 @@ func serve(dir, source, more string) (portal string, stop func(), err error) {
 		return "", nil, err
 	}
 	stop = func() { cmd.Process.Signal(os.Interrupt); cmd.Wait() }
-	for range 300 {
+	for range 100 {
 		if c, err := net.Dial("tcp", portal); err == nil {
 			c.Close()
 			return portal, stop, nil
