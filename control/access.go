@@ -94,6 +94,7 @@ func proof(c conf.CHAP) Proof {
 // admit fills in who may come in by the configuration, and what to know about it.
 func (r *VolumeReport) admit(service conf.Service, v conf.Volume) {
 	r.Initiators, r.PortalGroups, r.ReservationBy = []InitiatorReport{}, v.PortalGroups, v.ReservationBy
+	r.Redirect = v.Redirect.Address
 	r.LoopbackOnly, r.Warnings = len(v.Initiators) == 0, []string{}
 	warn := func(format string, args ...any) {
 		r.Warnings = append(r.Warnings, fmt.Sprintf("volume %s: ", v.Name)+fmt.Sprintf(format, args...))

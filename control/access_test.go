@@ -81,6 +81,12 @@ func TestCheckTellsWhoMayComeIn(t *testing.T) {
 	if !reflect.DeepEqual(v.Initiators, want) || v.LoopbackOnly || len(v.Warnings) != 0 || !slices.Equal(v.PortalGroups, []uint16{1}) || v.ReservationBy != conf.ByName || report.Discovery != MutualCHAP {
 		t.Errorf("with a list: %+v", v)
 	}
+	cfg.Volumes[0].Redirect = conf.Portal{Address: "10.0.0.9:3260", Group: 1}
+	if report, text := check(cfg); report.Volumes[0].Redirect != "10.0.0.9:3260" {
+		t.Errorf("redirect: %+v", report.Volumes[0])
+	} else {
+		contains(text, "after cutover  logins are sent to 10.0.0.9:3260\n")
+	}
 	contains(text, "may come in    iqn.2026-11.net.example:app1 from 127.0.0.0/8, 10.0.0.0/24, CHAP\n",
 		"any initiator from 127.0.0.1/32, without authentication\n", "portal groups  1\n", "discovery needs mutual CHAP\n")
 

@@ -80,6 +80,8 @@ type VolumeReport struct {
 	PortalGroups []uint16 `json:"portal_groups"`
 	// ReservationBy is what a persistent reservation's registration belongs to.
 	ReservationBy string `json:"reservation_by"`
+	// Redirect is where logins are sent after the cutover; empty where they are refused.
+	Redirect string `json:"redirect,omitempty"`
 	// Warnings say, a line each, what may not be meant so; nothing is refused for them.
 	Warnings []string `json:"warnings"`
 }

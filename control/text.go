@@ -249,6 +249,9 @@ func writeAccess(w io.Writer, v VolumeReport) {
 	if len(v.PortalGroups) > 0 {
 		fmt.Fprintf(w, "portal groups\t%s\n", strings.Trim(fmt.Sprint(v.PortalGroups), "[]"))
 	}
+	if v.Redirect != "" {
+		fmt.Fprintf(w, "after cutover\tlogins are sent to %s\n", v.Redirect)
+	}
 	for _, line := range v.Warnings {
 		fmt.Fprintf(w, "warning\t%s\n", line)
 	}

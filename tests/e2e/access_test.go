@@ -1,7 +1,9 @@
 package e2e
 
 import (
+	"errors"
 	"fmt"
+	"io"
 	"math/rand/v2"
 	"net"
 	"os"
@@ -10,6 +12,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"lunshift/tests/peer"
 )
@@ -398,6 +401,31 @@ func TestLimitsRefuseOneAddressAndServeTheOthers(t *testing.T) {
 	s.enters(as(front, name(3)))
 	must(t, first.Close())
 	must(t, third.Close())
+	s.stop()
+}
+
+func TestConnectionsThatDoNotLogInAreClosedInTime(t *testing.T) {
+	needInitiators(t)
+	s := newService(t, files(t))
+	s.more = "[service.limits]\nconnections_logging_in = 4\ninitiator_login_timeout = \"1s\"\n"
+	s.configure()
+	s.start()
+	var idle []net.Conn
+	for range 4 {
+		c, err := net.Dial("tcp", s.portal)
+		must(t, err)
+		defer c.Close()
+		_, err = c.Write([]byte{0x43}) // a login request begins so, and goes on no further
+		must(t, err)
+		idle = append(idle, c)
+	}
+	for _, c := range idle {
+		must(t, c.SetReadDeadline(time.Now().Add(30*time.Second)))
+		if _, err := io.Copy(io.Discard, c); err != nil && errors.Is(err, os.ErrDeadlineExceeded) {
+			t.Errorf("a connection that does not log in is still there after 30 s")
+		}
+	}
+	s.enters(s.front("db01"))
 	s.stop()
 }
 
