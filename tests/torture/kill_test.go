@@ -56,7 +56,9 @@ var (
 // A crash may cut these calls short; what came of them is seen after the restart.
 func startVolume(ctx context.Context, s *service) { s.client.Start(ctx, volumeName) }
 func unthrottle(ctx context.Context, s *service)  { s.client.Throttle(ctx, volumeName, 0) }
-func cutOver(ctx context.Context, s *service)     { s.client.Cutover(ctx, volumeName, proxy.CutoverOptions{}) }
+func cutOver(ctx context.Context, s *service) {
+	s.client.Cutover(ctx, volumeName, proxy.CutoverOptions{})
+}
 
 // sum is what a test did.
 type sum struct {
@@ -80,7 +82,9 @@ type life struct {
 	first   atomic.Bool
 	faults  faults
 	sum     *sum
-	power   func() // cuts the power after a crash and restores it; nil leaves it on
+	// uncopied says that nothing was copied from mayBeCopied on, and nothing is now.
+	uncopied bool
+	power    func() // cuts the power after a crash and restores it; nil leaves it on
 
 	source, destination string // the images behind the units
 	afterStart          []byte // the source once it takes no more writes
@@ -167,6 +171,7 @@ func (l *life) crash(st stage) {
 	if l.s.cmd == nil {
 		l.s.start(armed)
 	}
+	l.first.Store(l.uncopied)
 	var w *load
 	if !l.s.dead() {
 		w = l.work()
@@ -206,7 +211,6 @@ func (l *life) crash(st stage) {
 	if l.power != nil {
 		l.power()
 	}
-	l.first.Store(false)
 	l.s.start("")
 	if again {
 		// Some of what was sent again is answered, and new commands.
@@ -280,11 +284,19 @@ func (l *life) live() {
 	_, err := l.s.client.Throttle(ctx, volumeName, copyRate)
 	must(t, err)
 	l.crash(inReady)
-	l.crash(atStart)
-	startVolume(ctx, l.s) // where the crash came before
+	paused := l.power != nil && l.rng.IntN(3) > 0
+	if paused {
+		l.startPaused()
+	} else {
+		l.crash(atStart)
+		startVolume(ctx, l.s) // where the crash came before
+	}
 	l.until(proxy.Migrating)
 	l.afterStart, err = os.ReadFile(l.source)
 	must(t, err)
+	if paused {
+		l.beforeCopy()
+	}
 	for range 5 {
 		if l.phase() == proxy.Migrating {
 			l.crash(inMigrating)
@@ -308,9 +320,9 @@ func (l *life) live() {
 }
 
 // image makes the content of a source and gives it.
-func image(t *testing.T, path string, seed uint64) []byte {
+func image(t *testing.T, path string, seed uint64, share float64) []byte {
 	t.Helper()
-	_, err := peer.SparseFile(path, volumeSize, 0.8, seed)
+	_, err := peer.SparseFile(path, volumeSize, share, seed)
 	must(t, err)
 	b, err := os.ReadFile(path)
 	must(t, err)
@@ -354,7 +366,7 @@ func tell(t *testing.T, r tier, sum sum) {
 func lifeOf(t *testing.T, pair string, rng *rand.Rand, sum *sum) *life {
 	dir := t.TempDir()
 	old, fresh := filepath.Join(dir, "old.img"), filepath.Join(dir, "new.img")
-	before := image(t, old, rng.Uint64()|1<<40)
+	before := image(t, old, rng.Uint64()|1<<40, 0.8)
 	must(t, peer.EmptyFile(fresh, volumeSize))
 	bs := 512
 	source, destination := old, fresh

@@ -31,6 +31,9 @@ const (
 	verificationRead = 256 << 10
 )
 
+// mayBeCopied is where the copier has not come, which was paused at once, in bytes.
+const mayBeCopied = 64 * regionSize
+
 var (
 	// errGone: nobody answered; whether the command was done is not known.
 	errGone = errors.New("no answer")
@@ -102,8 +105,8 @@ type client struct {
 	faults       *faults
 	acks, reads  *atomic.Int64
 
-	// firstStable says that nobody but initiators makes blocks valid now, so that a
-	// first write to a block is durable when it is acknowledged.
+	// firstStable says that from mayBeCopied on nobody but initiators makes blocks valid,
+	// so that a first write to a block is durable when it is acknowledged.
 	firstStable *atomic.Bool
 }
 
@@ -147,14 +150,14 @@ func (c *client) step(ctx context.Context, h host) error {
 		if c.rng.IntN(5) == 0 {
 			flags = fua
 		}
-		return c.change(cells, v, flags != 0, func() error { return h.do(ctx, opWrite16, flags, lba, uint32(n), p, nil) })
+		return c.change(lba, cells, v, flags != 0, func() error { return h.do(ctx, opWrite16, flags, lba, uint32(n), p, nil) })
 	case kind < 78:
 		list := make([]byte, 24)
 		binary.BigEndian.PutUint16(list, 22)
 		binary.BigEndian.PutUint16(list[2:], 16)
 		binary.BigEndian.PutUint64(list[8:], lba)
 		binary.BigEndian.PutUint32(list[16:], uint32(n))
-		return c.change(cells, zeroes, false, func() error { return h.do(ctx, opUnmap, 0, 0, 0, list, nil) })
+		return c.change(lba, cells, zeroes, false, func() error { return h.do(ctx, opUnmap, 0, 0, 0, list, nil) })
 	case kind < 86:
 		v, flags := c.next()|sameBit, byte(0)
 		if c.rng.IntN(2) == 0 {
@@ -162,7 +165,7 @@ func (c *client) step(ctx context.Context, h host) error {
 		}
 		p := make([]byte, c.o.bs)
 		c.o.fill(p, lba, v)
-		return c.change(cells, v, false, func() error { return h.do(ctx, opWriteSame16, flags, lba, uint32(n), p, nil) })
+		return c.change(lba, cells, v, false, func() error { return h.do(ctx, opWriteSame16, flags, lba, uint32(n), p, nil) })
 	case kind < 90:
 		if err := h.do(ctx, opSyncCache16, 0, 0, 0, nil, nil); err != nil {
 			return err
@@ -176,9 +179,9 @@ func (c *client) step(ctx context.Context, h host) error {
 	return c.compareAndWrite(ctx, h, lba, n)
 }
 
-// change has do write v to the cells.
-func (c *client) change(cells []cell, v value, durable bool, do func() error) error {
-	first := c.firstStable.Load()
+// change has do write v to the cells, which begin at lba.
+func (c *client) change(lba uint64, cells []cell, v value, durable bool, do func() error) error {
+	first := c.firstStable.Load() && lba >= mayBeCopied/uint64(c.o.bs)
 	for i := range cells {
 		cells[i].issue(v)
 	}
@@ -222,7 +225,7 @@ func (c *client) compareAndWrite(ctx context.Context, h host, lba, n uint64) err
 		return c.read(ctx, h, lba, n)
 	}
 	lost := h.Resets()
-	err := c.change(cells, v, false, func() error { return h.do(ctx, opCompareWrite, 0, lba, uint32(n), p, nil) })
+	err := c.change(lba, cells, v, false, func() error { return h.do(ctx, opCompareWrite, 0, lba, uint32(n), p, nil) })
 	if !errors.Is(err, errMiscompare) {
 		return err
 	}
