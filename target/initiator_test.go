@@ -25,6 +25,7 @@ type initiator struct {
 	maxSN  uint32
 	digest bool
 	isid   iscsi.ISID // of loginRequest
+	events []byte     // of Asynchronous Messages that came while a command was waited for
 }
 
 type loginOptions struct {
@@ -316,6 +317,9 @@ func (i *initiator) finish(itt uint32, out []byte) result {
 		p := i.recv()
 		if p.ITT() != itt {
 			if p.Opcode() == iscsi.OpAsync || p.Opcode() == iscsi.OpNopIn {
+				if p.Opcode() == iscsi.OpAsync {
+					i.events = append(i.events, p.AsyncEvent())
+				}
 				continue
 			}
 			i.t.Fatalf("%v for task %d while waiting for %d", p.Opcode(), p.ITT(), itt)
