@@ -274,7 +274,9 @@ func decodeReservations(u *unit, data []byte) (*persistent, error) {
 			holders++
 		}
 		if i, ok := p.byNexus[n]; ok {
-			p.regs[i].holder = p.regs[i].holder || r.Holder
+			if r.Holder { // it is worth most
+				p.regs[i].key, p.regs[i].holder = r.Key, true
+			}
 			continue
 		}
 		p.byNexus[n] = len(p.regs)
