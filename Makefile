@@ -31,8 +31,9 @@ race: tools       ## the end-to-end tests with the race detector in the service 
 vm: build         ## a Linux in a virtual machine as the initiator (needs qemu-system-x86; no root where /dev/net/tun is open to all)
 	LUNSHIFT_VM=1 go test -count=1 -v -timeout 20m ./tests/vm
 
-bench: build      ## lunshift against tgtd, gotgt and qemu-img, as ratios
-	go run ./tests/bench
+bench: build      ## lunshift against tgtd, istgt, gotgt and qemu-img, as ratios; writes docs/performance.md
+	sh tests/install.sh bench
+	go run ./tests/bench -o docs/performance.md
 
 torture: tools    ## crashes in every phase, at least 200 and for DURATION, every block checked (SEED, DURATION=10m)
 	@LUNSHIFT_TORTURE=$(DURATION) LUNSHIFT_TORTURE_SEED=$(SEED) go test -C tests/torture -count 1 -timeout 24h

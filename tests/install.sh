@@ -22,6 +22,11 @@ need qemu-img qemu-utils
 need mkfs.ext4 e2fsprogs
 need debugfs e2fsprogs
 need dumpe2fs e2fsprogs
+# The bench compares with one target more, and counts system calls.
+if [ "${1:-}" = bench ]; then
+	need istgt istgt
+	need strace strace
+fi
 # The race detector is linked by a C compiler, against the C library's headers.
 if [ -z "${CC:-}" ]; then
 	need gcc gcc

@@ -22,7 +22,9 @@ type work struct {
 	Write      bool
 	Sequential bool
 	Bytes      int // of one I/O
-	Depth      int // I/Os in flight
+	Depth      int // I/Os in flight on each session
+	Sessions   int // 0 is 1
+	Digests    bool
 }
 
 func (w work) String() string {
@@ -34,13 +36,19 @@ func (w work) String() string {
 	if w.Write {
 		op = "write"
 	}
-	return fmt.Sprintf("%s %s %s, depth %d", kind, size, op, w.Depth)
+	s := fmt.Sprintf("%s %s %s, depth %d", kind, size, op, w.Depth)
+	if w.Sessions > 1 {
+		s += fmt.Sprintf(", %d sessions", w.Sessions)
+	}
+	return s
 }
 
 // outcome is what a run of a workload gave.
 type outcome struct {
 	IOPS     float64
 	P50, P99 time.Duration
+	// Total is the I/Os, those before the clock ran as well.
+	Total int64
 	// CPU is the processor time of each watched process per I/O.
 	CPU []time.Duration
 }
@@ -61,26 +69,31 @@ func runLoad(args []string) error {
 		return err
 	}
 	ctx := context.Background()
-	dev, err := lun.Open(ctx, *address, lun.Options{InitiatorName: "iqn.2026-11.net.example:bench"})
+	devs, err := w.opened(ctx, *address)
+	defer func() {
+		for _, d := range devs {
+			d.Close()
+		}
+	}()
 	if err != nil {
 		return err
 	}
-	defer dev.Close()
-	o, err := drive(ctx, dev, w, *span, watched)
+	o, err := drive(ctx, devs, w, *span, watched)
 	if err != nil {
 		return err
 	}
 	return json.NewEncoder(os.Stdout).Encode(o)
 }
 
-// drive keeps w.Depth I/Os in flight for about span.
-func drive(ctx context.Context, dev lun.Device, w work, span time.Duration, watched []int) (outcome, error) {
-	info := dev.Info()
+// drive keeps w.Depth I/Os in flight on each device for about span.
+func drive(ctx context.Context, devs []lun.Device, w work, span time.Duration, watched []int) (outcome, error) {
+	info := devs[0].Info()
 	if w.Bytes%int(info.BlockSize) != 0 || uint64(w.Bytes) > info.Size() {
 		return outcome{}, fmt.Errorf("the unit does not fit I/Os of %d bytes", w.Bytes)
 	}
 	// Everyone is warm before the clock runs.
-	if err := burst(ctx, dev, w, span/10, nil); err != nil {
+	warm := hdr.New(1, int64(time.Minute), 3)
+	if err := burst(ctx, devs, w, span/10, warm); err != nil {
 		return outcome{}, err
 	}
 	before, err := cpuTimes(watched)
@@ -89,7 +102,7 @@ func drive(ctx context.Context, dev lun.Device, w work, span time.Duration, watc
 	}
 	began := time.Now()
 	all := hdr.New(1, int64(time.Minute), 3)
-	if err := burst(ctx, dev, w, span, all); err != nil {
+	if err := burst(ctx, devs, w, span, all); err != nil {
 		return outcome{}, err
 	}
 	elapsed := time.Since(began)
@@ -101,6 +114,8 @@ func drive(ctx context.Context, dev lun.Device, w work, span time.Duration, watc
 		IOPS: float64(all.TotalCount()) / elapsed.Seconds(),
 		P50:  time.Duration(all.ValueAtQuantile(50)),
 		P99:  time.Duration(all.ValueAtQuantile(99)),
+
+		Total: all.TotalCount() + warm.TotalCount(),
 	}
 	for i := range after {
 		o.CPU = append(o.CPU, (after[i]-before[i])/time.Duration(max(all.TotalCount(), 1)))
@@ -109,8 +124,8 @@ func drive(ctx context.Context, dev lun.Device, w work, span time.Duration, watc
 }
 
 // burst records the latency of each I/O in all, in nanoseconds.
-func burst(ctx context.Context, dev lun.Device, w work, span time.Duration, all *hdr.Histogram) error {
-	info := dev.Info()
+func burst(ctx context.Context, devs []lun.Device, w work, span time.Duration, all *hdr.Histogram) error {
+	info := devs[0].Info()
 	perIO := uint64(w.Bytes) / uint64(info.BlockSize)
 	slots := info.Blocks / perIO
 	deadline := time.Now().Add(span)
@@ -118,7 +133,8 @@ func burst(ctx context.Context, dev lun.Device, w work, span time.Duration, all 
 	var fault error
 	var next uint64
 	var running sync.WaitGroup
-	for n := range w.Depth {
+	for n := range w.Depth * len(devs) {
+		dev := devs[n%len(devs)]
 		running.Go(func() {
 			rng := rand.New(rand.NewPCG(uint64(n), uint64(time.Now().UnixNano())))
 			p := make([]byte, w.Bytes)
@@ -153,9 +169,7 @@ func burst(ctx context.Context, dev lun.Device, w work, span time.Duration, all 
 			mu.Lock()
 			defer mu.Unlock()
 			fault = errors.Join(fault, err)
-			if all != nil {
-				all.Merge(mine)
-			}
+			all.Merge(mine)
 		})
 	}
 	running.Wait()

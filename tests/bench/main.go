@@ -1,6 +1,8 @@
 // Command bench measures lunshift against its peers on this machine, in one run,
 // and prints ratios:
 //
+//   - target: a LUN that is a file, against tgtd and istgt on the same file, with system calls
+//     and memory;
 //   - files: a LUN that is a file, against tgtd and stock gotgt on the same file;
 //   - arrays: a LUN on tgtd and on an array of 1 ms per I/O, through lunshift against directly;
 //   - copy: the background copy, against qemu-img convert between the same two LUNs.
@@ -43,9 +45,10 @@ func run() error {
 		}
 	}
 	short := flag.Bool("short", false, "one short round of each")
-	only := flag.String("only", "", "comma-separated parts to run: files, perf, arrays, slow, copy")
+	only := flag.String("only", "", "comma-separated parts to run: target, files, perf, arrays, slow, copy")
 	dir := flag.String("dir", "/dev/shm", "where the LUNs' files are; about 3 GiB")
 	state := flag.String("state", os.TempDir(), "where lunshift's state is; a disk, as in service")
+	output := flag.String("o", "", "a Markdown file to write the tables to, between its lines <!-- bench --> and <!-- /bench -->")
 	flag.Parse()
 	ctx, cancel := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer cancel()
@@ -69,12 +72,13 @@ func run() error {
 	if err := b.build(); err != nil {
 		return err
 	}
-	fmt.Println(machine())
+	where := machine()
+	fmt.Println(where)
 	fmt.Println()
 	for _, part := range []struct {
 		name string
 		run  func() error
-	}{{"files", b.files}, {"perf", b.perf}, {"arrays", b.arrays}, {"slow", b.slowArrays}, {"copy", b.copies}} {
+	}{{"target", b.target}, {"files", b.files}, {"perf", b.perf}, {"arrays", b.arrays}, {"slow", b.slowArrays}, {"copy", b.copies}} {
 		if *only != "" && !strings.Contains(","+*only+",", ","+part.name+",") {
 			continue
 		}
@@ -82,6 +86,9 @@ func run() error {
 		if err = errors.Join(err, b.endAll()); err != nil {
 			return fmt.Errorf("%s: %w", part.name, err)
 		}
+	}
+	if *output != "" {
+		return b.write(*output, where)
 	}
 	return nil
 }
@@ -98,6 +105,7 @@ type bench struct {
 	lunshift, gotgtd string // built
 	ends             []func() error
 	made             int // directories made so far
+	tables           []*table
 }
 
 // build builds the programs that are compared, as lunshift ships.

@@ -64,7 +64,7 @@ func (b *bench) files() error {
 	if err != nil {
 		return err
 	}
-	t := newTable("A file LUN through lunshift (in phase ready), against tgtd and stock gotgt on the same file.\n"+
+	t := b.newTable("A file LUN through lunshift (in phase ready), against tgtd and stock gotgt on the same file.\n"+
 		"Aims: IOPS at least tgtd's (×tgtd ≥ 1.00), processor time per I/O at most tgtd's (≤ 1.00).",
 		"", "IOPS lunshift", "tgtd", "gotgt", "×tgtd", "×gotgt", "", "µs CPU/IO lunshift", "tgtd", "gotgt", "×tgtd", "×gotgt", "", "p99 µs lunshift", "tgtd", "gotgt")
 	defer t.end()
@@ -111,7 +111,7 @@ func (b *bench) perf() error {
 	if err != nil {
 		return err
 	}
-	t := newTable("The same, random 4 KiB read at depth 32 by libiscsi's iscsi-perf, which itself bounds the IOPS.",
+	t := b.newTable("The same, random 4 KiB read at depth 32 by libiscsi's iscsi-perf, which itself bounds the IOPS.",
 		"", "IOPS", "×tgtd", "µs CPU/IO", "×tgtd")
 	defer t.end()
 	seconds := max(1, int(b.span.Seconds()))
@@ -209,7 +209,7 @@ func (b *bench) arrays() error {
 	if err != nil {
 		return err
 	}
-	t := newTable("A LUN on tgtd through lunshift, against directly; client, lunshift and arrays share the cores.\n"+
+	t := b.newTable("A LUN on tgtd through lunshift, against directly; client, lunshift and arrays share the cores.\n"+
 		"Aims: at depth 1 a p50 of at most 2.30 × direct, at depth 32 processor time per I/O of lunshift at most 1.30 × that of the tgtd behind it.",
 		"", "p50 µs through", "direct", "×direct", "", "IOPS through", "direct", "×direct", "µs CPU/IO lunshift", "tgtd behind", "×tgtd", "")
 	defer t.end()
@@ -297,7 +297,7 @@ func (b *bench) slowArrays() error {
 	if err != nil {
 		return err
 	}
-	t := newTable("A LUN on an array that takes 1 ms more for each I/O, through lunshift, against directly.\nAim: at least 0.95 × the direct IOPS.",
+	t := b.newTable("A LUN on an array that takes 1 ms more for each I/O, through lunshift, against directly.\nAim: at least 0.95 × the direct IOPS.",
 		"", "IOPS through", "direct", "×direct", "", "p50 µs through", "direct", "µs CPU/IO lunshift", "array")
 	defer t.end()
 	for _, w := range []work{
@@ -329,7 +329,7 @@ func (b *bench) copies() error {
 	if b.rounds == 1 {
 		size /= 2
 	}
-	t := newTable(fmt.Sprintf("A copy of %d MiB from one tgtd to another, against qemu-img convert -n -W -m 16.\nAim: at least qemu-img's rate.", size/mib),
+	t := b.newTable(fmt.Sprintf("A copy of %d MiB from one tgtd to another, against qemu-img convert -n -W -m 16.\nAim: at least qemu-img's rate.", size/mib),
 		"allocated", "MiB/s lunshift", "qemu-img", "×qemu-img", "", "CPU s lunshift", "qemu-img")
 	defer t.end()
 	from, to, err := b.blankPair(size, 0)

@@ -10,17 +10,56 @@ import (
 	"time"
 )
 
-// table prints aligned columns.
-type table struct{ w *tabwriter.Writer }
+// table prints aligned columns, and keeps them.
+type table struct {
+	w     *tabwriter.Writer
+	title string
+	rows  [][]string // the first is the head
+}
 
-func newTable(title string, head ...string) *table {
+func (b *bench) newTable(title string, head ...string) *table {
 	fmt.Println(title)
-	t := &table{tabwriter.NewWriter(os.Stdout, 0, 0, 2, ' ', tabwriter.AlignRight)}
+	t := &table{w: tabwriter.NewWriter(os.Stdout, 0, 0, 2, ' ', tabwriter.AlignRight), title: title}
+	b.tables = append(b.tables, t)
 	t.row(head...)
 	return t
 }
 
+// markdown is the table for a document.
+func (t *table) markdown() string {
+	var s strings.Builder
+	fmt.Fprintf(&s, "%s\n\n", t.title)
+	for i, cells := range t.rows {
+		fmt.Fprintf(&s, "| %s |\n", strings.Join(cells, " | "))
+		if i == 0 {
+			fmt.Fprintf(&s, "|---%s|\n", strings.Repeat("|---:", len(cells)-1))
+		}
+	}
+	return s.String()
+}
+
+const beginMark, endMark = "<!-- bench -->\n", "<!-- /bench -->\n"
+
+// write puts the tables into a document between its marks.
+func (b *bench) write(path, where string) error {
+	text, err := os.ReadFile(path)
+	if err != nil {
+		return err
+	}
+	before, rest, ok := strings.Cut(string(text), beginMark)
+	_, after, closed := strings.Cut(rest, endMark)
+	if !ok || !closed {
+		return fmt.Errorf("%s has no lines %s and %s", path, strings.TrimSpace(beginMark), strings.TrimSpace(endMark))
+	}
+	middle := "\n" + where + "\n"
+	for _, t := range b.tables {
+		middle += "\n" + t.markdown()
+	}
+	return os.WriteFile(path, []byte(before+beginMark+middle+"\n"+endMark+after), 0o644)
+}
+
 func (t *table) row(cells ...string) {
+	t.rows = append(t.rows, cells)
 	fmt.Fprintln(t.w, strings.Join(cells, "\t")+"\t")
 }
 

@@ -153,6 +153,7 @@ func (b *bench) serve(source, destination string) (*gateway, error) {
 	portal := fmt.Sprintf("127.0.0.1:%d", port)
 	const iqn = "iqn.2026-11.net.example.bench:lunshift"
 	text := fmt.Sprintf("[service]\nportals = [%q]\ncontrol = %q\nhttp = \"\"\nstate = %q\nlog_level = \"warn\"\n\n"+
+		"[service.limits]\nconnections = 2000\nconnections_per_address = 2000\nsessions_per_volume = 2000\n\n"+
 		"[[volume]]\nname = %q\niqn = %q\nlun = 1\nsource = %q\ndestination = %q\noverwrite = true\n",
 		portal, filepath.Join(dir, "control.sock"), filepath.Join(dir, "state"), volumeName, iqn, source, destination)
 	g := &gateway{b: b, config: filepath.Join(dir, "lunshift.toml")}
