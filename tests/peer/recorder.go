@@ -34,6 +34,9 @@ func NewRecorder(listen, to string, limit int) (*Recorder, error) {
 // Portal is the host:port where it listens.
 func (r *Recorder) Portal() string { return r.l.Addr().String() }
 
+// Close stops listening; connections go on to their end.
+func (r *Recorder) Close() error { return r.l.Close() }
+
 // Finish stops listening, waits for the connections to end, and gives them in the order in
 // which they ended.
 func (r *Recorder) Finish() []Exchange {

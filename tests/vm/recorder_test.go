@@ -19,6 +19,7 @@ func startRecorder(t *testing.T) *recorder {
 	t.Helper()
 	r, err := peer.NewRecorder(recorded+":3260", direct+":3260", 64<<10)
 	must(t, err)
+	t.Cleanup(func() { r.Close() })
 	return &recorder{t, r}
 }
 
