@@ -382,7 +382,9 @@ func (f *Flags) loadRegion(g uint64, value []byte, scratch []uint64) error {
 		return err
 	}
 	for i, b := range m {
-		f.kinds[i].blocks.Add(countBits(b))
+		if b != nil {
+			f.kinds[i].blocks.Add(countBits(b))
+		}
 	}
 	f.markPartial(g, m)
 	return nil

@@ -337,7 +337,13 @@ func TestConcurrentSetsShareCommits(t *testing.T) {
 }
 
 func TestReadersNeverSeeAFlagGoBack(t *testing.T) {
-	s := open(t, t.TempDir())
+	for _, memory := range []uint64{0, 1} { // all bitmaps in memory, and next to none
+		t.Run(fmt.Sprint("memory=", memory), func(t *testing.T) { neverGoesBack(t, memory) })
+	}
+}
+
+func neverGoesBack(t *testing.T, memory uint64) {
+	s := openBounded(t, t.TempDir(), memory)
 	g := Geometry{Blocks: 1 << 14, RegionBlocks: 128}
 	f, err := s.Flags("v", g)
 	if err != nil {

@@ -10,12 +10,14 @@ import (
 	"math"
 	"os"
 	"path/filepath"
+	"runtime"
 
 	"github.com/dgraph-io/badger/v4"
 	"github.com/dgraph-io/badger/v4/fb"
 	"github.com/dgraph-io/badger/v4/pb"
 	"github.com/dgraph-io/badger/v4/table"
 	"github.com/dgraph-io/badger/v4/y"
+	"golang.org/x/sync/errgroup"
 	"google.golang.org/protobuf/proto"
 )
 
@@ -37,22 +39,19 @@ func verifyFiles(dir string) error {
 	if err != nil {
 		return fmt.Errorf("%s: %w", badger.ManifestFilename, err)
 	}
-	for id := range manifest.Tables {
-		name := table.NewFilename(id, dir)
-		if err := verifyFile(name, verifyTable); err != nil {
-			return err
-		}
-	}
-	logs, err := filepath.Glob(filepath.Join(dir, "*.mem"))
+	logs, err := filepath.Glob(filepath.Join(dir, "*"+logExt))
 	if err != nil {
 		return err
 	}
-	for _, name := range logs {
-		if err := verifyFile(name, verifyLog); err != nil {
-			return err
-		}
+	var files errgroup.Group
+	files.SetLimit(runtime.GOMAXPROCS(0)) // so many files are in memory at a time
+	for id := range manifest.Tables {
+		files.Go(func() error { return verifyFile(table.NewFilename(id, dir), verifyTable) })
 	}
-	return nil
+	for _, name := range logs {
+		files.Go(func() error { return verifyFile(name, verifyLog) })
+	}
+	return files.Wait()
 }
 
 func readManifest(dir string) (m badger.Manifest, err error) {
