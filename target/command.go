@@ -30,7 +30,11 @@ func (c *conn) command(h *iscsi.BHS) error {
 		return nil
 	}
 	t := c.newTask(h)
-	if err := c.check(t); err != nil {
+	err = c.check(t)
+	if err == nil {
+		err = c.attribute(t)
+	}
+	if err != nil {
 		c.finish(t, err)
 		return nil
 	}
@@ -170,7 +174,8 @@ func (c *conn) readNow(h *iscsi.BHS) bool {
 	c.inFlight += place
 	c.w.Reserve(n)
 	c.inFlight -= place
-	if len(c.attention) > 0 || u.conflicts(c, accessRead) || !u.gate.enter() {
+	if len(c.attention) > 0 || u.conflicts(c, accessRead) || u.order.last.Load() != nil ||
+		h.Flags()&iscsi.FlagAttrMask > iscsi.AttrSimple || !u.gate.enter() {
 		return false
 	}
 	defer u.gate.leave()
@@ -216,7 +221,7 @@ func (c *conn) dataIn(r *iscsi.BHS, itt, sn, offset uint32, last bool) {
 
 // start sends a task without data-out on its way. c.mu is held.
 func (c *conn) start(t *task) {
-	if t.op.quick {
+	if t.op.quick && t.behind == nil && t.fence == nil {
 		t.running = true
 		var err error
 		c.unlocked(func() { err = t.perform() })

@@ -94,7 +94,7 @@ func identification(u *unit, group uint16) []byte {
 // extended is VPD page 86h, extended INQUIRY data (SPC-4 7.8.7).
 func extended(u *unit) []byte {
 	b := make([]byte, 60)
-	b[1] = 0x01 // SIMPSUP
+	b[1] = 0x07 // HEADSUP, ORDSUP, SIMPSUP
 	if u.info.VolatileCache {
 		b[2] = 0x01 // V_SUP
 	}

@@ -23,7 +23,9 @@ type task struct {
 // work is what a task is about; it is cleared when the task ends.
 type work struct {
 	c        *conn
-	u        *unit // nil when there is no such logical unit
+	u        *unit  // nil when there is no such logical unit
+	behind   *fence // what it must not begin before; nil nothing
+	fence    *fence // of an ORDERED or HEAD OF QUEUE command
 	op       *operation
 	itt      uint32
 	lunField uint64
@@ -172,6 +174,9 @@ func (t *task) tell() {
 // dispose gives back what the task holds.
 func (c *conn) dispose(t *task) {
 	t.tell()
+	if t.fence != nil {
+		t.u.order.end(t.fence)
+	}
 	for _, b := range [...]*buffer{t.outBuf, t.inBuf, t.early} {
 		if b != nil {
 			b.Release()
@@ -266,6 +271,11 @@ func (t *task) perform() (err error) {
 	}()
 	if t.u == nil || t.op.noAttention {
 		return t.op.handle(t) // reaches no device
+	}
+	if t.behind != nil || t.fence != nil {
+		if err := t.turn(); err != nil {
+			return err
+		}
 	}
 	if !t.u.gate.enter() {
 		return senseBecomingReady
