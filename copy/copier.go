@@ -52,8 +52,9 @@ type Ledger interface {
 	// Begin is called before anything of e is read or looked at. The era it gives
 	// goes with what is copied then.
 	Begin(e lun.Extent) (era uint64)
-	// Invalid gives the runs of e that are not valid, in rising order.
-	Invalid(e lun.Extent) []lun.Extent
+	// Invalid gives the runs of e that are not valid, in rising order; all of them, or
+	// an error.
+	Invalid(e lun.Extent) ([]lun.Extent, error)
 	// Exclude keeps initiators' writes out of e until release is called.
 	Exclude(ctx context.Context, e lun.Extent) (release func(), err error)
 	// TryExclude is Exclude where no write to e is under way; otherwise it reports

@@ -24,9 +24,9 @@ func (c *Copier) copy(ctx context.Context, j job) (done, error) {
 }
 
 func (c *Copier) copyRegion(ctx context.Context, e lun.Extent, d *done) error {
-	need := c.Ledger.Invalid(e)
-	if len(need) == 0 {
-		return nil
+	need, err := c.Ledger.Invalid(e)
+	if err != nil || len(need) == 0 {
+		return err
 	}
 	blank, err := c.blank(ctx, e)
 	if err != nil {
@@ -172,7 +172,10 @@ func (c *Copier) writeSlice(ctx context.Context, buf []byte, whole, slice lun.Ex
 	defer release()
 	var writes errgroup.Group
 	writes.SetLimit(16)
-	still := c.Ledger.Invalid(slice)
+	still, err := c.Ledger.Invalid(slice)
+	if err != nil {
+		return err
+	}
 	for _, run := range still {
 		err = splitZeroes(c.part(buf, whole, run), run, c.info.BlockSize, func(p []byte, e lun.Extent, zero bool) error {
 			if zero {
@@ -252,7 +255,11 @@ func (c *Copier) copyHole(ctx context.Context, e lun.Extent, d *done) error {
 // zeroPart makes the blocks of part that are not valid read as zeroes on the
 // destination; initiators' writes to it are kept out.
 func (c *Copier) zeroPart(ctx context.Context, part lun.Extent, blank []lun.Extent, d *done) error {
-	for _, run := range c.Ledger.Invalid(part) {
+	runs, err := c.Ledger.Invalid(part)
+	if err != nil {
+		return err
+	}
+	for _, run := range runs {
 		if !inside(blank, run) {
 			if err := c.Destination.WriteZeroes(ctx, run); err != nil {
 				return fmt.Errorf("zero %v of the destination: %w", run, err)

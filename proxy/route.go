@@ -312,7 +312,7 @@ func (l *ledger) Begin(e lun.Extent) (era uint64) {
 	return l.destination.Resets()
 }
 
-func (l *ledger) Invalid(e lun.Extent) []lun.Extent {
+func (l *ledger) Invalid(e lun.Extent) ([]lun.Extent, error) {
 	var runs []lun.Extent
 	err := l.flags.Runs(state.Valid, run(e), func(r state.Run, valid bool) bool {
 		if !valid {
@@ -321,9 +321,9 @@ func (l *ledger) Invalid(e lun.Extent) []lun.Extent {
 		return true
 	})
 	if err != nil {
-		(*Volume)(l).unknown(err)
+		return nil, (*Volume)(l).unknown(err)
 	}
-	return runs // as far as is known: what is left out stays missing
+	return runs, nil
 }
 
 func (l *ledger) Exclude(ctx context.Context, e lun.Extent) (func(), error) {

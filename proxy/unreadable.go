@@ -41,7 +41,11 @@ func (v *Volume) unreadable() []lun.Extent {
 	v.mu.Unlock()
 	var left []lun.Extent
 	for _, r := range known {
-		left = append(left, (*ledger)(v).Invalid(extent(r))...)
+		invalid, err := (*ledger)(v).Invalid(extent(r))
+		if err != nil { // shown by the volume; what is not known counts as not read
+			invalid = []lun.Extent{extent(r)}
+		}
+		left = append(left, invalid...)
 	}
 	return left
 }
@@ -89,7 +93,8 @@ func (l *ledger) zero(ctx context.Context, e lun.Extent) error {
 		}
 		var zeroed []copier.Copied
 		era := l.Begin(e)
-		for _, part := range l.Invalid(e) {
+		parts, err := l.Invalid(e)
+		for _, part := range parts {
 			err = errors.Join(err, l.destination.WriteZeroes(ctx, part))
 			zeroed = append(zeroed, copier.Copied{Extent: part, Era: era})
 		}
@@ -97,7 +102,10 @@ func (l *ledger) zero(ctx context.Context, e lun.Extent) error {
 		if err == nil {
 			err = l.Commit(ctx, zeroed)
 		}
-		if err != nil || len(l.Invalid(e)) == 0 {
+		if err != nil {
+			return err
+		}
+		if left, err := l.Invalid(e); err != nil || len(left) == 0 {
 			return err
 		}
 	}

@@ -179,7 +179,10 @@ func (x *verification) allocated(ctx context.Context) ([]lun.Extent, error) {
 
 // chunk compares what initiators did not write of e.
 func (x *verification) chunk(ctx context.Context, e lun.Extent) error {
-	clean := x.clean(e)
+	clean, err := x.clean(e)
+	if err != nil {
+		return err
+	}
 	left := e.Blocks
 	for _, c := range clean {
 		left -= c.Blocks
@@ -202,18 +205,21 @@ func (x *verification) chunk(ctx context.Context, e lun.Extent) error {
 }
 
 // clean gives the runs of e that no initiator wrote and that were not given up.
-func (x *verification) clean(e lun.Extent) []lun.Extent {
+func (x *verification) clean(e lun.Extent) ([]lun.Extent, error) {
 	out := []lun.Extent{}
-	x.v.flags.Runs(state.Dirty, run(e), func(r state.Run, dirty bool) bool {
+	err := x.v.flags.Runs(state.Dirty, run(e), func(r state.Run, dirty bool) bool {
 		if !dirty {
 			out = append(out, extent(r))
 		}
 		return true
 	})
+	if err != nil {
+		return nil, x.v.unknown(err)
+	}
 	for _, lost := range x.accepted {
 		out = lun.Subtract(out, lost)
 	}
-	return out
+	return out, nil
 }
 
 // look is differ as a command of its own.
@@ -271,7 +277,11 @@ func (x *verification) confirm(ctx context.Context, e lun.Extent) error {
 		return err
 	}
 	defer x.v.writes.Unlock(held)
-	for _, c := range x.clean(e) {
+	clean, err := x.clean(e)
+	if err != nil {
+		return err
+	}
+	for _, c := range clean {
 		differ, err := x.differ(ctx, c)
 		if err != nil {
 			return err
