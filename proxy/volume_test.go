@@ -33,6 +33,7 @@ type rig struct {
 	dir                 string
 	source, destination *luntest.Memory
 	cfg                 Config
+	bitmapMemory        uint64 // state.Options.BitmapMemory
 	store               *state.Store
 	vol                 *Volume
 }
@@ -59,7 +60,7 @@ type fataler interface {
 
 func (r *rig) open(t fataler) *Volume {
 	t.Helper()
-	store, err := state.Open(r.dir, state.Options{Log: quiet()})
+	store, err := state.Open(r.dir, state.Options{Log: quiet(), BitmapMemory: r.bitmapMemory})
 	if err != nil {
 		t.Fatal(err)
 	}
