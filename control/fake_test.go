@@ -113,7 +113,7 @@ func (f *fakeVolume) Wait(ctx context.Context, p proxy.Phase) error {
 }
 
 // serveFakes serves the control interface for the volumes and gives its client.
-func serveFakes(t *testing.T, volumes ...*fakeVolume) (*Client, *Service) {
+func serveFakes(t testing.TB, volumes ...*fakeVolume) (*Client, *Service) {
 	t.Helper()
 	log := logrus.New()
 	log.SetOutput(io.Discard)

@@ -434,6 +434,7 @@ func FuzzReader(f *testing.F) {
 
 func FuzzText(f *testing.F) {
 	f.Add([]byte("InitiatorName=iqn.x\x00SessionType=Normal\x00"))
+	f.Add([]byte("CHAP_A=5\x00CHAP_I=1\x00CHAP_C=0x00112233445566778899aabbccddeeff\x00CHAP_N=x\x00CHAP_R=0x00112233445566778899aabbccddeeff\x00"))
 	f.Fuzz(func(t *testing.T, b []byte) {
 		pairs, err := ParseText(b)
 		if err != nil {
@@ -453,6 +454,10 @@ func FuzzText(f *testing.F) {
 		n.Finish()
 		if p := n.Params; p.MaxBurstLength < 512 || p.PeerMaxRecv < 512 || p.FirstBurstLength > p.MaxBurstLength || p.MaxOutstandingR2T == 0 {
 			t.Fatalf("%+v", p)
+		}
+		i := CHAPInitiator{Own: Credentials{"", "secret"}, Target: Credentials{"", "other"}}
+		if _, err := i.Answer(pairs); err == nil && (i.Check(pairs) == nil || i.Done()) {
+			t.Fatal("the target is proven without the secret")
 		}
 		r := CHAPTarget{Initiator: Credentials{"", "secret"}, Own: Credentials{"", "other"}}
 		if _, err := r.Challenge(pairs); err == nil {
