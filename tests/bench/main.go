@@ -72,7 +72,7 @@ func run() error {
 	if err := b.build(); err != nil {
 		return err
 	}
-	where := machine()
+	where := fmt.Sprintf("%s; rounds: %d of %v; load average before: %s", machine(), b.rounds, b.span, busy())
 	fmt.Println(where)
 	fmt.Println()
 	for _, part := range []struct {
@@ -139,6 +139,16 @@ func (b *bench) subdir() (string, error) {
 	b.made++
 	dir := filepath.Join(b.state, fmt.Sprint(b.made))
 	return dir, os.Mkdir(dir, 0o700)
+}
+
+// busy is the load average of the last minute: what else runs takes its share.
+func busy() string {
+	text, err := os.ReadFile("/proc/loadavg")
+	if err != nil {
+		return "unknown"
+	}
+	first, _, _ := strings.Cut(string(text), " ")
+	return first
 }
 
 // machine is one line on what the figures were measured on.
