@@ -224,26 +224,42 @@ func (v *Volume) write(ctx context.Context, e lun.Extent, do func(*unit) error) 
 		return do(v.destination)
 	}
 	// Only a holder of the range or the copier's commit makes blocks valid, so
-	// what is valid here stays so.
-	fresh := !v.flags.All(state.Valid, run(e))
-	flag := func() error {
-		err := v.flags.Set(ctx, state.Valid|state.Dirty, run(e))
+	// what is valid here stays so; what is not may become so by a commit meanwhile.
+	flag := func(kinds state.Kinds, runs ...state.Run) error {
+		err := v.flags.Set(ctx, kinds, runs...)
 		if ctx.Err() == nil {
 			v.fault("state", err)
 		}
 		return err
 	}
-	if !fresh {
-		// A block may be dirty before it is written, so the two go side by side.
-		flagged := make(chan error, 1)
-		go func() { flagged <- flag() }()
-		err := v.writeStable(ctx, false, do)
-		return errors.Join(err, <-flagged)
+	// Dirty before written: a valid block that a crash left written and not dirty would
+	// be taken for a wrong copy of the source.
+	var copied []state.Run
+	fresh := false
+	err := v.flags.Runs(state.Valid, run(e), func(r state.Run, valid bool) bool {
+		if !valid {
+			fresh = true
+		} else if !v.flags.All(state.Dirty, r) {
+			copied = append(copied, r)
+		}
+		return true
+	})
+	if err != nil {
+		return err
 	}
-	err := v.writeStable(ctx, true, do)
+	if len(copied) > 0 {
+		if err := flag(state.Dirty, copied...); err != nil {
+			return err
+		}
+		failpoint.Here("write.dirty")
+	}
+	if !fresh {
+		return v.writeStable(ctx, false, do)
+	}
+	err = v.writeStable(ctx, true, do)
 	if err == nil {
 		failpoint.Here("write.stable")
-		err = flag()
+		err = flag(state.Valid|state.Dirty, run(e))
 		failpoint.Here("write.flagged")
 	}
 	if err != nil {
