@@ -94,11 +94,12 @@ max_burst_length = "16MiB"
 first_burst_length = 512
 max_outstanding_r2t = 23
 text_length = "24KiB"
+flag_memory = "5MiB"
 `+minimal).Service.Limits
 	want := Limits{
 		Connections: 11, ConnectionsPerAddress: 12, ConnectionsLoggingIn: 10, SessionsPerVolume: 13, CommandsPerSession: 14, BytesInFlight: 65 << 20,
 		InitiatorLoginTimeout: 16 * time.Second, LoginFailures: 17, DataTimeout: 18 * time.Second, NopInterval: 19 * time.Second,
-		MaxRecvDataSegmentLength: 20 << 10, MaxBurstLength: 1<<24 - 1, FirstBurstLength: 512, MaxOutstandingR2T: 23, TextLength: 24 << 10,
+		MaxRecvDataSegmentLength: 20 << 10, MaxBurstLength: 1<<24 - 1, FirstBurstLength: 512, MaxOutstandingR2T: 23, TextLength: 24 << 10, FlagMemory: 5 << 20,
 	}
 	if got != want {
 		t.Errorf("got %+v, want %+v", got, want)
@@ -124,6 +125,7 @@ func TestFaultsOfLimits(t *testing.T) {
 		"max_burst_length = '17MiB'":            "is 17MiB; it is from 512B to 16MiB",
 		"first_burst_length = '2MiB'":           "is more than max_burst_length (1MiB)",
 		"max_outstanding_r2t = 65":              "is 65; it is from 1 to 64",
+		"flag_memory = '2KiB'":                  "is 2KiB; it is from 1MiB to 1TiB",
 		"text_length = '2MiB'":                  "is 2MiB; it is from 8KiB to 1MiB",
 		"login_timeout = '15s'":                 "there is no such setting",
 		"max_burst_length = 99999999999999999":  "it is from 512B to 16MiB",

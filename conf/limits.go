@@ -44,6 +44,10 @@ type Limits struct {
 	MaxOutstandingR2T uint32
 	// TextLength is the longest text of a login or a text request, 8 KiB to 1 MiB.
 	TextLength Size
+	// FlagMemory bounds the bitmaps of partly written regions that are held in memory,
+	// of all volumes together, 1 MiB to 1 TiB. The rest is read from the state
+	// directory when it is asked for.
+	FlagMemory Size
 }
 
 // maxSegment is the greatest length that keys of RFC 7143 13.12 to 13.14 take, in
@@ -67,6 +71,7 @@ func defaultLimits() Limits {
 		FirstBurstLength:         256 << 10,
 		MaxOutstandingR2T:        8,
 		TextLength:               64 << 10,
+		FlagMemory:               64 << 20,
 	}
 }
 
@@ -97,6 +102,7 @@ func limitSettings(l *Limits) []setting {
 		{"first_burst_length", segment(&l.FirstBurstLength)},
 		{"max_outstanding_r2t", integer(&l.MaxOutstandingR2T, 1, 64)},
 		{"text_length", sizeWithin(&l.TextLength, 8<<10, 1<<20)},
+		{"flag_memory", sizeWithin(&l.FlagMemory, 1<<20, 1<<40)},
 	}
 }
 

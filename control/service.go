@@ -92,7 +92,10 @@ func New(ctx context.Context, cfg *conf.Config, o Options) (_ *Service, err erro
 			return nil, err
 		}
 	}
-	if s.store, err = state.Open(cfg.Service.State, state.Options{Log: o.Log}); err != nil {
+	if s.store, err = state.Open(cfg.Service.State, state.Options{
+		Log:          o.Log,
+		BitmapMemory: uint64(cfg.Service.Limits.FlagMemory),
+	}); err != nil {
 		return nil, err
 	}
 	if s.target, err = target.New(targetConfig(cfg.Service, o.Log)); err != nil {
