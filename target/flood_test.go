@@ -157,7 +157,7 @@ func TestFloodOfOneSessionDisturbsNoOther(t *testing.T) {
 			<-started
 			<-started
 			victim.nc.SetDeadline(time.Now().Add(2 * time.Minute))
-			for n := range 100 {
+			for n := range 30 {
 				out := bytes.Repeat([]byte{byte(n + 1)}, 512)
 				lba := uint64(n % 64)
 				if r := victim.do(rw16(0x8a, lba, 1), out, 0); r.status != iscsi.StatusGood {
