@@ -9,7 +9,7 @@ FUZZMINIMIZE ?= 10x
 SEED ?=
 DURATION ?= 10m
 
-.PHONY: all build torture demo tools test race vm bench fuzz fmt lint clean
+.PHONY: all build torture demo tools test race vm bench conformance fuzz fmt lint clean
 
 all: build
 
@@ -37,6 +37,9 @@ bench: build      ## lunshift against tgtd, istgt, gotgt and qemu-img, as ratios
 
 torture: tools    ## crashes in every phase, at least 200 and for DURATION, every block checked (SEED, DURATION=10m)
 	@LUNSHIFT_TORTURE=$(DURATION) LUNSHIFT_TORTURE_SEED=$(SEED) go test -C tests/torture -count 1 -timeout 24h
+
+conformance: tools build ## libiscsi's suite against lunshift in every phase and against tgtd
+	go run ./tests/conformance
 
 fuzz:             ## every fuzz target for 30 seconds each (FUZZTIME=5m for longer)
 	@for dir in $$(grep -rl --include='*_test.go' '^func Fuzz' . | xargs -n1 dirname | sort -u); do \

@@ -6,6 +6,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"testing"
+	"time"
 
 	"lunshift/tests/peer"
 )
@@ -37,71 +38,32 @@ func TestMain(m *testing.M) {
 // copy, over units of 512-byte and of 4096-byte blocks.
 func TestSuiteAnswersTheSameInEveryPhase(t *testing.T) {
 	peer.Need(t, tool)
-	for _, block := range []int{512, 4096} {
-		t.Run(fmt.Sprint(block), func(t *testing.T) {
-			t.Parallel()
-			s := serve(t, block)
-			list := exceptionsOf(block)
-			var before []testCase
-			for _, phase := range phases {
-				if err := s.enter(t.Context(), phase); err != nil {
-					t.Fatal(err)
-				}
-				cases, err := runSuite(t.Context(), s.urls...)
-				if err != nil {
-					t.Errorf("%s: %v", phase, err)
-				}
-				for i, c := range cases {
-					if f := fault(c, list); f != "" {
-						t.Errorf("%s: %s", phase, f)
-					} else if before != nil && before[i].Outcome != c.Outcome {
-						t.Errorf("%s: %s.%s: %s, was %s in phase %s", phase, c.Family, c.ID(), c.Outcome, before[i].Outcome, phases[0])
-					}
-				}
-				if before == nil {
-					before = cases
-				}
-				if err := s.still(t.Context(), phase); err != nil {
-					t.Error(err)
-				}
-			}
-			if err := s.stop(); err != nil {
-				t.Error(err)
-			}
-			// Whatever the suite wrote, in whatever phase, is on both.
-			if err := sameContent(s.source, s.destination); err != nil {
-				t.Error(err)
-			}
-		})
-	}
-}
-
-// serve is startService for a test, which ends with no error in the service's log.
-func serve(t *testing.T, block int) *service {
-	t.Helper()
 	// The control socket's path must fit sun_path, which t.TempDir may not.
 	dir, err := os.MkdirTemp("", "conf")
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { os.RemoveAll(dir) })
-	s, err := startService(t.Context(), binary, dir, block)
-	if err != nil {
-		t.Fatal(err)
+	runs := lunshiftRuns(t.Context(), binary, dir, 10*time.Minute)
+	ready := map[int][]testCase{}
+	for _, r := range runs {
+		for _, f := range r.faults() {
+			t.Errorf("%s: %s", r.title, f)
+		}
+		if r.phase == phases[0] {
+			ready[r.block] = r.cases
+		}
+		before := ready[r.block]
+		if len(r.cases) == 0 || len(r.cases) != len(before) {
+			t.Errorf("%s: %d cases, %d in phase %s", r.title, len(r.cases), len(before), phases[0])
+			continue
+		}
+		for i, c := range r.cases {
+			if before[i].Outcome != c.Outcome {
+				t.Errorf("%s: %s.%s: %s, in phase %s %s", r.title, c.Family, c.ID(), c.Outcome, phases[0], before[i].Outcome)
+			}
+		}
 	}
-	t.Cleanup(func() {
-		if err := s.stop(); err != nil {
-			t.Error(err)
-		}
-		lines, err := s.faults()
-		if err != nil {
-			t.Error(err)
-		}
-		for _, line := range lines {
-			t.Errorf("the service logged %s", line)
-		}
-	})
-	return s
 }
 
 const sample = `    [SKIPPED] PERSISTENT RESERVE IN is not implemented.

@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 
@@ -33,6 +34,8 @@ func main() {
 // run is one run of the suite.
 type run struct {
 	title string
+	block int
+	phase string
 	list  []exception
 	cases []testCase
 	err   error
@@ -46,18 +49,7 @@ func report(ctx context.Context, w io.Writer, binary string, bound time.Duration
 		return err
 	}
 	defer os.RemoveAll(dir)
-	var ours []run
-	for _, block := range []int{512, 4096} {
-		list := exceptionsOf(block)
-		runs, err := lunshiftRuns(ctx, binary, filepath.Join(dir, fmt.Sprint(block)), block, bound)
-		if err != nil {
-			return err
-		}
-		for i := range runs {
-			runs[i].list = list
-		}
-		ours = append(ours, runs...)
-	}
+	ours := lunshiftRuns(ctx, binary, dir, bound)
 	theirs, err := tgtdRun(ctx, dir, bound)
 	if err != nil {
 		return err
@@ -67,19 +59,48 @@ func report(ctx context.Context, w io.Writer, binary string, bound time.Duration
 	details(w, all)
 	var faults []error
 	for _, r := range ours {
-		if r.err != nil {
-			faults = append(faults, fmt.Errorf("%s: %w", r.title, r.err))
-		}
-		for _, c := range r.cases {
-			if f := fault(c, r.list); f != "" {
-				faults = append(faults, fmt.Errorf("%s: %s", r.title, f))
-			}
+		for _, f := range r.faults() {
+			faults = append(faults, fmt.Errorf("%s: %s", r.title, f))
 		}
 	}
 	return errors.Join(faults...)
 }
 
-func lunshiftRuns(ctx context.Context, binary, dir string, block int, bound time.Duration) (runs []run, err error) {
+// faults says what is wrong with a run of lunshift.
+func (r run) faults() []string {
+	var list []string
+	if r.err != nil {
+		list = append(list, r.err.Error())
+	}
+	for _, c := range r.cases {
+		if f := fault(c, r.list); f != "" {
+			list = append(list, f)
+		}
+	}
+	return list
+}
+
+// lunshiftRuns runs the suite in every phase over both block lengths, each over a service
+// of its own and all at once: the suite sleeps for most of its time.
+func lunshiftRuns(ctx context.Context, binary, dir string, bound time.Duration) []run {
+	var runs []run
+	for _, block := range []int{512, 4096} {
+		for _, phase := range phases {
+			runs = append(runs, run{title: fmt.Sprintf("lunshift, %d-byte blocks, %s", block, phase), block: block, phase: phase, list: exceptionsOf(block)})
+		}
+	}
+	var all sync.WaitGroup
+	for i := range runs {
+		r := &runs[i]
+		all.Go(func() {
+			r.cases, r.err = lunshiftRun(ctx, binary, filepath.Join(dir, fmt.Sprintf("%d%s", r.block, r.phase)), r.block, r.phase, bound)
+		})
+	}
+	all.Wait()
+	return runs
+}
+
+func lunshiftRun(ctx context.Context, binary, dir string, block int, phase string, bound time.Duration) (cases []testCase, err error) {
 	if err := os.Mkdir(dir, 0o700); err != nil {
 		return nil, err
 	}
@@ -88,15 +109,11 @@ func lunshiftRuns(ctx context.Context, binary, dir string, block int, bound time
 		return nil, err
 	}
 	defer func() { err = errors.Join(err, s.stop()) }()
-	for _, phase := range phases {
-		if err := s.enter(ctx, phase); err != nil {
-			return nil, err
-		}
-		r := run{title: fmt.Sprintf("lunshift, %d-byte blocks, %s", block, phase)}
-		r.cases, r.err = bounded(ctx, bound, s.urls...)
-		runs = append(runs, r)
+	if err := s.enter(ctx, phase); err != nil {
+		return nil, err
 	}
-	return runs, nil
+	cases, err = bounded(ctx, bound, s.urls...)
+	return cases, errors.Join(err, s.leave(ctx, phase))
 }
 
 func tgtdRun(ctx context.Context, dir string, bound time.Duration) (r run, err error) {
