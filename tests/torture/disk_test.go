@@ -24,8 +24,10 @@ const (
 // disk is a file system in memory that knows what was synced. Cut makes of it what a
 // power loss leaves: what was synced, and of the rest nothing, or some sectors.
 //
-// A file's content and size are durable once it is synced, a name once its directory
-// is. The kernel's page cache stays on, so that files can be mapped; what it has not
+// A file's content and size are durable once it is synced, and so is the name that it was
+// created with, as on ext4, XFS and btrfs; every other change of names is once its
+// directory is synced. (POSIX promises less of a new name. Badger relies on it for its
+// tables.) The kernel's page cache stays on, so that files can be mapped; what it has not
 // written back yet was never synced, and goes to files that nobody can reach any more.
 type disk struct {
 	dir string // where it is mounted
@@ -46,6 +48,9 @@ type inode struct {
 
 	data  []byte
 	holes map[int64]bool // pages without storage
+	// parent and name are where it was created; nil once that is durable.
+	parent *inode
+	name   string
 	// before is what each page changed since the last sync held then, zeroes beyond
 	// the end, nil for a hole; synced is the size then.
 	before map[int64][]byte
@@ -219,6 +224,18 @@ func (in *inode) sync() {
 	}
 	clear(in.before)
 	in.synced = int64(len(in.data))
+	if in.parent == nil {
+		return
+	}
+	for _, c := range in.parent.log {
+		made := c[in.name] == in
+		delete(c, in.name)
+		if made {
+			in.parent.names[in.name] = in
+			break
+		}
+	}
+	in.parent = nil
 }
 
 // touch keeps what the pages of [from, to) held before they change.
@@ -359,6 +376,7 @@ func (n *node) create(ctx context.Context, name string, mode uint32, out *fuse.E
 		return nil, syscall.EIO
 	}
 	in := n.d.newInode(mode)
+	in.parent, in.name = n.inode(), name
 	n.inode().rename(change{name: in})
 	return n.child(ctx, in, out), 0
 }

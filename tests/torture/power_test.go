@@ -46,9 +46,10 @@ func writeAndDie(dir string) error {
 	written.WriteAt([]byte("newer!"), 0)
 	copy(m, "newer!")
 	copy(m[page:], "more")
-	nameless := file("nameless")
-	nameless.WriteAt([]byte("synced"), 0)
-	nameless.Sync()
+	file("new").WriteAt([]byte("never synced"), 0)
+	fresh := file("fresh")
+	fresh.WriteAt([]byte("synced"), 0)
+	fresh.Sync()
 	os.Rename(filepath.Join(dir, "written"), filepath.Join(dir, "renamed"))
 	unix.Kill(os.Getpid(), unix.SIGKILL)
 	select {}
@@ -75,13 +76,13 @@ func TestDiskForgetsWhatWasNotSynced(t *testing.T) {
 	d.gen++
 	d.root = d.leave(d.root, rand.New(rand.NewPCG(1, 1)), 0, map[*inode]*inode{})
 	d.mu.Unlock()
-	for _, name := range []string{"written", "mapped"} {
+	for _, name := range []string{"written", "mapped", "fresh"} {
 		b, err := os.ReadFile(filepath.Join(dir, name))
 		if err != nil || string(b[:6]) != "synced" || !allZero(b[6:]) {
 			t.Errorf("%s after the power loss: %q, %v", name, b[:min(len(b), 16)], err)
 		}
 	}
-	for _, name := range []string{"nameless", "renamed"} {
+	for _, name := range []string{"new", "renamed"} {
 		if _, err := os.Stat(filepath.Join(dir, name)); err == nil {
 			t.Errorf("the name %s was never synced, and is there", name)
 		}
@@ -127,6 +128,10 @@ func powerLife(t *testing.T, rng *rand.Rand, sum *sum) {
 func (l *life) startPaused() {
 	ctx := l.t.Context()
 	startVolume(ctx, l.s)
+	// The start flushes the source, which takes no more writes.
+	for i := range l.o.cells {
+		l.o.cells[i].flushed()
+	}
 	st, err := l.s.client.Pause(ctx, volumeName)
 	must(l.t, err)
 	// Without initiators the copier takes the regions in rising order.
