@@ -7,6 +7,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -124,9 +125,13 @@ func powerLife(t *testing.T, rng *rand.Rand, sum *sum) {
 	t.Logf("%d pages lost", d.lost)
 }
 
-// startPaused starts the volume while nobody writes and pauses the copy at once.
+// startPaused starts the volume after some writes to its source and pauses the copy at
+// once.
 func (l *life) startPaused() {
 	ctx := l.t.Context()
+	w := l.work()
+	time.Sleep(100 * time.Millisecond)
+	w.drain()
 	startVolume(ctx, l.s)
 	// The start flushes the source, which takes no more writes.
 	for i := range l.o.cells {
