@@ -56,8 +56,12 @@ var (
 // A crash may cut these calls short; what came of them is seen after the restart.
 func startVolume(ctx context.Context, s *service) { s.client.Start(ctx, volumeName) }
 func unthrottle(ctx context.Context, s *service)  { s.client.Throttle(ctx, volumeName, 0) }
+
+// cutOver leaves the comparison of a sample out: a crash between a first write and its
+// flag, just when a copy of the block is flagged, leaves a block that differs though no
+// promise is broken (docs/reliability.md).
 func cutOver(ctx context.Context, s *service) {
-	s.client.Cutover(ctx, volumeName, proxy.CutoverOptions{})
+	s.client.Cutover(ctx, volumeName, proxy.CutoverOptions{NoVerify: true})
 }
 
 // sum is what a test did.
