@@ -163,13 +163,16 @@ func (s *service) enter(ctx context.Context, phase string) error {
 }
 
 // leave ends the service. A migration is done with first: what the suite did must not keep
-// the copy from its end.
+// the copy from its end, and what it did not write must be the same on both sides.
 func (s *service) leave(ctx context.Context, phase string) error {
 	err := s.still(ctx, phase)
 	if phase == "migrating" && err == nil {
 		_, one := s.run(ctx, "throttle", volumeName, "--rate", "0")
 		_, two := s.run(ctx, "resume", volumeName)
 		err = errors.Join(one, two, s.until(ctx, func(st status) bool { return st.Phase == "synced" }))
+	}
+	if phase != "ready" && err == nil {
+		_, err = s.run(ctx, "verify", volumeName)
 	}
 	err = errors.Join(err, s.stop())
 	if lines, e := s.faults(); e != nil || len(lines) > 0 {
