@@ -244,9 +244,8 @@ func (o *oracle) which(p []byte, lba uint64) (value, bool) {
 }
 
 // TestHistoriesAreLinearizable records what clients of a few hot blocks see while the
-// service is killed and the volume changes its phase under them. It caught, in its first
-// run each: writes without the range lock; a start that does not wait for the writes under
-// way; a phase that is taken before its record is saved.
+// service is killed and the volume changes its phase under them. It caught
+// writes without the range lock in its first run.
 func TestHistoriesAreLinearizable(t *testing.T) {
 	peer.Need(t, "tgtd", "tgtadm")
 	r := tierOf(t, 1, 10)
