@@ -30,6 +30,7 @@ type file struct {
 	punch  bool        // fallocate PUNCH_HOLE works
 	failed atomic.Bool // an fdatasync failed
 	nowait atomic.Bool // preadv2 RWF_NOWAIT works
+	whole  stripes     // keep blocks whole: a read sees none that is half written
 }
 
 func openFile(path string, opts Options) (Device, error) {
@@ -114,6 +115,9 @@ func (f *file) ReadAt(ctx context.Context, p []byte, start LBA) error {
 		return err
 	}
 	defer f.open.RUnlock()
+	off, n := int64(start)*int64(f.info.BlockSize), int64(len(p))
+	f.whole.rlock(off, n)
+	defer f.whole.runlock(off, n)
 	return preadAll(ctx, f.fd, p, start, &f.info)
 }
 
@@ -122,6 +126,14 @@ func (f *file) WriteAt(ctx context.Context, p []byte, start LBA) error {
 		return err
 	}
 	defer f.open.RUnlock()
+	return f.write(ctx, p, start)
+}
+
+// write keeps reads from seeing a block that is half written.
+func (f *file) write(ctx context.Context, p []byte, start LBA) error {
+	off, n := int64(start)*int64(f.info.BlockSize), int64(len(p))
+	f.whole.lock(off, n)
+	defer f.whole.unlock(off, n)
 	return pwriteAll(ctx, f.fd, p, start, &f.info)
 }
 
@@ -134,7 +146,12 @@ func (f *file) TryReadAt(p []byte, start LBA) (bool, error) {
 		return false, err
 	}
 	defer f.open.RUnlock()
-	n, err := preadNoWait(f.fd, p, int64(start)*int64(f.info.BlockSize))
+	off := int64(start) * int64(f.info.BlockSize)
+	if !f.whole.tryRLock(off, int64(len(p))) {
+		return false, nil
+	}
+	defer f.whole.runlock(off, int64(len(p)))
+	n, err := preadNoWait(f.fd, p, off)
 	if errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.ENOSYS) || errors.Is(err, unix.EINVAL) {
 		f.nowait.Store(false)
 	}
@@ -187,7 +204,9 @@ func (f *file) WriteZeroes(ctx context.Context, e Extent) error {
 		if i == 0 && !f.punch {
 			continue
 		}
+		f.whole.lock(off, n)
 		err := retry(func() error { return unix.Fallocate(f.fd, mode, off, n) })
+		f.whole.unlock(off, n)
 		if err == nil {
 			return nil
 		}
@@ -195,9 +214,7 @@ func (f *file) WriteZeroes(ctx context.Context, e Extent) error {
 			return fmt.Errorf("zero %v of %s: %w", e, f.path, writeSense(err, e.Start, true))
 		}
 	}
-	return writeZeroBuffers(ctx, e, &f.info, func(p []byte, at LBA) error {
-		return pwriteAll(ctx, f.fd, p, at, &f.info)
-	})
+	return writeZeroBuffers(ctx, e, &f.info, func(p []byte, at LBA) error { return f.write(ctx, p, at) })
 }
 
 // extentsPerCall bounds what one Extents answers and the time it takes.
