@@ -129,3 +129,48 @@ func BenchmarkDigest(b *testing.B) {
 		})
 	}
 }
+
+// asked records how much each read asks for.
+type asked struct {
+	r     io.Reader
+	sizes []int
+}
+
+func (a *asked) Read(p []byte) (int, error) {
+	a.sizes = append(a.sizes, len(p))
+	return a.r.Read(p)
+}
+
+func TestLongSegmentsAreNotCopied(t *testing.T) {
+	var stream bytes.Buffer
+	var mu sync.Mutex
+	w := NewWriter(&stream, &mu)
+	mu.Lock()
+	sizes := []int{200 << 10, 200 << 10, 70 << 10, 16, 200 << 10}
+	for i, n := range sizes {
+		var h BHS
+		h.SetOpcode(OpDataOut)
+		w.Append(&h, nil, bytes.Repeat([]byte{byte(i + 1)}, n), nil)
+		if err := w.Flush(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	mu.Unlock()
+	a := &asked{r: &stream}
+	r := NewReader(a, 256<<10)
+	r.MaxData = 1 << 20
+	for i, n := range sizes {
+		first := len(a.sizes)
+		if _, err := r.Next(); err != nil {
+			t.Fatal(err)
+		}
+		p := make([]byte, n)
+		if err := r.ReadData(p); err != nil || !bytes.Equal(p, bytes.Repeat([]byte{byte(i + 1)}, n)) {
+			t.Fatalf("segment %d: %v", i, err)
+		}
+		// The first read takes up a part of the second segment as well.
+		if long := i > 1 && sizes[i-1] >= 64<<10; long && (len(a.sizes) == first || a.sizes[first] > 8<<10) {
+			t.Errorf("segment %d behind a long one begins with reads of %v", i, a.sizes[first:])
+		}
+	}
+}

@@ -25,6 +25,9 @@ var (
 	ErrAHS = errors.New("bad additional header segment")
 )
 
+// headerRead is how much is read where a header and long data are expected, in bytes.
+const headerRead = 4096
+
 // maxAHS is how many bytes of additional header a PDU may bring; an extended
 // CDB and a bidirectional length need less (RFC 7143 11.2.2).
 const maxAHS = 1020
@@ -53,6 +56,9 @@ type Reader struct {
 	left       int // bytes of the data segment not taken yet, without padding
 	trailer    int // padding and digest behind them
 	crc        uint32
+	// long says that the data segment was a long one, so that more of the kind are
+	// likely: then little is read beyond a header, and no long segment is copied.
+	long bool
 }
 
 // NewReader makes a Reader with a buffer of size bytes, at least 4096. It accepts
@@ -128,6 +134,7 @@ func (r *Reader) Next() (*BHS, error) {
 		return nil, fmt.Errorf("%v with %d bytes, at most %d: %w", r.bhs.Opcode(), data, r.MaxData, ErrTooLong)
 	}
 	r.left, r.trailer, r.crc = data, 0, 0
+	r.long = data >= r.size/4
 	if data > 0 {
 		r.trailer = -data & 3
 		if r.DataDigest {
@@ -186,7 +193,7 @@ func (r *Reader) ReadData(p []byte) error {
 	n := copy(p, r.buf[r.start:r.end])
 	r.start += n
 	if rest := p[n:]; len(rest) > 0 {
-		if len(rest) >= r.size/2 {
+		if len(rest) >= r.size/2 || r.long && len(rest) >= r.size/8 {
 			r.rest()
 			if _, err := io.ReadFull(r.r, rest); err != nil {
 				return unexpected(err)
@@ -325,6 +332,9 @@ func (r *Reader) more() (int, error) {
 func (r *Reader) room() []byte {
 	if r.buf == nil {
 		r.buf = newBuffer(r.size)
+	}
+	if r.long && r.left == 0 {
+		return r.buf[r.end:min(r.size, r.end+headerRead)]
 	}
 	return r.buf[r.end:]
 }
