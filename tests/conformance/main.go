@@ -112,39 +112,48 @@ func lunshiftRun(ctx context.Context, binary, dir string, block int, phase strin
 	if err := s.enter(ctx, phase); err != nil {
 		return nil, err
 	}
-	cases, err = bounded(ctx, bound, s.urls...)
+	cases, err = bounded(ctx, bound, "", s.urls...)
 	return cases, errors.Join(err, s.leave(ctx, phase))
 }
 
-func tgtdRun(ctx context.Context, dir string, bound time.Duration) (r run, err error) {
+// tgtdRun runs the families one after another, each with a tgtd of its own: tgtd leaves
+// commands without an answer when all run at once.
+func tgtdRun(ctx context.Context, dir string, bound time.Duration) (run, error) {
+	all := run{title: "tgtd, 512-byte blocks"}
+	for _, f := range families {
+		at := filepath.Join(dir, "tgtd-"+f)
+		if err := os.Mkdir(at, 0o700); err != nil {
+			return all, err
+		}
+		cases, err := tgtdFamily(ctx, at, f, bound)
+		all.cases, all.err = append(all.cases, cases...), errors.Join(all.err, err)
+	}
+	return all, nil
+}
+
+func tgtdFamily(ctx context.Context, dir, family string, bound time.Duration) (cases []testCase, err error) {
 	image := filepath.Join(dir, "tgtd.img")
 	if err := thinFile(image, volumeSize, volumeSize/2); err != nil {
-		return r, err
+		return nil, err
 	}
 	d, err := peer.NewTgtd(ctx, dir)
 	if err != nil {
-		return r, err
+		return nil, err
 	}
-	defer func() {
-		if e := d.Close(); r.err == nil {
-			r.err = e
-		}
-	}()
+	defer func() { err = errors.Join(err, d.Close()) }()
 	if err := d.AddTarget(ctx, volumeIQN, []peer.Unit{{Path: image, Thin: true}}); err != nil {
-		return r, err
+		return nil, err
 	}
 	url := d.LUN(volumeIQN, 1).URL()
-	r = run{title: "tgtd, 512-byte blocks"}
-	r.cases, r.err = bounded(ctx, bound, url, url)
-	return r, nil
+	return bounded(ctx, bound, family, url, url)
 }
 
 // bounded is runSuite that ends in bounded time: a target may leave a case without an
 // answer.
-func bounded(ctx context.Context, bound time.Duration, urls ...string) ([]testCase, error) {
+func bounded(ctx context.Context, bound time.Duration, family string, urls ...string) ([]testCase, error) {
 	ctx, cancel := context.WithTimeout(ctx, bound)
 	defer cancel()
-	return runSuite(ctx, urls...)
+	return runSuite(ctx, family, urls...)
 }
 
 // table writes the counts of each family.
@@ -152,20 +161,20 @@ func table(w io.Writer, runs []run) {
 	fmt.Fprintln(w, "| target | family | cases | passed | failed | skipped | not run |")
 	fmt.Fprintln(w, "|---|---|---:|---:|---:|---:|---:|")
 	for _, r := range runs {
-		var families []string
+		var present []string
 		count := map[string]map[outcome]int{}
 		for _, c := range r.cases {
 			for _, f := range []string{c.Family, "together"} {
 				if count[f] == nil {
 					count[f] = map[outcome]int{}
 					if f != "together" {
-						families = append(families, f)
+						present = append(present, f)
 					}
 				}
 				count[f][c.Outcome]++
 			}
 		}
-		for _, f := range append(families, "together") {
+		for _, f := range append(present, "together") {
 			n := count[f]
 			fmt.Fprintf(w, "| %s | %s | %d | %d | %d | %d | %d |\n", r.title, f,
 				n[passed]+n[failed]+n[skipped]+n[missing], n[passed], n[failed], n[skipped], n[missing])

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"regexp"
+	"slices"
 	"strings"
 
 	"lunshift/tests/peer"
@@ -36,17 +37,25 @@ func (c testCase) ID() string { return c.Suite + "." + c.Name }
 // tool is the program of libiscsi that holds the suite.
 const tool = "iscsi-test-cu"
 
-// runSuite runs all families of the suite over the urls, which lead to one logical
-// unit, and gives every case that the suite lists. Where the suite did not get to its
-// end there is an error beside the cases.
-func runSuite(ctx context.Context, urls ...string) ([]testCase, error) {
+// families are those of the suite, in the order in which it runs them.
+var families = []string{"ALL", "SCSI", "iSCSI", "LINUX"}
+
+// runSuite runs one family of the suite, or all if family is empty, over the urls, which
+// lead to one logical unit, and gives every case that the suite lists of it. Where the
+// suite did not get to its end there is an error beside the cases.
+func runSuite(ctx context.Context, family string, urls ...string) ([]testCase, error) {
 	list, err := peer.Run(ctx, tool, "--list")
 	if err != nil {
 		return nil, err
 	}
 	// Without --test all families run.
-	out, err := peer.Run(ctx, tool, append([]string{"--dataloss", "--ignore", "--verbose"}, urls...)...)
+	args := []string{"--dataloss", "--ignore", "--verbose"}
 	cases := parseList(list)
+	if family != "" {
+		args = append(args, "--test="+family)
+		cases = slices.DeleteFunc(cases, func(c testCase) bool { return c.Family != family })
+	}
+	out, err := peer.Run(ctx, tool, append(args, urls...)...)
 	ran, ends := parseOutput(out, cases)
 	switch {
 	case ctx.Err() != nil:
