@@ -6,11 +6,12 @@ import (
 
 	"lunshift/lun/luntest"
 	"lunshift/state"
+	"lunshift/target"
 )
 
 func TestReservationsStayAsLongAsTheVolumeIsTheSame(t *testing.T) {
 	ctx := context.Background()
-	const data = `{"schema":1,"registrations":[{"initiator":"iqn.2026-11.net.example:a","isid":[1,2,3,4,5,6],"portal_group":1,"key":7}]}`
+	const data = `{"schema":2,"registrations":[{"name":"aXFuLjIwMjYtMTEubmV0LmV4YW1wbGU6YQ==","isid":[1,2,3,4,5,6],"portal_group":1,"key":7}]}`
 	r := newRig(t, 1024)
 	kept := func(what, want string) {
 		t.Helper()
@@ -22,6 +23,7 @@ func TestReservationsStayAsLongAsTheVolumeIsTheSame(t *testing.T) {
 	}
 	v := r.open(t)
 	kept("a new volume", "")
+	must(t, v.front().Reservations.Save(ctx, make([]byte, target.MostReservationData)))
 	must(t, v.front().Reservations.Save(ctx, []byte(data)))
 	r.close(t)
 	r.open(t)

@@ -119,13 +119,17 @@ type Unit struct {
 }
 
 // ReservationStore keeps the persistent reservations of one logical unit over a
-// restart. What it keeps is the target's own form.
+// restart. What it keeps is the target's own form, of MostReservationData bytes at most.
 type ReservationStore interface {
 	// Load gives what was saved last; nil where nothing ever was.
 	Load() ([]byte, error)
-	// Save returns once data is on stable storage.
+	// Save returns once data is on stable storage. After an error the store has what it
+	// had, or data.
 	Save(ctx context.Context, data []byte) error
 }
+
+// MostReservationData bounds what a ReservationStore is asked to keep, in bytes.
+const MostReservationData = 512 << 10
 
 // New checks cfg and makes a Server that does not listen yet.
 func New(cfg Config) (*Server, error) {

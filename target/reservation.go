@@ -18,15 +18,20 @@ import (
 // action makes it anew (reservation_out.go), it is saved, and only then does it count.
 
 const (
-	// mostRegistrations bounds the registrations of a unit: as many as sessions that a
+	// sharedRegistrations bounds the registrations of a unit: as many as sessions that a
 	// unit takes by default, twice, because those of initiators that are gone stay. Past
 	// it a REGISTER is refused (SPC-4 5.12.7: INSUFFICIENT REGISTRATION RESOURCES).
-	mostRegistrations = 512
+	sharedRegistrations = 512
+	// mostRegistrations bounds them together with those that have room beyond: of an
+	// initiator that registers itself and of whose name there is none. Only who is
+	// registered can take others out, so a table that is full of initiators that are gone
+	// must let one in.
+	mostRegistrations = 2 * sharedRegistrations
 	// mostDeparted bounds the I_T nexuses that a unit remembers after their session
 	// ended. All that are registered have room.
 	mostDeparted = 2 * mostRegistrations
 	// reservationSchema is the form of what a ReservationStore keeps.
-	reservationSchema = 1
+	reservationSchema = 2
 )
 
 var (
@@ -142,8 +147,9 @@ func (u *unit) conflicts(c *conn, k access) bool {
 
 // reservations is the reservations of one unit.
 type reservations struct {
-	store ReservationStore // may be nil
-	saved []byte           // what the store has; under turn
+	store  ReservationStore // may be nil
+	saved  []byte           // what the store has; under turn
+	unsure bool             // a Save failed: the store may have something else; under turn
 
 	// turn is held, by a value in it, while a command changes reservations, also while it
 	// waits for the store.
@@ -199,7 +205,8 @@ func (r *reservations) begin(ctx context.Context) error {
 func (r *reservations) end() { <-r.turn }
 
 // save puts p on stable storage, where it is to survive a loss of power or replaces
-// something that was. The turn is held.
+// something that was, or may have been: a Save that failed may have kept what it was
+// given all the same. The turn is held.
 func (r *reservations) save(ctx context.Context, p *persistent) error {
 	if r.store == nil {
 		return nil
@@ -208,18 +215,20 @@ func (r *reservations) save(ctx context.Context, p *persistent) error {
 	if err != nil {
 		return err
 	}
-	if string(data) == string(r.saved) {
+	if !r.unsure && string(data) == string(r.saved) {
 		return nil
 	}
+	r.unsure = true
 	if err := r.store.Save(ctx, data); err != nil {
 		return fmt.Errorf("save persistent reservations: %w", err)
 	}
-	r.saved = data
+	r.saved, r.unsure = data, false
 	return nil
 }
 
 // storedReservations is what a ReservationStore keeps: nothing at all where APTPL is
-// zero, as a loss of power ends everything then (SPC-4 5.12.5).
+// zero, as a loss of power ends everything then (SPC-4 5.12.5). With mostRegistrations of
+// the longest names it is shorter than MostReservationData.
 type storedReservations struct {
 	Schema        int                  `json:"schema"`
 	Type          byte                 `json:"type,omitempty"`
@@ -227,11 +236,11 @@ type storedReservations struct {
 }
 
 type storedRegistration struct {
-	Initiator string     `json:"initiator"`
-	ISID      iscsi.ISID `json:"isid"`
-	Group     uint16     `json:"portal_group"`
-	Key       uint64     `json:"key"`
-	Holder    bool       `json:"holder,omitempty"`
+	Name   []byte     `json:"name"` // of the initiator, byte for byte: it need not be UTF-8
+	ISID   iscsi.ISID `json:"isid"`
+	Group  uint16     `json:"portal_group"`
+	Key    uint64     `json:"key"`
+	Holder bool       `json:"holder,omitempty"`
 }
 
 func encodeReservations(p *persistent) ([]byte, error) {
@@ -240,7 +249,7 @@ func encodeReservations(p *persistent) ([]byte, error) {
 	}
 	s := storedReservations{Schema: reservationSchema, Type: p.kind}
 	for _, r := range p.regs {
-		s.Registrations = append(s.Registrations, storedRegistration{r.name, r.isid, r.group, r.key, r.holder})
+		s.Registrations = append(s.Registrations, storedRegistration{[]byte(r.name), r.isid, r.group, r.key, r.holder})
 	}
 	return json.Marshal(s)
 }
@@ -266,7 +275,7 @@ func decodeReservations(u *unit, data []byte) (*persistent, error) {
 	p.byNexus = map[nexus]int{}
 	holders := 0
 	for _, r := range s.Registrations {
-		n := u.named(nexus{r.Initiator, r.ISID, r.Group})
+		n := u.named(nexus{string(r.Name), r.ISID, r.Group})
 		if r.Key == 0 || n.name == "" {
 			return nil, fmt.Errorf("a registration of %q with key %d", n.name, r.Key)
 		}

@@ -87,16 +87,26 @@ func persistentReserveOut(t *task) error {
 // change does a service action. The turn to change reservations is held.
 func (u *unit) change(ctx context.Context, c *conn, q *prRequest) (preempted []nexus, err error) {
 	r := u.reserved
+	r.mu.Lock()
+	reserved := r.reserver != nil
+	r.mu.Unlock()
+	if reserved {
+		// A RESERVE that came while the parameter list was on its way; from here on none
+		// gets the turn.
+		return nil, lun.ErrConflict
+	}
 	old := r.persistent.Load()
 	out, err := old.serve(q)
 	if err != nil {
 		return nil, err
 	}
-	if out.persistent == old {
-		return nil, nil
-	}
+	// What changes nothing is saved as well: it is answered with GOOD, and a Save that
+	// failed may have left something else.
 	if err := r.save(ctx, out.persistent); err != nil {
 		return nil, err
+	}
+	if out.persistent == old {
+		return nil, nil
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -128,7 +138,7 @@ func (u *unit) tell(s *Server, n notice) {
 }
 
 // abortTasks ends the tasks that preempted I_T nexuses have in the unit, all but t, and
-// returns when they have ended (SPC-4 5.12.11.5).
+// their copies that reach it, and returns when they have ended (SPC-4 5.12.11.5).
 func (u *unit) abortTasks(t *task, preempted []nexus) error {
 	b := &barrier{}
 	for _, o := range t.c.srv.sessions(u.IQN) {
@@ -136,16 +146,16 @@ func (u *unit) abortTasks(t *task, preempted []nexus) error {
 			continue
 		}
 		o.mu.Lock()
-		cleared := false
 		for _, x := range o.tasks {
-			if x != t && x.u == u {
-				x.join(b)
-				x.abort()
-				cleared = true
+			if x == t || x.u != u && !slices.Contains(x.reaches, u) {
+				continue
 			}
-		}
-		if cleared && o != t.c && !o.closing {
-			o.attend(u.LUN, attnCleared)
+			of := x.u.LUN
+			x.join(b)
+			x.abort()
+			if o != t.c && !o.closing {
+				o.attend(of, attnCleared)
+			}
 		}
 		o.mu.Unlock()
 	}
@@ -372,13 +382,13 @@ func (o *outcome) indexed() *outcome {
 	return o
 }
 
-// put registers an I_T nexus or changes its key.
-func (o *outcome) put(n nexus, key uint64) error {
+// put registers an I_T nexus or changes its key, as long as there are fewer than most.
+func (o *outcome) put(n nexus, key uint64, most int) error {
 	if r := o.find(n); r != nil {
 		r.key = key
 		return nil
 	}
-	if len(o.regs) >= mostRegistrations {
+	if len(o.regs) >= most {
 		return senseNoRegistrations
 	}
 	o.regs = append(o.regs, registration{nexus: n, key: key})
@@ -457,10 +467,15 @@ func (p *persistent) register(q *prRequest, reg *registration) (*outcome, error)
 			return nil, senseParamField
 		}
 	}
-	for _, n := range append(all, q.specified...) {
-		if err := out.put(n, q.newKey); err != nil {
+	most := sharedRegistrations
+	if !slices.ContainsFunc(p.regs, func(r registration) bool { return r.name == q.from.name }) {
+		most = mostRegistrations
+	}
+	for _, n := range append(all, q.specified...) { // q.from comes first
+		if err := out.put(n, q.newKey, most); err != nil {
 			return nil, err
 		}
+		most = sharedRegistrations
 	}
 	return out, nil
 }
@@ -527,7 +542,7 @@ func (p *persistent) move(q *prRequest, reg *registration) (*outcome, error) {
 		out.kind = 0
 		out.remove(q.from, func(r *registration) bool { return r.nexus == q.from })
 	}
-	if err := out.put(q.to, q.newKey); err != nil {
+	if err := out.put(q.to, q.newKey, sharedRegistrations); err != nil {
 		return nil, err
 	}
 	out.hold(q.to, p.kind)

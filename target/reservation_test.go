@@ -664,8 +664,9 @@ func TestUnreadableReservationsAreNotTakenForNone(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer s.Close()
-	for _, data := range []string{"{", `{"schema":2}`, `{"schema":1,"type":2}`, `{"schema":1,"type":1}`,
-		`{"schema":1,"type":1,"registrations":[{"initiator":"a","key":1}]}`, `{"schema":1,"registrations":[{"initiator":"a"}]}`} {
+	for _, data := range []string{"{", `{"schema":1}`, `{"schema":3}`, `{"schema":2,"type":2}`, `{"schema":2,"type":1}`,
+		`{"schema":2,"type":1,"registrations":[{"name":"YQ==","key":1}]}`, `{"schema":2,"registrations":[{"name":"YQ=="}]}`,
+		`{"schema":2,"registrations":[{"name":"iqn.a","key":1}]}`} {
 		err := s.AddUnit(Unit{IQN: iqn, Device: newMemory(512, 64), Reservations: &keeper{data: []byte(data)}})
 		if err == nil || !strings.Contains(err.Error(), iqn) {
 			t.Errorf("%s: %v", data, err)
@@ -799,22 +800,5 @@ func TestReserveBesideRegistrations(t *testing.T) {
 	b.good(release, nil, 0)
 	if key, kind := a.reservation(); key != 0xa || kind != typeAccessRegistrantsOnly {
 		t.Fatalf("key %x type %d", key, kind)
-	}
-}
-
-func TestRegistrationsAreBounded(t *testing.T) {
-	p := &persistent{}
-	for n := range mostRegistrations + 1 {
-		out, err := p.serve(&prRequest{action: prRegister, newKey: 1, from: nexus{name: fmt.Sprint(n), group: 1}})
-		if n == mostRegistrations {
-			if err != error(senseNoRegistrations) {
-				t.Fatalf("registration %d: %v", n, err)
-			}
-			return
-		}
-		if err != nil {
-			t.Fatal(err)
-		}
-		p = out.persistent
 	}
 }

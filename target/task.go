@@ -70,6 +70,8 @@ type work struct {
 	left    bool // it is off the session's books
 	aborted bool
 	waiters []*barrier
+	// reaches are the units that an EXTENDED COPY reads and writes.
+	reaches []*unit
 }
 
 var taskPool = sync.Pool{New: func() any { return new(task) }}

@@ -2,6 +2,7 @@ package target
 
 import (
 	"errors"
+	"slices"
 
 	"lunshift/iscsi"
 )
@@ -48,11 +49,20 @@ func (c *conn) manage(head *iscsi.BHS, count *uint32) {
 		defer o.mu.Unlock()
 		cleared := false
 		for _, t := range o.tasks {
-			if all && (t.u == nil && o == c || t.u != nil && mine[t.u.LUN] == t.u) || !all && sameUnit(t.lunField, head.LUN()) {
-				t.join(b)
-				t.abort()
-				cleared = true
+			here := all && (t.u == nil && o == c || t.u != nil && mine[t.u.LUN] == t.u) || !all && sameUnit(t.lunField, head.LUN())
+			// A reset ends the copies that reach the unit as well, though they belong to
+			// the task set of another.
+			copies := attn == attnLUNReset && slices.Contains(t.reaches, u) ||
+				all && slices.ContainsFunc(t.reaches, func(u *unit) bool { return u != nil && mine[u.LUN] == u })
+			if !here && !copies {
+				continue
 			}
+			if !here && o != c && !o.closing {
+				o.attend(t.u.LUN, attnCleared)
+			}
+			t.join(b)
+			t.abort()
+			cleared = true
 		}
 		if attn == attnCleared && !cleared {
 			return // none of its commands was cleared (SAM-5 7.4)
@@ -64,7 +74,7 @@ func (c *conn) manage(head *iscsi.BHS, count *uint32) {
 						o.attend(id, attn)
 					}
 				}
-			} else {
+			} else if o.units()[id] == u {
 				o.attend(id, attn)
 			}
 		}
@@ -78,22 +88,14 @@ func (c *conn) manage(head *iscsi.BHS, count *uint32) {
 			response = iscsi.TMFNoLUN
 			break
 		}
-		if f == iscsi.TMFAbortTaskSet {
+		if f != iscsi.TMFLUNReset {
+			// The task set is that of the I_T nexus: to clear it is to abort it (SAM-5 7.6).
 			abortOf(c, false, sense{})
 			break
 		}
-		if f == iscsi.TMFLUNReset {
-			u.reserved.release(nil)
-		}
+		u.reserved.release(nil)
 		for _, o := range peers {
-			switch {
-			case f == iscsi.TMFLUNReset:
-				abortOf(o, false, attnLUNReset)
-			case o == c:
-				abortOf(o, false, sense{})
-			default:
-				abortOf(o, false, attnCleared)
-			}
+			abortOf(o, false, attnLUNReset)
 		}
 	case iscsi.TMFTargetWarmReset, iscsi.TMFTargetColdReset:
 		for _, u := range mine {

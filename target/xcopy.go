@@ -115,6 +115,11 @@ func extendedCopy(t *task) error {
 	if err != nil {
 		return err
 	}
+	// From here on who resets or fences one of the units finds the copy, and waits for its
+	// end. No conflict is looked for before, so that none is overlooked.
+	t.c.mu.Lock()
+	t.reaches = p.cscds
+	t.c.mu.Unlock()
 	rec, err := t.c.copies.begin(t.lunField, p)
 	if err != nil {
 		return err
@@ -233,11 +238,8 @@ func copySegments(t *task, p *copyPlan, rec *copyRecord) error {
 		if to == nil {
 			return fail(copyNotReachable, 6)
 		}
-		if from.conflicts(t.c, accessRead) {
-			return &copyAborted{why: copyDeviceFailure, segment: i, field: -1, source: []byte{iscsi.StatusReservationConflict}}
-		}
-		if to.conflicts(t.c, accessWrite) {
-			return &copyAborted{why: copyDeviceFailure, segment: i, field: -1, destination: []byte{iscsi.StatusReservationConflict}}
+		if err := copyConflict(t, i, from, to); err != nil {
+			return err
 		}
 		n := s.blocks << from.shift
 		if s.byDestination {
@@ -255,6 +257,21 @@ func copySegments(t *task, p *copyPlan, rec *copyRecord) error {
 		rec.segments.Add(1)
 	}
 	return nil
+}
+
+// copyConflict fails where another's reservation keeps the session from reading the
+// source or writing the destination.
+func copyConflict(t *task, i int, from, to *unit) error {
+	e := &copyAborted{why: copyDeviceFailure, segment: i, field: -1}
+	switch {
+	case from.conflicts(t.c, accessRead):
+		e.source = []byte{iscsi.StatusReservationConflict}
+	case to.conflicts(t.c, accessWrite):
+		e.destination = []byte{iscsi.StatusReservationConflict}
+	default:
+		return nil
+	}
+	return e
 }
 
 // copySegmentData copies n bytes. Where they overlap what is written last is what was
@@ -293,6 +310,9 @@ func copySegmentData(t *task, i int, s copySegment, from, to *unit, n uint64, bu
 	backwards := from == to && s.target > s.source && uint64(s.target-s.source) < n>>from.shift
 	for done := uint64(0); done < n; {
 		if err := t.Err(); err != nil {
+			return err
+		}
+		if err := copyConflict(t, i, from, to); err != nil {
 			return err
 		}
 		part := buf[:min(n-done, uint64(len(buf)))]
