@@ -174,7 +174,7 @@ func (c *conn) readNow(h *iscsi.BHS) bool {
 	c.inFlight += place
 	c.w.Reserve(n)
 	c.inFlight -= place
-	if len(c.attention) > 0 || u.conflicts(c, accessRead) || u.order.last.Load() != nil ||
+	if len(c.attention[id]) > 0 || u.conflicts(c, accessRead) || len(c.fences[u]) > 0 ||
 		h.Flags()&iscsi.FlagAttrMask > iscsi.AttrSimple || !u.gate.enter() {
 		return false
 	}
@@ -221,7 +221,7 @@ func (c *conn) dataIn(r *iscsi.BHS, itt, sn, offset uint32, last bool) {
 
 // start sends a task without data-out on its way. c.mu is held.
 func (c *conn) start(t *task) {
-	if t.op.quick && t.behind == nil && t.fence == nil {
+	if t.op.quick && len(t.behind) == 0 && t.fence == nil {
 		t.running = true
 		var err error
 		c.unlocked(func() { err = t.perform() })

@@ -68,11 +68,12 @@ type conn struct {
 	inFlight  uint32 // non-immediate tasks
 	immediate uint32 // immediate tasks
 	tasks     map[uint32]*task
-	mapped    *map[uint64]*unit // the units that visible is made from
-	visible   map[uint64]*unit  // the units of the target that the session sees
-	closing   bool              // no task begins any more
-	full      bool              // the login is answered: other PDUs may be sent
-	draining  bool              // what runs is answered before the connection closes
+	mapped    *map[uint64]*unit  // the units that visible is made from
+	visible   map[uint64]*unit   // the units of the target that the session sees
+	fences    map[*unit][]*fence // ORDERED and HEAD OF QUEUE commands that hold up newer ones; nil until one comes
+	closing   bool               // no task begins any more
+	full      bool               // the login is answered: other PDUs may be sent
+	draining  bool               // what runs is answered before the connection closes
 	cause     error
 	attention map[uint64][]sense // unit attentions by unit number
 	arrived   bool               // what awaited the I_T nexus was taken

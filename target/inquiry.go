@@ -275,6 +275,7 @@ func modePages(u *unit) [][]byte {
 	}
 	control := make([]byte, 12) // SPC-4 7.5.8
 	control[0], control[1] = 0x0a, 10
+	control[2] = 0x20              // TST 001b: one task set per I_T nexus
 	control[3] = 0x10              // unrestricted reordering
 	exceptions := make([]byte, 12) // SPC-4 7.5.11
 	exceptions[0], exceptions[1] = 0x1c, 10

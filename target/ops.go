@@ -23,6 +23,7 @@ type operation struct {
 	anyLUN      bool // served where there is no logical unit
 	noAttention bool // does not report unit attentions
 	quick       bool // never waits: runs on the reader
+	unordered   bool // waits for no other command, whatever the task attributes
 	bulk        bool // data-in is charged to BytesInFlight
 	scratch     int  // bytes of memory besides the data that moves; charged as well
 	partial     bool // less data-out than the CDB says is done as far as it goes
@@ -59,13 +60,16 @@ var index [256][]*operation
 // Both tables are constant from here on. They are filled here because REPORT
 // SUPPORTED OPERATION CODES, one of them, reads them.
 func init() {
-	operations = append(commandSet(), reservationCommands()...)
+	operations = commandSet()
+	plain := len(operations)
+	operations = append(operations, reservationCommands()...)
 	for i := range operations {
 		o := &operations[i]
 		if len(o.usage) < 6 || o.handle == nil {
 			panic(fmt.Sprintf("operation %s is incomplete", o.name))
 		}
 		o.access = accessOf(o)
+		o.unordered = i >= plain
 		index[o.opcode] = append(index[o.opcode], o)
 	}
 }

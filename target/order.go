@@ -1,45 +1,32 @@
 package target
 
 import (
-	"sync"
-	"sync/atomic"
+	"slices"
 
 	"lunshift/iscsi"
 )
 
-// taskOrder keeps the task attributes (SAM-5 8.6) in the task set of a logical unit, which
-// all I_T nexuses share. SIMPLE commands run in any order, as the control mode page says. An
-// ORDERED command begins when all older ones have ended, and no newer one begins before
-// it has ended. A HEAD OF QUEUE command begins at once, and no newer one before it has
-// ended. Commands that reach no medium (INQUIRY, REPORT LUNS, REQUEST SENSE) are not held
-// up.
+// Task attributes (SAM-5 8.6) hold within a task set, and each I_T nexus has one of its own
+// in each logical unit, as the control mode page says (TST 001b, SPC-4 7.5.8): a command
+// whose data does not come, or whose answer is not taken, holds up its own initiator alone.
 //
-// Where every command is SIMPLE this costs one atomic load for each.
-type taskOrder struct {
-	last atomic.Pointer[fence] // the newest; nil where there is none
-	mu   sync.Mutex            // protects changes of last, and seq
-	seq  uint64
-}
+// SIMPLE commands run in any order. An ORDERED command begins when the device is done with
+// all older ones, a HEAD OF QUEUE command at once; no newer one begins before the device is
+// done with it. Commands that reach no medium (INQUIRY, REPORT LUNS, REQUEST SENSE) and those
+// about reservations wait for nothing.
+//
+// Older commands never wait for newer ones, and the bytes that a session's commands wait for
+// are given to them in the order of their arrival (share): so no command that an ORDERED one
+// waits for, and not itself, waits for bytes of those that wait for it.
 
 // fence is an ORDERED or HEAD OF QUEUE command towards those that are newer.
 type fence struct {
-	seq    uint64                // grows from fence to fence of a unit
-	before atomic.Pointer[fence] // an older one that may not have ended
-	begin  chan struct{}         // closed when the command may begin
-	done   chan struct{}         // closed when it has ended
+	begin chan struct{} // closed when the command may begin
+	done  chan struct{} // closed when the device is done with it
 }
 
-func (f *fence) ended() bool {
-	select {
-	case <-f.done:
-		return true
-	default:
-		return false
-	}
-}
-
-// attribute gives the task its place among the commands of its unit. c.mu is held, but not
-// all of the time: the tasks of other sessions are looked at.
+// attribute gives the task its place among the commands of the session to its unit. c.mu is
+// held.
 func (c *conn) attribute(t *task) error {
 	a := t.flags & iscsi.FlagAttrMask
 	if a > iscsi.AttrHeadQueue { // there is no ACA, and the rest is reserved
@@ -48,53 +35,37 @@ func (c *conn) attribute(t *task) error {
 	if t.u == nil || t.op.noAttention {
 		return nil
 	}
-	t.behind = t.u.order.last.Load()
+	before := c.fences[t.u]
+	if !t.op.unordered {
+		t.behind = before
+	}
 	if a != iscsi.AttrOrdered && a != iscsi.AttrHeadQueue {
 		return nil
 	}
 	f := &fence{begin: make(chan struct{}), done: make(chan struct{})}
-	o := &t.u.order
-	o.mu.Lock()
-	o.seq++
-	f.seq = o.seq
-	f.before.Store(o.last.Load())
-	o.last.Store(f)
-	o.mu.Unlock()
-	t.fence, t.behind = f, f.before.Load()
-	if a == iscsi.AttrHeadQueue {
+	b := &barrier{}
+	if a == iscsi.AttrHeadQueue || t.op.unordered {
 		t.behind = nil
-		close(f.begin)
-		return nil
-	}
-	u, b := t.u, &barrier{}
-	t.running = true // an abort leaves it to this goroutine
-	c.unlocked(func() {
-		for _, s := range c.srv.sessions(u.IQN) {
-			s.mu.Lock()
-			for _, other := range s.tasks {
-				if other != t && other.u == u && !other.newer(f) {
-					other.join(b)
-				}
+	} else {
+		for _, older := range c.tasks {
+			if older != t && older.u == t.u && !older.past {
+				b.n++
+				older.followers = append(older.followers, b)
 			}
-			s.mu.Unlock()
 		}
-		b.arm(func() { close(f.begin) })
-	})
-	t.running = false
-	return t.Err()
-}
-
-// newer tells whether the task came after the command of f, which has not ended.
-func (t *task) newer(f *fence) bool {
-	if t.fence != nil {
-		return t.fence.seq > f.seq
 	}
-	return t.behind != nil && t.behind.seq >= f.seq
+	b.arm(func() { close(f.begin) })
+	t.fence = f
+	if c.fences == nil {
+		c.fences = map[*unit][]*fence{}
+	}
+	c.fences[t.u] = append(slices.Clip(before), f) // others wait for those in before
+	return nil
 }
 
 // turn waits until the task may begin.
 func (t *task) turn() error {
-	for f := t.behind; f != nil; f = f.before.Load() {
+	for _, f := range t.behind {
 		select {
 		case <-f.done:
 		case <-t.Done():
@@ -107,27 +78,29 @@ func (t *task) turn() error {
 		case <-t.Done():
 			return t.Err()
 		}
-		t.fence.forget()
 	}
 	return nil
 }
 
-// forget lets go of older fences that have ended: a run of them keeps no memory.
-func (f *fence) forget() {
-	b := f.before.Load()
-	for b != nil && b.ended() {
-		b = b.before.Load()
+// pass lets the commands begin that wait for the task: no device works for it, and none
+// will. c.mu is held.
+func (c *conn) pass(t *task) {
+	t.past = true
+	for _, b := range t.followers {
+		b.step(1, nil)
 	}
-	f.before.Store(b)
-}
-
-// end lets the newer commands begin.
-func (o *taskOrder) end(f *fence) {
-	f.forget()
-	o.mu.Lock()
-	if o.last.Load() == f {
-		o.last.Store(f.before.Load())
+	clear(t.followers)
+	t.followers = t.followers[:0]
+	f := t.fence
+	if f == nil {
+		return
 	}
-	o.mu.Unlock()
+	t.fence = nil
 	close(f.done)
+	left := slices.DeleteFunc(slices.Clone(c.fences[t.u]), func(o *fence) bool { return o == f })
+	if len(left) > 0 {
+		c.fences[t.u] = left
+	} else {
+		delete(c.fences, t.u)
+	}
 }

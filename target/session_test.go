@@ -149,7 +149,6 @@ func TestResetsAbortTasksOfAllSessionsAndTellThem(t *testing.T) {
 		other    sense
 		own      sense
 	}{
-		{iscsi.TMFClearTaskSet, attnCleared, sense{}},
 		{iscsi.TMFLUNReset, attnLUNReset, attnLUNReset},
 		{iscsi.TMFTargetWarmReset, attnTargetReset, attnTargetReset},
 	} {

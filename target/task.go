@@ -23,9 +23,9 @@ type task struct {
 // work is what a task is about; it is cleared when the task ends.
 type work struct {
 	c        *conn
-	u        *unit  // nil when there is no such logical unit
-	behind   *fence // what it must not begin before; nil nothing
-	fence    *fence // of an ORDERED or HEAD OF QUEUE command
+	u        *unit    // nil when there is no such logical unit
+	behind   []*fence // what it must not begin before
+	fence    *fence   // of an ORDERED or HEAD OF QUEUE command; nil once it has passed
 	op       *operation
 	itt      uint32
 	lunField uint64
@@ -67,9 +67,12 @@ type work struct {
 	running bool
 	reading bool // the reader is putting data into the task's memory
 	held    bool // its device is done with it; it waits for room for its answer
+	past    bool // no device works for it any more, and none will
 	left    bool // it is off the session's books
 	aborted bool
 	waiters []*barrier
+	// followers are of ORDERED commands, which begin when the task is past.
+	followers []*barrier
 	// reaches are the units that an EXTENDED COPY reads and writes.
 	reaches []*unit
 }
@@ -126,6 +129,7 @@ func (t *task) abort() {
 		// however long its initiator takes nothing or sends nothing. Who holds it
 		// disposes of it.
 		t.c.leave(t)
+		t.c.pass(t)
 		t.tell()
 		return
 	}
@@ -175,10 +179,8 @@ func (t *task) tell() {
 
 // dispose gives back what the task holds.
 func (c *conn) dispose(t *task) {
+	c.pass(t)
 	t.tell()
-	if t.fence != nil {
-		t.u.order.end(t.fence)
-	}
 	for _, b := range [...]*buffer{t.outBuf, t.inBuf, t.early} {
 		if b != nil {
 			b.Release()
@@ -188,7 +190,7 @@ func (c *conn) dispose(t *task) {
 		c.bytes.release(t.credit)
 	}
 	c.releaseEarly(t)
-	t.work = work{waiters: t.waiters[:0], open: t.open[:0]}
+	t.work = work{waiters: t.waiters[:0], followers: t.followers[:0], open: t.open[:0]}
 	t.life.reset()
 	taskPool.Put(t)
 }
@@ -274,7 +276,7 @@ func (t *task) perform() (err error) {
 	if t.u == nil || t.op.noAttention {
 		return t.op.handle(t) // reaches no device
 	}
-	if t.behind != nil || t.fence != nil {
+	if len(t.behind) > 0 || t.fence != nil {
 		if err := t.turn(); err != nil {
 			return err
 		}
@@ -292,6 +294,7 @@ func (t *task) perform() (err error) {
 // finish answers the task, unless it was aborted, and ends it. conn.mu is held.
 func (c *conn) finish(t *task, err error) {
 	t.running = true
+	c.pass(t)
 	if !t.aborted && !c.closing {
 		// Room first: from here on the lock stays held, so that an abort either
 		// meets the task or finds it answered.

@@ -47,7 +47,6 @@ func (c *conn) manage(head *iscsi.BHS, count *uint32) {
 	abortOf := func(o *conn, all bool, attn sense) {
 		o.mu.Lock()
 		defer o.mu.Unlock()
-		cleared := false
 		for _, t := range o.tasks {
 			here := all && (t.u == nil && o == c || t.u != nil && mine[t.u.LUN] == t.u) || !all && sameUnit(t.lunField, head.LUN())
 			// A reset ends the copies that reach the unit as well, though they belong to
@@ -62,10 +61,6 @@ func (c *conn) manage(head *iscsi.BHS, count *uint32) {
 			}
 			t.join(b)
 			t.abort()
-			cleared = true
-		}
-		if attn == attnCleared && !cleared {
-			return // none of its commands was cleared (SAM-5 7.4)
 		}
 		if attn != (sense{}) && !o.closing {
 			if all {

@@ -150,24 +150,27 @@ func TestTaskManagementInFlightIsBounded(t *testing.T) {
 	}
 }
 
-func TestClearTaskSetIsToldToWhomItConcerns(t *testing.T) {
+// Each I_T nexus has a task set of its own.
+func TestClearTaskSetLeavesCommandsOfOthersAlone(t *testing.T) {
 	m := newMemory(512, 64)
 	_, addr := begin(t, Config{}, Unit{IQN: iqn, Device: m})
-	a, b, idle := host(t, addr, nameA), host(t, addr, nameB), host(t, addr, nameC)
+	a, b := host(t, addr, nameA), host(t, addr, nameB)
 	hold := make(chan struct{})
-	defer close(hold)
 	m.set(hold, nil)
-	b.start(b.command(rw16(0x8a, 0, 1), iscsi.FlagWrite, 512), pattern(512, 1))
-	<-m.entered
-	a.tmf(iscsi.TMFClearTaskSet, 0)
-	if p := a.recv(); p.Response() != iscsi.TMFComplete {
-		t.Fatalf("response %d", p.Response())
+	for _, i := range []*initiator{a, b} {
+		i.start(i.command(rw16(0x8a, 0, 1), iscsi.FlagWrite, 512), pattern(512, 1))
+		begins(t, m)
+	}
+	ref := a.tmf(iscsi.TMFClearTaskSet, 0)
+	if p := a.recv(); p.ITT() != ref || p.Response() != iscsi.TMFComplete {
+		t.Fatalf("%v, response %d", p.Opcode(), p.Response())
 	}
 	m.set(nil, nil)
-	if got := b.attentions(); len(got) != 1 || got[0] != attnCleared {
-		t.Errorf("whose command was cleared finds %v", got)
+	close(hold)
+	if p := b.recv(); p.Opcode() != iscsi.OpSCSIResponse || p.Status() != good {
+		t.Fatalf("the write of another: %v, status %02Xh", p.Opcode(), p.Status())
 	}
-	if got := append(a.attentions(), idle.attentions()...); len(got) != 0 {
-		t.Errorf("the others find %v", got)
+	if got := append(a.attentions(), b.attentions()...); len(got) != 0 {
+		t.Errorf("they find %v", got)
 	}
 }

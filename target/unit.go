@@ -23,7 +23,6 @@ type unit struct {
 	prober lun.Prober // nil where the device is none
 	lu     *api.SCSILu
 	gate   gate
-	order  taskOrder
 	inq    inquiryData
 
 	reserved *reservations
