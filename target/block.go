@@ -225,8 +225,9 @@ func decodeCompareWrite(t *task) error {
 	return nil
 }
 
-// maxCompare is the MAXIMUM COMPARE AND WRITE LENGTH in blocks.
-func maxCompare(blockSize uint32) uint64 { return min(255, maxTransfer/2/uint64(blockSize)) }
+// maxCompare is the MAXIMUM COMPARE AND WRITE LENGTH in blocks: what the command has
+// memory for besides its data.
+func maxCompare(blockSize uint32) uint64 { return min(255, chunk/uint64(blockSize)) }
 
 // compareAndWrite is COMPARE AND WRITE: no other write comes between the comparison
 // and the write.

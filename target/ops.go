@@ -108,13 +108,13 @@ func commandSet() []operation {
 		{opcode: 0x42, service: -1, name: "UNMAP", usage: []byte{0x42, 0, 0, 0, 0, 0, 0, 0xff, 0xff, 0}, decode: decodeUnmap, handle: unmap, thin: true},                                  // SBC-3 5.27
 		{opcode: 0x41, service: -1, name: "WRITE SAME (10)", usage: usage10(0x41, 0x08), decode: decodeWriteSame, handle: writeSame, scratch: chunk, exact: true},                         // SBC-3 5.43
 		{opcode: 0x93, service: -1, name: "WRITE SAME (16)", usage: usage16(0x93, 0x09, 2, 10, 4), decode: decodeWriteSame, handle: writeSame, scratch: chunk, exact: true},               // SBC-3 5.44
-		{opcode: 0x8b, service: -1, name: "ORWRITE (16)", usage: usage16(0x8b, rwFlags, 2, 10, 4), decode: decodeWrite, handle: orWrite, partial: true},                                   // SBC-3 5.7
-		{opcode: 0x34, service: -1, name: "PRE-FETCH (10)", usage: prefetchUsage(usage10(0x34, 0x02), 6), decode: decodePrefetch, handle: preFetch},                                       // SBC-3 5.8
-		{opcode: 0x90, service: -1, name: "PRE-FETCH (16)", usage: prefetchUsage(usage16(0x90, 0x02, 2, 10, 4), 14), decode: decodePrefetch, handle: preFetch},                            // SBC-3 5.9
+		{opcode: 0x8b, service: -1, name: "ORWRITE (16)", usage: usage16(0x8b, rwFlags, 2, 10, 4), decode: decodeWrite, handle: orWrite, scratch: chunk, partial: true},                   // SBC-3 5.7
+		{opcode: 0x34, service: -1, name: "PRE-FETCH (10)", usage: prefetchUsage(usage10(0x34, 0x02), 6), decode: decodePrefetch, handle: preFetch, scratch: chunk},                       // SBC-3 5.8
+		{opcode: 0x90, service: -1, name: "PRE-FETCH (16)", usage: prefetchUsage(usage16(0x90, 0x02, 2, 10, 4), 14), decode: decodePrefetch, handle: preFetch, scratch: chunk},            // SBC-3 5.9
 		{opcode: 0x37, service: -1, name: "READ DEFECT DATA (10)", usage: []byte{0x37, 0, 0x1f, 0, 0, 0, 0, 0xff, 0xff, 0}, handle: readDefectData, quick: true},                          // SBC-3 5.17
 		{opcode: 0xb7, service: -1, name: "READ DEFECT DATA (12)", usage: []byte{0xb7, 0x1f, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0, 0}, handle: readDefectData, quick: true},  // SBC-3 5.18
 		{opcode: 0x1b, service: -1, name: "START STOP UNIT", usage: []byte{0x1b, 0x01, 0, 0, 0x01, 0}, decode: decodeStartStop, handle: startStop, quick: true},                           // SBC-3 5.23
-		{opcode: 0x83, service: 0x00, name: "EXTENDED COPY (LID1)", usage: usage16(0x83, 0, 0, 10, 4), decode: decodeExtendedCopy, handle: extendedCopy, exact: true},                     // SPC-4 6.4
+		{opcode: 0x83, service: 0x00, name: "EXTENDED COPY (LID1)", usage: usage16(0x83, 0, 0, 10, 4), decode: decodeExtendedCopy, handle: extendedCopy, scratch: copyChunk, exact: true}, // SPC-4 6.4
 		{opcode: 0x84, service: 0x00, name: "RECEIVE COPY STATUS (LID1)", usage: copyResultsUsage(0x00), decode: decodeCopyResults, handle: copyStatus, quick: true},                      // SPC-4 6.26
 		{opcode: 0x84, service: 0x01, name: "RECEIVE COPY DATA (LID1)", usage: copyResultsUsage(0x01), decode: decodeCopyResults, handle: copyData, quick: true},                          // SPC-4 6.21
 		{opcode: 0x84, service: 0x03, name: "RECEIVE COPY OPERATING PARAMETERS", usage: copyResultsUsage(0x03), decode: decodeCopyResults, handle: copyParameters, quick: true},           // SPC-4 6.23
