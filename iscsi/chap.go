@@ -127,6 +127,10 @@ func (c *CHAPInitiator) Check(in []Pair) error {
 // Done tells whether both sides are proven as far as was asked.
 func (c *CHAPInitiator) Done() bool { return c.secured }
 
+// CHAPSecrets are what an initiator proves to know, and what the target proves in turn; its
+// Secret is empty where it has none.
+type CHAPSecrets struct{ Initiator, Own Credentials }
+
 // CHAPTarget is the target's side of one authentication.
 type CHAPTarget struct {
 	// Initiator is whom to expect; an empty Name takes any name with that secret.
@@ -134,10 +138,10 @@ type CHAPTarget struct {
 	// Own, when its Secret is set, answers an initiator that asks the target to
 	// prove itself.
 	Own Credentials
-	// Choose, where it is set, gives both for the CHAP_N that came, in place of the
-	// fields above. For a name that it does not know it gives Credentials without a
-	// Secret, which fails at the same cost as a wrong secret does.
-	Choose func(name string) (initiator, own Credentials)
+	// Choose, where it is set, gives what a CHAP_N may prove, in place of the fields
+	// above, which hold afterwards what was proven. A name that it knows nothing of fails
+	// at the same cost as a wrong secret does.
+	Choose func(name string) []CHAPSecrets
 	// Issued, where it is set, tells whether this end has a challenge open somewhere:
 	// one that comes back is refused, whichever connection it was sent on.
 	Issued func(challenge []byte) bool
@@ -193,12 +197,25 @@ func (c *CHAPTarget) Verify(in []Pair) ([]Pair, error) {
 			return nil, err
 		}
 	}
+	all := []CHAPSecrets{{c.Initiator, c.Own}}
 	if c.Choose != nil {
 		name, _ := Lookup(in, "CHAP_N")
-		c.Initiator, c.Own = c.Choose(name)
+		if all = c.Choose(name); len(all) == 0 {
+			all = []CHAPSecrets{{}}
+		}
 	}
-	if err := chapCheck(in, c.algorithm, c.id, challenge, c.Initiator); err != nil {
-		return nil, err
+	right := errors.New("nothing is asked")
+	for _, one := range all { // all of them, so that the time tells nothing of which it is
+		err := chapCheck(in, c.algorithm, c.id, challenge, one.Initiator)
+		if err == nil && right != nil {
+			c.Initiator, c.Own = one.Initiator, one.Own
+		}
+		if right != nil {
+			right = err
+		}
+	}
+	if right != nil {
+		return nil, right
 	}
 	if !asked {
 		c.done = true

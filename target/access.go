@@ -14,7 +14,8 @@ import (
 
 // Initiator is whom a logical unit admits.
 type Initiator struct {
-	// Name is an iSCSI name, or the beginning of names when it ends in "*".
+	// Name is an iSCSI name, or the beginning of names when it ends in "*". Capitals count
+	// as small letters here and in what an initiator sends (RFC 7143 4.2.7.2).
 	Name string
 	// Networks are where it may come from; empty is anywhere.
 	Networks []netip.Prefix
@@ -25,7 +26,7 @@ type Initiator struct {
 // Authentication is CHAP (RFC 7143 12.1.3) of one initiator.
 type Authentication struct {
 	// Initiator is what the initiator proves to know. An empty Name is the
-	// initiator's iSCSI name. Without a Secret nobody can prove it.
+	// initiator's iSCSI name in small letters. Without a Secret nobody can prove it.
 	Initiator iscsi.Credentials
 	// Target is what the target proves in turn to an initiator that asks for it; its
 	// Secret is empty where the target has none.
@@ -47,13 +48,25 @@ func (i *Initiator) matches(name string, from netip.Addr) bool {
 // entry is the rule by which the unit admits an initiator through a portal group;
 // nil where it does not.
 func (u *unit) entry(name string, from netip.Addr, group uint16) *Initiator {
-	if len(u.PortalGroups) > 0 && !slices.Contains(u.PortalGroups, group) {
+	if !u.in(group) {
 		return nil
 	}
 	return admitting(u.Initiators, name, from)
 }
 
-// admitting is the first rule that an initiator matches; nil where there is none.
+// in tells whether a portal group leads to the unit.
+func (u *unit) in(group uint16) bool {
+	return len(u.PortalGroups) == 0 || slices.Contains(u.PortalGroups, group)
+}
+
+// behind tells whether one of the portals leads to the unit.
+func (u *unit) behind(portals []portal) bool {
+	return slices.ContainsFunc(portals, func(p portal) bool { return u.in(p.group) })
+}
+
+// admitting is the first rule that an initiator matches; nil where there is none. A name that
+// some rule has in full is admitted by such rules alone: else whoever comes in by a "*" could
+// take the name of a host that is listed, and with it its place and its reservations.
 func admitting(rules []Initiator, name string, from netip.Addr) *Initiator {
 	if len(rules) == 0 {
 		if from.IsLoopback() {
@@ -61,12 +74,23 @@ func admitting(rules []Initiator, name string, from netip.Addr) *Initiator {
 		}
 		return nil
 	}
+	inFull := slices.ContainsFunc(rules, func(r Initiator) bool { return r.Name == name })
 	for i := range rules {
-		if rules[i].matches(name, from) {
+		if inFull == (rules[i].Name == name) && rules[i].matches(name, from) {
 			return &rules[i]
 		}
 	}
 	return nil
+}
+
+// lists tells whether a unit of the target admits the initiator by its name in full.
+func (n *node) lists(p *peer) bool {
+	for _, u := range *n.units.Load() {
+		if rule := u.entry(p.initiator, p.from, p.group); rule != nil && rule.Name == p.initiator && p.satisfies(rule) {
+			return true
+		}
+	}
+	return false
 }
 
 // loopbackOnly stands for no list; constant.
@@ -111,7 +135,7 @@ func (a *Authentication) check() error {
 // peer is an initiator as far as access goes: who it says it is, where it came from and
 // to, and what it proved. It does not change once the login is over.
 type peer struct {
-	initiator string // its iSCSI name
+	initiator string // its iSCSI name, folded
 	from      netip.Addr
 	group     uint16 // of the portal it came to
 	// proved is what it showed to know by CHAP; the zero value where it proved nothing.
@@ -157,38 +181,35 @@ func (t *terms) ask(rule *Initiator, name string) {
 	}
 }
 
-// choose finds what a CHAP_N is to prove.
-func (t *terms) choose(name string) (initiator, own iscsi.Credentials) {
+// choose finds what a CHAP_N may prove: units may know one name by several secrets.
+func (t *terms) choose(name string) (all []iscsi.CHAPSecrets) {
 	for _, a := range t.asks {
 		if a.Initiator.Name == name {
-			return a.Initiator, a.Target
+			all = append(all, iscsi.CHAPSecrets{Initiator: a.Initiator, Own: a.Target})
 		}
 	}
-	return iscsi.Credentials{}, iscsi.Credentials{}
+	return all
 }
 
 // admit gives the terms of a target; ok is false where no rule there admits the
 // initiator, which is to learn no more than that it found nothing.
 func (s *Server) admit(iqn string, p *peer) (t terms, ok bool) {
 	s.mu.Lock()
-	defer s.mu.Unlock()
-	n, r := s.targets[iqn], s.redirects[iqn]
+	n, r := s.targets[fold(iqn)], s.redirects[fold(iqn)]
+	gone := n != nil && n.gone
+	s.mu.Unlock() // strangers cause what follows, and others wait for nothing of it
 	t.node, t.moved = n, r
 	switch {
 	case r != nil && (len(r.Initiators) > 0 || n == nil):
-		if rule := admitting(r.Initiators, p.initiator, p.from); rule != nil {
+		if rule := admitting(r.Initiators, p.initiator, p.from); rule != nil && (len(r.PortalGroups) == 0 || slices.Contains(r.PortalGroups, p.group)) {
 			t.ask(rule, p.initiator)
 			ok = true
 		}
 	case n != nil:
-		t.gone = n.gone
+		t.gone = gone
 		units := *n.units.Load()
 		for _, id := range slices.Sorted(maps.Keys(units)) {
-			rule := units[id].entry(p.initiator, p.from, p.group)
-			if r != nil { // whatever portal it came to
-				rule = admitting(units[id].Initiators, p.initiator, p.from)
-			}
-			if rule != nil {
+			if rule := units[id].entry(p.initiator, p.from, p.group); rule != nil {
 				t.ask(rule, p.initiator)
 				ok = true
 			}
@@ -206,15 +227,15 @@ func (s *Server) admitToDiscovery(p *peer) (t terms) {
 		return t
 	}
 	t.open = true
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	for _, iqn := range slices.Sorted(maps.Keys(s.targets)) {
-		units := *s.targets[iqn].units.Load()
+	all, listeners := s.offers()
+	for _, o := range all {
+		if o.node == nil {
+			continue
+		}
+		units := *o.node.units.Load()
 		for _, id := range slices.Sorted(maps.Keys(units)) {
-			for _, l := range s.listeners {
-				if rule := units[id].entry(p.initiator, p.from, l.group); rule != nil {
-					t.ask(rule, p.initiator)
-				}
+			if rule := admitting(units[id].Initiators, p.initiator, p.from); rule != nil && units[id].behind(listeners) {
+				t.ask(rule, p.initiator)
 			}
 		}
 	}

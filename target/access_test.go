@@ -67,6 +67,7 @@ type proof struct {
 	target    iscsi.Credentials // with a Secret: mutual
 	algorithm int
 	discovery bool
+	name      string // the initiator's; empty is hostName
 	// change alters the answer to the challenge before it is sent.
 	change func(challenge, answer []iscsi.Pair) []iscsi.Pair
 }
@@ -75,7 +76,13 @@ type proof struct {
 func (i *initiator) prove(x proof) uint16 {
 	i.t.Helper()
 	const operational, full = iscsi.StageOperational, iscsi.StageFullFeature
-	p, got := i.loginRequest(0, 0, 0, append(names(x.discovery), iscsi.Pair{Key: "AuthMethod", Value: "CHAP,None"})...)
+	who := names(x.discovery)
+	for k := range who {
+		if who[k].Key == "InitiatorName" && x.name != "" {
+			who[k].Value = x.name
+		}
+	}
+	p, got := i.loginRequest(0, 0, 0, append(who, iscsi.Pair{Key: "AuthMethod", Value: "CHAP,None"})...)
 	if s := p.LoginStatus(); s != 0 {
 		return s
 	}

@@ -35,23 +35,27 @@ type Config struct {
 	// bytes, 8 KiB to 1 MiB; 0 is 64 KiB.
 	MaxText int
 
-	// MaxConnections is how many connections may be logged in at a time, each one
-	// a session; 0 is 1024. A session that ends in favour of its successor (RFC 7143
-	// 6.3.5) makes room for it.
+	// MaxConnections is how many connections may be logged in to targets at a time, each
+	// one a session, at most 65535 (RFC 7143 11.12.6); 0 is 1024. A session that ends in
+	// favour of its successor (RFC 7143 6.3.5) makes room for it. Discovery sessions
+	// do not count.
 	MaxConnections int
 	// ConnectionsPerAddress is how many of them may come from one IP address, and how
-	// many may be logging in from it; 0 is 256.
+	// many may be logging in from it; 0 is 256. Here and below an IPv6 network of 64 bits
+	// counts as one address.
 	ConnectionsPerAddress int
 	// ConnectionsLoggingIn is how many connections may be logging in at a time; 0 is
-	// 256. They take no places of sessions. Where all are taken, a newcomer from an
-	// address that has sessions gets the place of the oldest from an address
-	// that has none, and otherwise that of the oldest from the address with the most
-	// places, if it has more than the newcomer's would have.
+	// 256. They take no places of sessions. A discovery session keeps its place among
+	// them, and lasts one LoginTimeout at most. Where all are taken, a newcomer gets the
+	// place of another: from an address with sessions before one that some unit's
+	// networks name, before any other; among equals that of the oldest from the address
+	// with the most places, if it has more than the newcomer's has.
 	ConnectionsLoggingIn int
 	// SessionsPerUnit is how many sessions may see one logical unit; 0 is 256. It is
 	// looked at when a session begins.
 	SessionsPerUnit int
-	// LoginTimeout is how long a connection may take to log in; 0 is 15 s.
+	// LoginTimeout is how long a connection may take to log in, and after that how long
+	// a discovery session may last; 0 is 15 s.
 	LoginTimeout time.Duration
 	// LoginFailures is how many logins of one IP address may fail within a minute,
 	// which begins with the first, before further ones are refused unheard (login
@@ -104,7 +108,8 @@ type Unit struct {
 	NAA uint64
 	// Alias is the TargetAlias; may be empty.
 	Alias string
-	// Initiators may see the unit; the first that matches counts. Empty is any
+	// Initiators may see the unit; the first that matches counts, and
+	// for a name that one of them has in full only those that have. Empty is any
 	// initiator on the loopback of this host, and no other.
 	Initiators []Initiator
 	// PortalGroups are the groups whose portals lead to the unit; empty is all.
@@ -144,7 +149,7 @@ func New(cfg Config) (*Server, error) {
 		limit(&cfg.FirstBurstLength, 256<<10, 512, 1<<24-1, "FirstBurstLength"),
 		limit(&cfg.MaxOutstandingR2T, 8, 1, 64, "MaxOutstandingR2T"),
 		limit(&cfg.MaxText, 64<<10, 8<<10, 1<<20, "MaxText"),
-		limit(&cfg.MaxConnections, 1024, 1, 1<<20, "MaxConnections"),
+		limit(&cfg.MaxConnections, 1024, 1, mostHandles, "MaxConnections"),
 		limit(&cfg.ConnectionsPerAddress, 256, 1, 1<<20, "ConnectionsPerAddress"),
 		limit(&cfg.ConnectionsLoggingIn, 256, 1, 1<<20, "ConnectionsLoggingIn"),
 		limit(&cfg.SessionsPerUnit, 256, 1, 1<<20, "SessionsPerUnit"),
@@ -175,7 +180,7 @@ func New(cfg Config) (*Server, error) {
 		failures: newFailures(cfg.LoginFailures), challenges: newChallenges(), notices: newNotices(),
 		refusals: make(chan struct{}, mostRefusals),
 		ending:   make(chan struct{}),
-		targets:  map[string]*node{}, redirects: map[string]*Redirection{}, conns: map[*conn]struct{}{},
+		networks: networks{}, targets: map[string]*node{}, redirects: map[string]*Redirection{}, conns: map[*conn]struct{}{},
 	}, nil
 }
 

@@ -178,6 +178,8 @@ func (c *conn) report(cause error, session bool) {
 		if session {
 			c.log.Info("session ended")
 		}
+	case !session: // strangers can cause these at will
+		c.srv.notices.tell(c.log, fmt.Sprintf("discovery session ended: %v", cause))
 	default:
 		c.log.WithError(cause).Warn("connection dropped")
 	}

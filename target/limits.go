@@ -14,38 +14,75 @@ import (
 // errDisplaced is the end of a connection that did not log in while others waited.
 var errDisplaced = errors.New("connection gave its place to another while it was logging in")
 
-// places counts connections by address: those that are logging in and those that are
-// sessions. Server.mu protects it.
+// origin is what limits by address count together: an IPv4 address, or the 64-bit network
+// of an IPv6 address, as every host has 2^64 addresses of that.
+func origin(a netip.Addr) netip.Addr {
+	if a.Is4() {
+		return a
+	}
+	p, err := a.Prefix(64)
+	if err != nil {
+		return a
+	}
+	return p.Addr()
+}
+
+// mostHandles is how many sessions can have a TSIH of their own (RFC 7143 11.12.6): it has
+// 16 bits, and 0 is that of a session that has none yet.
+const mostHandles = 1<<16 - 1
+
+// places counts connections by origin: those that are logging in, discovery sessions
+// among them, and those that are sessions. Server.mu protects it.
 type places struct {
 	loggingIn list.List // of *conn, the oldest first
 	sessions  int
-	byAddress map[netip.Addr]*presence
+	byOrigin  map[netip.Addr]*presence
+	handles   map[uint16]struct{} // TSIHs that are taken
+	last      uint16              // the latest one
 }
 
-// presence is what one address has.
+// presence is what one origin has.
 type presence struct{ loggingIn, sessions int }
 
 func (p *places) of(a netip.Addr) presence {
-	if e := p.byAddress[a]; e != nil {
+	if e := p.byOrigin[origin(a)]; e != nil {
 		return *e
 	}
 	return presence{}
 }
 
 func (p *places) add(a netip.Addr, loggingIn, sessions int) {
-	if p.byAddress == nil {
-		p.byAddress = map[netip.Addr]*presence{}
+	a = origin(a)
+	if p.byOrigin == nil {
+		p.byOrigin = map[netip.Addr]*presence{}
 	}
-	e := p.byAddress[a]
+	e := p.byOrigin[a]
 	if e == nil {
 		e = &presence{}
-		p.byAddress[a] = e
+		p.byOrigin[a] = e
 	}
 	e.loggingIn += loggingIn
 	e.sessions += sessions
 	p.sessions += sessions
 	if *e == (presence{}) {
-		delete(p.byAddress, a)
+		delete(p.byOrigin, a)
+	}
+}
+
+// handle is a TSIH that no session has; 0 where all are taken. leave frees it.
+func (p *places) handle() uint16 {
+	if len(p.handles) >= mostHandles {
+		return 0
+	}
+	if p.handles == nil {
+		p.handles = map[uint16]struct{}{}
+	}
+	for {
+		p.last++
+		if _, taken := p.handles[p.last]; p.last != 0 && !taken {
+			p.handles[p.last] = struct{}{}
+			return p.last
+		}
 	}
 }
 
@@ -62,12 +99,15 @@ func (p *places) loggedIn(c *conn) {
 	c.counted = true
 }
 
-// leave frees whatever place the connection has.
+// leave frees whatever place the connection has, and its TSIH.
 func (p *places) leave(c *conn) {
 	p.vacate(c)
 	if c.counted {
 		c.counted = false
 		p.add(c.from, 0, -1)
+	}
+	if c.tsih != 0 {
+		delete(p.handles, c.tsih)
 	}
 }
 
@@ -79,8 +119,32 @@ func (p *places) vacate(c *conn) {
 	}
 }
 
-// makeRoom finds a place to log in for a connection from an address, or says why there
-// is none. The place of displaced is free; it is still to be closed. s.mu is held.
+// standing orders connections that want a place to log in.
+type standing int
+
+const (
+	stranger standing = iota
+	named             // a rule of some unit names a network with its address
+	present           // its origin has sessions; discovery sessions are none
+)
+
+func (s *Server) standing(from netip.Addr) standing {
+	switch {
+	case s.places.of(from).sessions > 0:
+		return present
+	case s.networks.contains(from):
+		return named
+	}
+	return stranger
+}
+
+// makeRoom finds a place to log in for a connection from an address, or says why there is none. The
+// place of displaced is free; it is still to be closed. s.mu is held.
+//
+// Where all places are taken, the newcomer gets that of a connection of lower standing,
+// or of one of its own standing whose origin has more places than its own has. Among these
+// the lowest standing goes first, then the origin with the most places, then the
+// oldest: silence keeps nobody out, wherever it comes from.
 func (s *Server) makeRoom(from netip.Addr) (displaced *conn, why string) {
 	p := &s.places
 	mine := p.of(from)
@@ -90,42 +154,63 @@ func (s *Server) makeRoom(from netip.Addr) (displaced *conn, why string) {
 	if p.loggingIn.Len() < s.cfg.ConnectionsLoggingIn {
 		return nil, ""
 	}
-	// The address with the most places, those without sessions before the others.
-	var most presence
-	var heaviest netip.Addr
-	for a, e := range p.byAddress {
-		if e.loggingIn == 0 {
-			continue
-		}
-		idle, mostIdle := e.sessions == 0, most.loggingIn > 0 && most.sessions == 0
-		if most.loggingIn == 0 || idle && !mostIdle || idle == mostIdle && e.loggingIn > most.loggingIn {
-			most, heaviest = *e, a
+	var low standing
+	var weight int
+	for e := p.loggingIn.Front(); e != nil; e = e.Next() {
+		o := e.Value.(*conn)
+		st, n := s.standing(o.from), p.of(o.from).loggingIn
+		if displaced == nil || st < low || st == low && n > weight {
+			displaced, low, weight = o, st, n
 		}
 	}
-	known, stranger := mine.sessions > 0, most.sessions == 0
-	if heaviest == from || !(known && stranger) && !(known == !stranger && most.loggingIn > mine.loggingIn+1) {
+	if st := s.standing(from); displaced == nil || low > st || low == st && weight <= mine.loggingIn {
 		return nil, fmt.Sprintf("%d are logging in, the most allowed", p.loggingIn.Len())
 	}
-	for e := p.loggingIn.Front(); e != nil; e = e.Next() {
-		if c := e.Value.(*conn); c.from == heaviest {
-			p.vacate(c)
-			return c, ""
-		}
-	}
-	return nil, "no place to log in"
+	p.vacate(displaced)
+	return displaced, ""
 }
 
-// roomForSession says why a session would be one too many; "" when it is not. s.mu is
-// held.
+// networks counts the networks that the rules of the units name. Server.mu protects it.
+type networks map[netip.Prefix]int
+
+// count notes the networks of a list of rules, or with n = -1 forgets them.
+func (w networks) count(rules []Initiator, n int) {
+	add := func(p netip.Prefix) {
+		if p = p.Masked(); w[p]+n == 0 {
+			delete(w, p)
+		} else {
+			w[p] += n
+		}
+	}
+	if len(rules) == 0 { // the loopback
+		add(netip.PrefixFrom(netip.AddrFrom4([4]byte{127}), 8))
+		add(netip.PrefixFrom(netip.IPv6Loopback(), 128))
+	}
+	for i := range rules {
+		for _, p := range rules[i].Networks {
+			add(p)
+		}
+	}
+}
+
+// contains takes as many look-ups as an address has bits, however many networks there are.
+func (w networks) contains(a netip.Addr) bool {
+	for bits := range a.BitLen() + 1 {
+		if p, err := a.Prefix(bits); err == nil && w[p] > 0 {
+			return true
+		}
+	}
+	return false
+}
+
+// roomForSession says why a session with a target would be one too many; "" when it is not.
+// s.mu is held.
 func (s *Server) roomForSession(c *conn) string {
 	if n := s.places.sessions; n >= s.cfg.MaxConnections {
 		return fmt.Sprintf("%d sessions exist, the most allowed", n)
 	}
 	if n := s.places.of(c.from).sessions; n >= s.cfg.ConnectionsPerAddress {
 		return fmt.Sprintf("%d sessions of this address exist, the most allowed", n)
-	}
-	if c.node == nil {
-		return ""
 	}
 	var there []*conn
 	for o := range s.conns {
@@ -153,7 +238,7 @@ func (s *Server) roomForSession(c *conn) string {
 	return ""
 }
 
-// failures counts logins that failed, by address, within a minute from the first.
+// failures counts logins that failed, by origin, within a minute from the first.
 // It keeps the latest mostAddresses that failed.
 type failures struct {
 	most int
@@ -195,7 +280,7 @@ func (f *failures) blocked(from netip.Addr) bool {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.expire(time.Now())
-	e := f.failed[from]
+	e := f.failed[origin(from)]
 	return e != nil && e.Value.(*failing).count >= f.most
 }
 
@@ -206,7 +291,7 @@ func (f *failures) attempt(from netip.Addr) bool {
 	defer f.mu.Unlock()
 	now := time.Now()
 	f.expire(now)
-	if e := f.failed[from]; e != nil && e.Value.(*failing).count >= f.most {
+	if e := f.failed[origin(from)]; e != nil && e.Value.(*failing).count >= f.most {
 		return false
 	}
 	f.count(from, now)
@@ -217,13 +302,13 @@ func (f *failures) attempt(from netip.Addr) bool {
 func (f *failures) succeeded(from netip.Addr) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	e := f.failed[from]
+	e := f.failed[origin(from)]
 	if e == nil {
 		return
 	}
 	x := e.Value.(*failing)
 	if x.count--; x.count <= 0 {
-		delete(f.failed, from)
+		delete(f.failed, x.from)
 		f.order.Remove(e)
 	}
 }
@@ -237,6 +322,7 @@ func (f *failures) note(from netip.Addr) {
 
 // count is called with f.mu held.
 func (f *failures) count(from netip.Addr, now time.Time) {
+	from = origin(from)
 	e := f.failed[from]
 	if e == nil {
 		e = f.order.PushBack(&failing{from: from, since: now})

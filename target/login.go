@@ -335,10 +335,14 @@ func (n *negotiation) identify(pairs []iscsi.Pair) (status uint16, err error) {
 	if !ok {
 		return iscsi.LoginMissingParameter, errors.New("no InitiatorName")
 	}
-	if err := checkName(name); err != nil {
+	err = checkName(name)
+	if err == nil {
+		err = checkName(fold(name)) // which may have more bytes
+	}
+	if err != nil {
 		return iscsi.LoginInitiatorError, fmt.Errorf("InitiatorName: %w", err)
 	}
-	n.initiator = name
+	n.initiator = fold(name)
 	switch kind, ok := iscsi.Lookup(pairs, "SessionType"); {
 	case ok && kind == "Discovery":
 		n.discovery = true
@@ -407,7 +411,11 @@ func (c *conn) login() error {
 		return errLoginRefused
 	}
 	// A drain between must win over the deadline that is lifted here.
-	c.nc.SetDeadline(time.Time{})
+	end := time.Time{}
+	if c.node == nil { // anybody can begin a discovery session
+		end = time.Now().Add(cfg.LoginTimeout)
+	}
+	c.nc.SetDeadline(end)
 	c.mu.Lock()
 	if c.draining {
 		c.nc.SetReadDeadline(time.Unix(1, 0))
@@ -526,7 +534,7 @@ func (c *conn) begin(n *negotiation) (status uint16, err error) {
 		if old == nil {
 			break
 		}
-		if old.proved.Secret != "" && old.proved.Name != c.proved.Name {
+		if old.proved.Secret != "" && old.proved != c.proved && !(c.node.lists(&c.peer) && !c.node.lists(&old.peer)) {
 			return iscsi.LoginAuthFailed, fmt.Errorf("%w: initiator %s: %w: its session was begun by who proved to be another", errLoginRefused, c.initiator, errAuthentication)
 		}
 		old.close(errors.New("session reinstated by its initiator"))
@@ -567,20 +575,17 @@ func (s *Server) register(c *conn) (old *conn, why string) {
 			}
 		}
 	}
-	if why := s.roomForSession(c); why != "" {
-		return nil, why
-	}
-	used := func(h uint16) bool {
-		for o := range s.conns {
-			if o.loggedIn && o.tsih == h {
-				return true
-			}
+	if c.node != nil {
+		if why := s.roomForSession(c); why != "" {
+			return nil, why
 		}
-		return false
 	}
-	for s.tsih++; s.tsih == 0 || used(s.tsih); s.tsih++ {
+	if c.tsih = s.places.handle(); c.tsih == 0 {
+		return nil, fmt.Sprintf("%d sessions exist, as many as can be told apart", mostHandles)
 	}
-	c.tsih, c.loggedIn = s.tsih, true
-	s.places.loggedIn(c)
+	c.loggedIn = true
+	if c.node != nil { // a discovery session stays where others may displace it
+		s.places.loggedIn(c)
+	}
 	return nil, ""
 }

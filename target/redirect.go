@@ -22,6 +22,9 @@ type Redirection struct {
 	// Initiators are who is told, after the same proof that a Unit asks. Empty is those
 	// whom the units of the target admit; where it has none, the loopback of this host.
 	Initiators []Initiator
+	// PortalGroups are the groups whose portals lead to the target, where Initiators is
+	// given; empty is all. A login at another portal is refused, not redirected.
+	PortalGroups []uint16
 }
 
 // status is the login status.
@@ -47,10 +50,10 @@ func (s *Server) Redirect(iqn string, r Redirection) error {
 	if err := checkRules(r.Initiators); err != nil {
 		return fmt.Errorf("redirect %s: %w", iqn, err)
 	}
-	r.Group = max(r.Group, 1)
+	r.Group, r.Initiators = max(r.Group, 1), foldNames(r.Initiators)
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.redirects[iqn] = &r
+	s.redirects[fold(iqn)] = &r
 	return nil
 }
 
@@ -58,5 +61,5 @@ func (s *Server) Redirect(iqn string, r Redirection) error {
 func (s *Server) StopRedirect(iqn string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	delete(s.redirects, iqn)
+	delete(s.redirects, fold(iqn))
 }

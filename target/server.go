@@ -21,6 +21,8 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+	"unicode"
+	"unicode/utf8"
 
 	"github.com/sirupsen/logrus"
 
@@ -71,7 +73,7 @@ type Server struct {
 	redirects map[string]*Redirection
 	conns     map[*conn]struct{}
 	places    places
-	tsih      uint16
+	networks  networks
 	closed    bool
 	serving   bool
 	watcher   *watcher // constant once serving; nil before
@@ -191,6 +193,7 @@ func (s *Server) all() []*conn {
 
 // sessions are the connections in full feature phase, of one target or of all.
 func (s *Server) sessions(iqn string) []*conn {
+	iqn = fold(iqn)
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	var out []*conn
@@ -208,6 +211,7 @@ func (s *Server) AddUnit(u Unit) error {
 	if err := checkUnit(u); err != nil {
 		return err
 	}
+	u.IQN, u.Initiators = fold(u.IQN), foldNames(u.Initiators)
 	made, err := newUnit(u)
 	if err != nil {
 		return err
@@ -229,6 +233,10 @@ func (s *Server) AddUnit(u Unit) error {
 		return fmt.Errorf("%s LUN %d: %w", u.IQN, u.LUN, ErrExists)
 	}
 	made.node = n
+	if o := old[u.LUN]; o != nil {
+		s.networks.count(o.Initiators, -1)
+	}
+	s.networks.count(u.Initiators, 1)
 	units := maps.Clone(old)
 	units[u.LUN] = made
 	n.units.Store(&units)
@@ -272,20 +280,38 @@ func checkUnit(u Unit) error {
 	return nil
 }
 
-// checkName holds a name against RFC 7143 4.2.7.
+// checkName holds a name against RFC 7143 4.2.7. Names come into logs and onto screens: marks
+// that turn or hide text are refused with the control characters.
 func checkName(name string) error {
 	if len(name) == 0 || len(name) > longestName {
 		return fmt.Errorf("an iSCSI name has 1 to 223 bytes")
 	}
-	if strings.ContainsFunc(name, func(r rune) bool { return r <= ' ' || r == 0x7f || r == '=' || r == ',' }) {
-		return fmt.Errorf("an iSCSI name has no spaces, control characters, = or comma")
+	if !utf8.ValidString(name) {
+		return fmt.Errorf("an iSCSI name is UTF-8")
+	}
+	if strings.ContainsFunc(name, func(r rune) bool {
+		return unicode.IsSpace(r) || unicode.Is(unicode.C, r) || r == '=' || r == ','
+	}) {
+		return fmt.Errorf("an iSCSI name has no spaces, control or format characters, = or comma")
 	}
 	return nil
 }
 
+// fold is the form in which names are compared (RFC 7143 4.2.7.2).
+func fold(name string) string { return strings.ToLower(name) }
+
+// foldNames gives the rules with names to compare.
+func foldNames(rules []Initiator) []Initiator {
+	rules = slices.Clone(rules)
+	for i := range rules {
+		rules[i].Name = fold(rules[i].Name)
+	}
+	return rules
+}
+
 // mapped gives a logical unit and its target; s.mu is held.
 func (s *Server) mapped(iqn string, lun uint64) (*node, *unit, error) {
-	if n := s.targets[iqn]; n != nil {
+	if n := s.targets[fold(iqn)]; n != nil {
 		if u := (*n.units.Load())[lun]; u != nil {
 			return n, u, nil
 		}
@@ -305,10 +331,11 @@ func (s *Server) RemoveUnit(iqn string, lun uint64) error {
 	}
 	units := maps.Clone(*n.units.Load())
 	delete(units, lun)
+	s.networks.count(u.Initiators, -1)
 	n.units.Store(&units)
 	last := len(units) == 0
 	if last {
-		delete(s.targets, iqn)
+		delete(s.targets, n.iqn)
 	}
 	s.mu.Unlock()
 	u.gate.close()

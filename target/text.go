@@ -2,10 +2,10 @@ package target
 
 import (
 	"fmt"
-	"maps"
 	"net"
 	"net/netip"
 	"slices"
+	"strings"
 
 	"lunshift/iscsi"
 )
@@ -17,6 +17,8 @@ type textExchange struct {
 	ttt uint32 // of the request that is due; 0 when none is
 	in  []byte // of requests with the C bit
 	out []byte // rest of the answer
+	// listed: SendTargets was answered. It makes much of little, so it is answered once.
+	listed bool
 }
 
 // textRequest answers SendTargets and the few keys that may change in full feature
@@ -91,7 +93,12 @@ func (c *conn) textAnswer(pairs []iscsi.Pair) []byte {
 	for _, p := range pairs {
 		switch p.Key {
 		case "SendTargets":
-			out = c.sendTargets(out, p.Value)
+			if c.exchange.listed {
+				out = iscsi.AppendText(out, iscsi.Pair{Key: p.Key, Value: iscsi.RejectValue})
+				continue
+			}
+			c.exchange.listed = true
+			c.unlocked(func() { out = c.sendTargets(out, p.Value) })
 		case "InitiatorAlias":
 		case "MaxRecvDataSegmentLength":
 			n := iscsi.NewNegotiation(c.params)
@@ -114,34 +121,26 @@ func (c *conn) textAnswer(pairs []iscsi.Pair) []byte {
 // sendTargets lists the targets that have something for this initiator, each with the
 // portals that lead there (RFC 7143 4.3, 13.3, appendix C).
 func (c *conn) sendTargets(out []byte, which string) []byte {
-	s := c.srv
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	all := slices.Collect(maps.Keys(s.targets))
-	for iqn := range s.redirects {
-		if s.targets[iqn] == nil {
-			all = append(all, iqn)
-		}
-	}
-	slices.Sort(all)
-	for _, iqn := range all {
+	all, listeners := c.srv.offers()
+	local := c.nc.LocalAddr()
+	for _, o := range all {
 		switch {
 		case which == "All":
 			if c.node != nil { // only in a discovery session
 				continue
 			}
 		case which == "":
-			if c.node == nil || c.node.iqn != iqn {
+			if c.node == nil || c.node.iqn != o.iqn {
 				continue
 			}
-		case which != iqn, c.node != nil && c.node.iqn != iqn:
+		case fold(which) != o.iqn, c.node != nil && c.node.iqn != o.iqn:
 			continue
 		}
-		portals := s.portalsTo(iqn, &c.peer, c.nc.LocalAddr())
+		portals := o.portalsTo(&c.peer, listeners, local)
 		if len(portals) == 0 {
 			continue
 		}
-		out = iscsi.AppendText(out, iscsi.Pair{Key: "TargetName", Value: iqn})
+		out = iscsi.AppendText(out, iscsi.Pair{Key: "TargetName", Value: o.iqn})
 		for _, p := range portals {
 			out = iscsi.AppendText(out, iscsi.Pair{Key: "TargetAddress", Value: p})
 		}
@@ -149,23 +148,53 @@ func (c *conn) sendTargets(out []byte, which string) []byte {
 	return out
 }
 
+// offer is a target as it was when discovery asked.
+type offer struct {
+	iqn   string
+	node  *node // nil where a redirection alone is left
+	moved *Redirection
+	gone  bool
+}
+
+// offers are all targets and redirections by name, and the portals. Who may know of them is
+// found out without a lock: strangers cause that at will.
+func (s *Server) offers() ([]offer, []portal) {
+	s.mu.Lock()
+	all := make([]offer, 0, len(s.targets)+len(s.redirects))
+	for iqn, n := range s.targets {
+		all = append(all, offer{iqn, n, s.redirects[iqn], n.gone})
+	}
+	for iqn, r := range s.redirects {
+		if s.targets[iqn] == nil {
+			all = append(all, offer{iqn: iqn, moved: r})
+		}
+	}
+	listeners := slices.Clone(s.listeners)
+	s.mu.Unlock()
+	slices.SortFunc(all, func(a, b offer) int { return strings.Compare(a.iqn, b.iqn) })
+	return all, listeners
+}
+
 // portalsTo are the portals, each with its group, by which an initiator that came to the
-// address local gets to a target; none where it may not. s.mu is held.
-func (s *Server) portalsTo(iqn string, p *peer, local net.Addr) (out []string) {
-	n := s.targets[iqn]
-	if r := s.redirects[iqn]; r != nil {
-		if s.toldOf(r, n, p) {
+// address local gets to the target; none where it may not.
+func (o *offer) portalsTo(p *peer, listeners []portal, local net.Addr) (out []string) {
+	if r := o.moved; r != nil {
+		if r.isFor(o.node, p) {
 			out = append(out, fmt.Sprintf("%s,%d", r.Address, r.Group))
 		}
 		return out
 	}
-	if n == nil || n.gone {
+	if o.node == nil || o.gone {
 		return nil
 	}
-	for _, l := range s.listeners {
-		at := *p
-		at.group = l.group
-		if !n.sees(&at) {
+	var seen []*unit
+	for _, u := range *o.node.units.Load() {
+		if rule := admitting(u.Initiators, p.initiator, p.from); rule != nil && p.satisfies(rule) {
+			seen = append(seen, u)
+		}
+	}
+	for _, l := range listeners {
+		if !slices.ContainsFunc(seen, func(u *unit) bool { return u.in(l.group) }) {
 			continue
 		}
 		a, ok := portalAddress(l.Addr(), local, p.from)
@@ -189,8 +218,8 @@ func (n *node) sees(p *peer) bool {
 	return false
 }
 
-// toldOf tells whether a redirection is for the initiator. s.mu is held.
-func (s *Server) toldOf(r *Redirection, n *node, p *peer) bool {
+// isFor tells whether a redirection is for the initiator; n is the target, nil for none.
+func (r *Redirection) isFor(n *node, p *peer) bool {
 	if len(r.Initiators) > 0 || n == nil {
 		rule := admitting(r.Initiators, p.initiator, p.from)
 		return rule != nil && p.satisfies(rule)
