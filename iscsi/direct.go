@@ -4,8 +4,11 @@ import (
 	"io"
 	"net"
 	"os"
+	"sync/atomic"
 	"syscall"
 	"unsafe"
+
+	"golang.org/x/sys/unix"
 )
 
 // direct reads from and writes to a socket without telling the scheduler of each system
@@ -15,7 +18,8 @@ import (
 // the goroutine waits in the runtime's poller as always. Deadlines and Close work as on
 // the net.Conn.
 type direct struct {
-	raw syscall.RawConn
+	raw  syscall.RawConn
+	sent atomic.Uint64 // bytes written
 
 	in, out side
 }
@@ -40,7 +44,8 @@ func newDirect(s any) *direct {
 		return nil
 	}
 	d := &direct{raw: raw}
-	d.in.do, d.out.do = d.in.read, d.out.write
+	d.in.do = d.in.read
+	d.out.do = func(fd uintptr) bool { return d.out.write(fd, &d.sent) }
 	return d
 }
 
@@ -122,8 +127,16 @@ func (d *direct) writeAll(vectors []syscall.Iovec) error {
 	return err
 }
 
+// queued is how many of the bytes written the other side did not acknowledge yet; 0 where
+// that is not known.
+func (d *direct) queued() uint64 {
+	n := 0
+	d.raw.Control(func(fd uintptr) { n, _ = unix.IoctlGetInt(int(fd), unix.SIOCOUTQ) })
+	return uint64(max(n, 0))
+}
+
 // write goes on until all is written or the socket takes no more.
-func (s *side) write(fd uintptr) bool {
+func (s *side) write(fd uintptr, sent *atomic.Uint64) bool {
 	for len(s.iov) > 0 {
 		beforeWrite()
 		n, _, e := syscall.RawSyscall(syscall.SYS_WRITEV, fd, uintptr(unsafe.Pointer(unsafe.SliceData(s.iov))), uintptr(min(len(s.iov), maxVectors)))
@@ -137,6 +150,7 @@ func (s *side) write(fd uintptr) bool {
 			s.err = e
 			return true
 		}
+		sent.Add(uint64(n))
 		for n > 0 {
 			v := &s.iov[0]
 			if left := uintptr(v.Len); n < left {

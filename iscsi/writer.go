@@ -88,9 +88,16 @@ func (w *Writer) Reserve(n int) {
 // Room tells whether a PDU with n bytes of data fits at once: Reserve would not wait.
 func (w *Writer) Room(n int) bool { return w.cur.room(n) }
 
-// Writes counts the writes that are done, for who wants to know whether the other side
-// takes anything.
-func (w *Writer) Writes() uint64 { return w.writes }
+// Taken counts what the other side took: the bytes that it acknowledged, or the writes
+// that are done where w is no socket. left says that it did not take all that there is.
+func (w *Writer) Taken() (n uint64, left bool) {
+	left = w.flushing || w.Pending()
+	if w.direct == nil {
+		return w.writes, left
+	}
+	sent, queued := w.direct.sent.Load(), w.direct.queued()
+	return sent - queued, left || queued > 0
+}
 
 func (b *batch) room(n int) bool {
 	if b == nil || len(b.arena) == 0 && len(b.segs) == 0 {

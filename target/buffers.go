@@ -25,6 +25,7 @@ type buffer struct {
 	// from is where to give n bytes back when the buffer is released; may be nil.
 	from *share
 	n    int64
+	more atomic.Int32 // holders besides one
 }
 
 // pools keep buffers by size class, a power of two.
@@ -46,8 +47,15 @@ func newBuffer(n int) *buffer {
 	return &buffer{b: make([]byte, 1<<class)[:n], class: class}
 }
 
-// Release gives the buffer back.
+// hold makes one more Release be needed.
+func (b *buffer) hold() { b.more.Add(1) }
+
+// Release gives the buffer back, with the last of its holders.
 func (b *buffer) Release() {
+	if b.more.Add(-1) >= 0 {
+		return
+	}
+	b.more.Store(0)
 	from, n := b.from, b.n
 	b.from, b.n = nil, 0
 	pools[b.class].Put(b)
@@ -137,8 +145,8 @@ func (s *share) take(n int64) bool {
 	return true
 }
 
-// acquire takes n bytes now, or files the claim for later.
-func (s *share) acquire(n int64, c *claim) bool {
+// acquire takes n bytes now, or files the claim for later if it waits.
+func (s *share) acquire(n int64, c *claim, wait bool) bool {
 	a := s.a
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -150,6 +158,9 @@ func (s *share) acquire(n int64, c *claim) bool {
 	a.reclaim()
 	a.grant()
 	c.calling = false
+	if !c.has && !wait {
+		a.remove(len(a.waiting) - 1) // claims keep their order: it is still the last
+	}
 	return c.has
 }
 
@@ -162,9 +173,15 @@ func (s *share) cancel(c *claim) bool {
 	if i < 0 {
 		return false
 	}
-	a.waiting = slices.Delete(a.waiting, i, i+1)
+	a.remove(i)
 	a.grant()
 	return true
+}
+
+// remove takes a claim off. mu is held.
+func (a *admission) remove(i int) {
+	a.waiting = slices.Delete(a.waiting, i, i+1)
+	a.some.Store(len(a.waiting) > 0)
 }
 
 func (s *share) release(n int64) {

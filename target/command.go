@@ -228,7 +228,7 @@ func (c *conn) start(t *task) {
 		c.finish(t, err)
 		return
 	}
-	if n := t.need(); n > 0 && !c.admitNow(t, n) && !c.admit(t, n) {
+	if n := t.need(); n > 0 && !c.admitNow(t, n) && !c.admit(t, n, true) {
 		return
 	}
 	c.dispatch(t)
@@ -274,31 +274,41 @@ func (c *conn) releaseEarly(t *task) {
 	}
 }
 
-// admit takes n bytes of the server's for the task, now or, with false, later: then
-// granted goes on with it. c.mu is held.
-func (c *conn) admit(t *task, n int64) bool {
+// admit takes n bytes of the server's for the task, now or, with false, later if it waits:
+// then granted goes on with it. c.mu is held.
+func (c *conn) admit(t *task, n int64, wait bool) bool {
 	cl := &claim{}
-	cl.granted = func() { c.granted(t, n) }
-	t.claim = cl
-	c.claims.Add(1)
-	if c.bytes.acquire(n, cl) {
-		c.claims.Done()
-		t.claim, t.credit, t.admitted = nil, n, true
-		return true
+	cl.granted = func() {
+		defer c.claims.Done()
+		if err := c.guarded(func() error { c.granted(t, n); return nil }); err != nil {
+			c.close(err)
+		}
 	}
-	return false
+	if wait {
+		t.claim = cl
+		c.claims.Add(1)
+	}
+	if !c.bytes.acquire(n, cl, wait) {
+		return false
+	}
+	if wait {
+		c.claims.Done()
+	}
+	t.claim, t.credit, t.admitted = nil, n, true
+	return true
 }
 
 // granted goes on with a task that waited for memory.
 func (c *conn) granted(t *task, n int64) {
-	defer c.claims.Done()
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	t.claim, t.credit, t.admitted = nil, n, true
 	switch {
-	case t.reading:
+	case t.reading: // whoever keeps it goes on with it
 	case t.aborted:
 		c.end(t)
+	case t.lost:
+		c.giveUp(t)
 	case t.want == 0:
 		c.enqueue(t)
 	case !t.unsolicited:
@@ -317,8 +327,8 @@ func (t *task) buffer(n int) *buffer {
 	return b
 }
 
-// answer queues the response of a task: data and status, or status and sense. c.mu
-// is held.
+// answer queues the response of a task: data and status, or status and sense. It stops
+// where the task is aborted: nothing of it follows the response of its abort. c.mu is held.
 func (c *conn) answer(t *task, err error) {
 	status, sn := statusOf(t, err)
 	expected := int(t.expected)
@@ -355,26 +365,39 @@ func (c *conn) answer(t *task, err error) {
 		var r iscsi.BHS
 		c.dataIn(&r, t.itt, t.dataSN, uint32(at), last)
 		t.dataSN++
-		c.w.Reserve(n)
+		if !c.room(t, n) {
+			return
+		}
+		var owner iscsi.Releaser // of what is queued, whatever becomes of the rest
+		if t.inBuf != nil {
+			owner = t.inBuf
+		}
 		if last {
+			c.leave(t)
 			r.SetFlags(r.Flags() | flags)
 			r.SetResidual(uint32(residual))
 			c.status(&r)
-			var owner iscsi.Releaser
-			if t.inBuf != nil {
-				owner = t.inBuf
-				t.inBuf = nil
-			}
+			t.inBuf = nil
 			c.w.Append(&r, nil, data[at:], owner)
 			return
+		}
+		if t.inBuf != nil {
+			t.inBuf.hold()
 		}
 		if (at+n)%burst == 0 {
 			r.SetFlags(iscsi.FlagFinal)
 		}
 		c.numbers(&r)
-		c.w.Append(&r, nil, data[at:at+n], nil)
+		c.w.Append(&r, nil, data[at:at+n], owner)
 		at += n
 	}
+}
+
+// room waits until n bytes of the answer of a held task fit; false when it is not to be
+// answered any more. c.mu is held.
+func (c *conn) room(t *task, n int) bool {
+	c.w.Reserve(n)
+	return !t.aborted && !c.closing
 }
 
 // respond queues a SCSI Response (RFC 7143 11.4). c.mu is held.
@@ -383,6 +406,10 @@ func (c *conn) respond(t *task, status byte, sn []byte, flags byte, residual int
 	if len(sn) > 0 {
 		n = 2 + len(sn)
 	}
+	if !c.room(t, n) {
+		return
+	}
+	c.leave(t)
 	r, data := c.w.Frame(n)
 	if n > 0 {
 		binary.BigEndian.PutUint16(data, uint16(len(sn)))

@@ -78,9 +78,9 @@ type Config struct {
 	// every half of it.
 	DataTimeout time.Duration
 	// NopInterval is twice the time between two looks at each session. One that was silent
-	// since the last look is pinged, and dropped if it does not answer until the next;
-	// one with no room for a ping, as it takes nothing, is dropped as well. 0 is 15 s,
-	// negative never pings.
+	// since the last look is pinged, and dropped if it does not answer until the next.
+	// One that takes nothing of what was sent for a whole NopInterval is dropped as well,
+	// whatever it sends. 0 is 15 s, negative never pings and drops none.
 	NopInterval time.Duration
 }
 

@@ -81,8 +81,8 @@ type conn struct {
 	skipped   map[uint32]bool    // CmdSNs of commands aborted before they came; nil until one is
 	ping      uint32             // TTT of the NOP-In that was not answered; 0 none
 	pingHeard uint64
-	stuck     bool   // there was no room for a ping
-	stuckAt   uint64 // writes done then
+	taken     uint64 // bytes that the initiator had taken at the last look
+	stuck     int    // looks in a row that found it taking nothing
 	nextTTT   uint32
 	exchange  textExchange
 
@@ -188,17 +188,20 @@ func (c *conn) report(cause error, session bool) {
 // close ends the connection at once; its tasks are cancelled and not answered.
 // The first cause stays.
 func (c *conn) close(cause error) {
-	c.mu.Lock()
-	if !c.closing {
-		c.closing = true
-		c.cause = cause
-	}
-	// Every time: the reader may have begun a task since.
-	for _, t := range c.tasks {
-		t.abort()
-	}
-	c.mu.Unlock()
-	c.nc.Close()
+	defer c.nc.Close()
+	c.guarded(func() error {
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		if !c.closing {
+			c.closing = true
+			c.cause = cause
+		}
+		// Every time: the reader may have begun a task since.
+		for _, t := range c.tasks {
+			t.abort()
+		}
+		return nil
+	})
 }
 
 // drain makes the connection end once the tasks that run are answered.
@@ -413,39 +416,43 @@ func (c *conn) nopOut(h *iscsi.BHS) error {
 	return nil
 }
 
-// keepAlive pings the initiator when it was silent since the last call but one, and
-// drops the connection when a ping went unanswered for that long.
-func (c *conn) keepAlive() {
+// keepAlive pings the initiator when it was silent since the last call but one. It gives an
+// error when a ping went unanswered for that long, or when of what is on its way to
+// the initiator nothing was taken for two calls, whether or not it talks.
+func (c *conn) keepAlive() error {
 	heard := c.heard.Load()
 	c.mu.Lock()
+	defer c.mu.Unlock()
 	silent := heard == c.pingHeard
 	c.pingHeard = heard
-	if c.closing || !c.full || !silent {
-		if !silent {
-			c.ping, c.stuck = 0, false
+	if !silent {
+		c.ping = 0
+	}
+	if c.closing || !c.full {
+		return nil
+	}
+	before := c.taken
+	var left bool
+	if c.taken, left = c.w.Taken(); left {
+		// What is on its way says more than a ping, which would come behind it.
+		if c.taken != before {
+			c.ping, c.stuck = 0, 0
+		} else if c.stuck++; c.stuck > 1 || c.ping != 0 {
+			return fmt.Errorf("initiator took nothing of what was sent within %v", c.srv.cfg.NopInterval)
 		}
-		c.mu.Unlock()
-		return
+		return nil
+	}
+	c.stuck = 0
+	if !silent {
+		return nil
 	}
 	c.restWorkers()
-	// This goroutine serves every session: it must not wait for one that takes nothing.
-	if !c.w.Room(0) {
-		if dead := c.stuck && c.stuckAt == c.w.Writes(); !dead {
-			c.stuck, c.stuckAt = true, c.w.Writes()
-			c.mu.Unlock()
-			return
-		}
-		c.mu.Unlock()
-		c.close(fmt.Errorf("initiator took nothing of what was sent within %v", c.srv.cfg.NopInterval/2))
-		return
-	}
-	c.stuck = false
 	if c.ping != 0 {
-		c.mu.Unlock()
-		c.close(fmt.Errorf("initiator did not answer a ping within %v", c.srv.cfg.NopInterval/2))
-		return
+		return fmt.Errorf("initiator did not answer a ping within %v", c.srv.cfg.NopInterval/2)
 	}
 	c.ping = c.newTTT()
+	// There is room, as nothing is left to send: this goroutine serves every session and
+	// must not wait for one.
 	r, data := c.w.Frame(0)
 	r.SetOpcode(iscsi.OpNopIn)
 	r.SetFlags(iscsi.FlagFinal)
@@ -460,7 +467,7 @@ func (c *conn) keepAlive() {
 		c.w.Flush()
 		c.mu.Unlock()
 	})
-	c.mu.Unlock()
+	return nil
 }
 
 // newTTT gives a target transfer tag that is not in use. c.mu is held.

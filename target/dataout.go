@@ -37,11 +37,15 @@ func (c *conn) beginDataOut(t *task, h *iscsi.BHS) error {
 	t.unsolicited = !final
 	t.offset = uint32(n)
 	if need := t.need(); !c.admitNow(t, need) {
-		if (n > 0 || t.unsolicited) && !c.admitEarly(t, cost(min(first, t.want))) {
-			c.finish(t, errTaskSetFull) // and its data is dropped
-			return nil
+		early := n > 0 || t.unsolicited
+		if !c.admit(t, need, !early) && early {
+			// It must wait for its memory, and its data does not.
+			if !c.admitEarly(t, cost(min(first, t.want))) {
+				c.finish(t, errTaskSetFull) // and its data is dropped
+				return nil
+			}
+			c.admit(t, need, true)
 		}
-		c.admit(t, need)
 	}
 	return c.take(t, h, n, true)
 }
@@ -50,17 +54,15 @@ func (c *conn) beginDataOut(t *task, h *iscsi.BHS) error {
 func (c *conn) dataOut(h *iscsi.BHS) error {
 	n := c.r.Left()
 	t := c.tasks[h.ITT()]
-	if t == nil || t.running || t.aborted {
-		// The rest of a transfer whose task has ended.
-		return nil
-	}
-	if t.reading { // its R2T is not even on its way
+	switch {
+	case t == nil || t.running || t.aborted:
+		return c.drop(h) // the rest of a transfer whose task has ended
+	case t.reading: // its R2T is not even on its way
 		return c.malformed(h, "Data-Out that was not asked for")
+	case t.lost || h.DataSN() != t.outSN:
+		return c.lose(t, h)
 	}
 	offset := int(h.BufferOffset())
-	if h.DataSN() != t.outSN {
-		return c.lost(t, h)
-	}
 	t.outSN++
 	if h.Final() {
 		t.outSN = 0 // of the next sequence
@@ -91,18 +93,80 @@ func (c *conn) dataOut(h *iscsi.BHS) error {
 	return c.take(t, h, n, h.Final())
 }
 
-// lost fails a task of whose data a part did not arrive; what still comes of it is
-// dropped (RFC 7143 7.9, 11.4.7.2). c.mu is held.
-func (c *conn) lost(t *task, h *iscsi.BHS) error {
+// drop passes over the data of a PDU that nobody wants; where it is damaged as well the
+// initiator is told so. c.mu is held.
+func (c *conn) drop(h *iscsi.BHS) error {
+	if c.r.Left() == 0 {
+		return nil
+	}
+	var err error
+	c.unlocked(func() { err = c.r.Discard() })
+	if errors.Is(err, iscsi.ErrDigest) {
+		c.reject(h, iscsi.RejectDataDigest)
+		return nil
+	}
+	return err
+}
+
+// lose fails a task of whose data a part did not arrive, once the initiator has ended all
+// the sequences that it was asked for (RFC 7143 7.8, 7.9); what comes of them is dropped.
+// c.mu is held.
+func (c *conn) lose(t *task, h *iscsi.BHS) error {
+	t.lost = true
+	var err error
+	if !c.kept(t, func() { err = c.drop(h) }) || err != nil {
+		return err
+	}
+	if h.Final() {
+		if h.TTT() == iscsi.NoTag {
+			t.unsolicited = false
+		}
+		for k, r := range t.open {
+			if r.ttt == h.TTT() {
+				t.open = t.open[:copy(t.open, t.open[k+1:])]
+				break
+			}
+		}
+	}
+	c.giveUp(t)
+	return nil
+}
+
+// giveUp answers a task whose data was lost, if no more of it is due. c.mu is held.
+func (c *conn) giveUp(t *task) {
+	if t.unsolicited || len(t.open) > 0 {
+		t.since = time.Now()
+		return
+	}
+	if c.withdraw(t) {
+		c.finish(t, senseDataLost)
+	}
+}
+
+// withdraw takes back what the task asked of the server's memory; with false that is on its
+// way, and granted ends the task. c.mu is held.
+func (c *conn) withdraw(t *task) bool {
 	if t.claim != nil {
 		if !c.bytes.cancel(t.claim) {
-			return c.malformed(h, "Data-Out %d of a command was lost", h.DataSN())
+			return false
 		}
 		t.claim = nil
 		c.claims.Done()
 	}
-	c.finish(t, senseDataLost)
-	return nil
+	return true
+}
+
+// kept calls f, which may give up the lock, while the reader keeps t. With false t was
+// aborted meanwhile and is not used any more. c.mu is held.
+func (c *conn) kept(t *task, f func()) bool {
+	t.reading = true
+	f()
+	t.reading = false
+	if t.aborted && c.withdraw(t) {
+		c.end(t)
+		return false
+	}
+	return !t.aborted
 }
 
 // take reads n bytes of data into the task's memory and goes on with the task when
@@ -110,53 +174,46 @@ func (c *conn) lost(t *task, h *iscsi.BHS) error {
 func (c *conn) take(t *task, h *iscsi.BHS, n int, last bool) error {
 	n = min(n, t.want-t.received) // more than the CDB wants is dropped
 	var err error
+	damaged := false
 	if n > 0 || c.r.Left() > 0 {
-		dst := t.room(n)
-		t.reading = true
-		c.unlocked(func() {
-			// To the end of the segment: only there is its digest.
-			if err = c.r.ReadData(dst); err == nil {
-				err = c.r.Discard()
+		alive := c.kept(t, func() {
+			dst := t.room(n)
+			c.unlocked(func() {
+				// To the end of the segment: only there is its digest.
+				if err = c.r.ReadData(dst); err == nil {
+					err = c.r.Discard()
+				}
+			})
+			t.received += n
+			if damaged = errors.Is(err, iscsi.ErrDigest); damaged {
+				c.reject(h, iscsi.RejectDataDigest)
 			}
 		})
-		t.reading = false
-		t.received += n
-	}
-	switch damaged := errors.Is(err, iscsi.ErrDigest); {
-	case damaged && h.Opcode() != iscsi.OpDataOut:
-		// Without the command the numbers that follow have a gap, which nothing fills at
-		// error recovery level 0: the session is to recover (RFC 7143 7.8).
-		c.reject(h, iscsi.RejectDataDigest)
-	case damaged && !c.closing:
-		c.reject(h, iscsi.RejectDataDigest)
-		err = nil
-		if !t.aborted {
-			return c.lost(t, h)
+		if damaged && h.Opcode() == iscsi.OpDataOut {
+			damaged, err = alive, nil
+		}
+		switch {
+		case !alive && err == nil:
+			return nil
+		case err != nil:
+			// That of damaged immediate data as well: without the command the numbers that
+			// follow have a gap, which nothing fills at error recovery level 0: the session
+			// is to recover (RFC 7143 7.8).
+			if alive {
+				t.abort()
+			}
+			return fmt.Errorf("data of a command: %w", err)
+		case damaged:
+			return c.lose(t, h)
 		}
 	}
 	switch {
-	case t.aborted:
-		if t.claim != nil {
-			if !c.bytes.cancel(t.claim) {
-				return err // granted is on its way and ends it
-			}
-			t.claim = nil
-			c.claims.Done()
-		}
-		c.end(t)
-	case err != nil:
-		if !c.closing {
-			t.abort()
-		}
 	case t.unsolicited || !last:
 		t.since = time.Now()
 	case !t.admitted:
 		t.since = time.Time{}
 	default:
 		c.proceed(t, c.dispatch)
-	}
-	if err != nil {
-		return fmt.Errorf("data of a command: %w", err)
 	}
 	return nil
 }
@@ -178,16 +235,16 @@ func (t *task) room(n int) []byte {
 	return t.out[t.received : t.received+n]
 }
 
-// dataMissing tells whether data-out is due for longer than DataTimeout.
-func (c *conn) dataMissing(now time.Time) bool {
+// dataMissing gives an error when data-out is due for longer than DataTimeout.
+func (c *conn) dataMissing(now time.Time) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	for _, t := range c.tasks {
 		if !t.running && !t.since.IsZero() && now.Sub(t.since) > c.srv.cfg.DataTimeout {
-			return true
+			return fmt.Errorf("initiator did not send the data of a command within %v", c.srv.cfg.DataTimeout)
 		}
 	}
-	return false
+	return nil
 }
 
 // proceed asks for the data that is missing, or lets the task run. c.mu is held.
@@ -218,11 +275,7 @@ func (c *conn) proceed(t *task, run func(*task)) {
 			return
 		}
 		if begin {
-			t.reading = true // keeps the task while room is made
-			c.w.Reserve(0)
-			t.reading = false
-			if t.aborted {
-				c.end(t)
+			if !c.kept(t, func() { c.w.Reserve(0) }) {
 				return
 			}
 		} else if !c.w.Room(0) {

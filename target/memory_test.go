@@ -8,6 +8,7 @@ import (
 	"net"
 	"os"
 	"os/exec"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -201,7 +202,20 @@ func logTo(t testing.TB) logrus.FieldLogger {
 	if testing.Verbose() {
 		l.SetOutput(t.Output())
 	}
+	l.AddHook(faults{t})
 	return l
+}
+
+// faults fails the test of which a connection is dropped for a fault of the target's own.
+type faults struct{ t testing.TB }
+
+func (faults) Levels() []logrus.Level { return []logrus.Level{logrus.ErrorLevel} }
+
+func (f faults) Fire(e *logrus.Entry) error {
+	if strings.HasPrefix(e.Message, "connection dropped: internal fault") {
+		f.t.Errorf("%s: %v", e.Message, e.Data["stack"])
+	}
+	return nil
 }
 
 // begin serves units and gives the server and its portal.

@@ -101,7 +101,9 @@ func (s *Server) watch() {
 			return
 		case <-tick.C:
 			for _, c := range s.sessions("") {
-				c.keepAlive()
+				if err := c.guarded(c.keepAlive); err != nil {
+					c.close(err)
+				}
 			}
 		}
 	}
@@ -117,8 +119,8 @@ func (s *Server) watchData() {
 			return
 		case now := <-tick.C:
 			for _, c := range s.sessions("") {
-				if c.dataMissing(now) {
-					c.close(fmt.Errorf("initiator did not send the data of a command within %v", s.cfg.DataTimeout))
+				if err := c.guarded(func() error { return c.dataMissing(now) }); err != nil {
+					c.close(err)
 				}
 			}
 		}

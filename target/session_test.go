@@ -59,7 +59,7 @@ func TestLargeCommandsWaitForMemoryAndAllComplete(t *testing.T) {
 	// All the memory is taken: commands queue up, unsolicited data and all.
 	all, whole := &share{a: s.bytes}, s.cfg.BytesInFlight*3/4
 	s.bytes.each = whole
-	if !all.acquire(whole, &claim{}) {
+	if !all.acquire(whole, &claim{}, true) {
 		t.Fatal("memory is in use")
 	}
 	const n = 4096 // 2 MiB

@@ -5,15 +5,17 @@ import (
 	"runtime/debug"
 	"sync"
 	"time"
-
-	"lunshift/iscsi"
 )
 
 // task is one SCSI command from its arrival to its response. It is the context
 // that the device gets: it ends when the task is aborted.
 //
 // A task belongs to its connection's reader while data arrives, to one worker while
-// it runs (running), and is in conn.tasks until it ends. Fields without a
+// it runs (running), and is in conn.tasks until it ends. Whoever aborts a task ends it, on
+// the spot, unless somebody keeps it: by running, held or reading. So a task is kept as long
+// as it is still used after anything that may give up conn.mu: Reserve, Frame, Append
+// and Flush of the writer without room before, unlocked, reject, malformed, drop. After
+// finish, end, proceed, enqueue and start it is not used. Fields without a
 // comment are set once at the beginning.
 type task struct {
 	life
@@ -52,6 +54,7 @@ type work struct {
 	received    int    // bytes of out (or early) that are there
 	offset      uint32 // next buffer offset of unsolicited data
 	unsolicited bool   // unsolicited Data-Out PDUs are to come
+	lost        bool   // a part of it did not arrive
 	open        []r2t  // in their order, each from where the one before ends
 	r2tSN       uint32
 	outSN       uint32    // DataSN of the next Data-Out of the sequence
@@ -66,7 +69,7 @@ type work struct {
 	reader  uint64 // conn.reader when it began to run on the reader
 	running bool
 	reading bool // the reader is putting data into the task's memory
-	held    bool // its device is done with it; it waits for room for its answer
+	held    bool // its device is done with it; its answer is being queued
 	past    bool // no device works for it any more, and none will
 	left    bool // it is off the session's books
 	aborted bool
@@ -136,18 +139,16 @@ func (t *task) abort() {
 	if t.running {
 		return
 	}
-	if t.claim != nil {
-		if !t.c.bytes.cancel(t.claim) {
-			return // granted is on its way and ends it
-		}
-		t.claim = nil
-		t.c.claims.Done()
+	if t.c.withdraw(t) {
+		t.c.end(t)
 	}
-	t.c.end(t)
 }
 
 // end takes the task out of the session. conn.mu is held; t is not used after it.
 func (c *conn) end(t *task) {
+	if t.c != c {
+		panic("task ended twice") // and may be another session's by now
+	}
 	c.leave(t)
 	c.dispose(t)
 }
@@ -293,19 +294,10 @@ func (t *task) perform() (err error) {
 
 // finish answers the task, unless it was aborted, and ends it. conn.mu is held.
 func (c *conn) finish(t *task, err error) {
-	t.running = true
+	t.running, t.held = true, true
 	c.pass(t)
 	if !t.aborted && !c.closing {
-		// Room first: from here on the lock stays held, so that an abort either
-		// meets the task or finds it answered.
-		t.held = true
-		c.w.Reserve(min(len(t.in), iscsi.MaxFrame))
+		c.answer(t, err)
 	}
-	if t.aborted || c.closing {
-		c.end(t)
-		return
-	}
-	c.leave(t)
-	c.answer(t, err)
-	c.dispose(t)
+	c.end(t)
 }

@@ -145,6 +145,13 @@ func TestSeveralR2TsAreOpenAndAnsweredInOrder(t *testing.T) {
 	d.SetTTT(p.TTT())
 	d.SetDataSN(1)
 	i.send(&d, out[:8192])
+	// The answer waits for the end of all that was asked for (RFC 7143 7.8, 7.9).
+	for k, p := range open {
+		if r := i.do(tur, nil, 0); r.status != 0 {
+			t.Fatalf("with %d R2Ts open: %v", len(open)-k, r)
+		}
+		i.dataOut(&p.BHS, p.TTT(), out, int(p.BufferOffset()), int(p.BufferOffset()+p.DesiredLength()))
+	}
 	if r := i.finish(h.ITT(), out); !r.is(senseDataLost) {
 		t.Errorf("after a gap in DataSN: %v", r)
 	}
