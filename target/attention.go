@@ -1,6 +1,7 @@
 package target
 
 import (
+	"maps"
 	"slices"
 
 	"lunshift/iscsi"
@@ -99,7 +100,9 @@ func (c *conn) lunsChanged(added uint64) {
 	defer c.mu.Unlock()
 	var some uint64
 	changed := false
-	for id := range c.units() {
+	units := c.units()
+	maps.DeleteFunc(c.attention, func(id uint64, _ []sense) bool { return units[id] == nil })
+	for id := range units {
 		if id != added {
 			c.attend(id, attnLUNsChanged)
 			some, changed = id, true

@@ -2,10 +2,13 @@ package target
 
 import (
 	"fmt"
+	"maps"
 	"slices"
+	"sync/atomic"
 	"testing"
 
 	"lunshift/iscsi"
+	"lunshift/lun"
 )
 
 func TestAttentionsAreQueuedInOrderOfPrecedenceAndOnce(t *testing.T) {
@@ -244,4 +247,81 @@ func TestAnnouncementsWaitForNobody(t *testing.T) {
 	waitFor(t, "REPORT LUNS with all of them", func() bool {
 		return len(other.good([]byte{0xa0, 0, 0, 0, 0, 0, 0, 0, 4, 0, 0, 0}, nil, 1024).data) == 8+51*8
 	})
+}
+
+// counted counts the reads that are answered on the spot.
+type counted struct {
+	quick
+	tries atomic.Int64
+}
+
+func (c *counted) TryReadAt(p []byte, start lun.LBA) (bool, error) {
+	c.tries.Add(1)
+	return c.quick.TryReadAt(p, start)
+}
+
+// atOnce sees that reads of the unit are answered on the spot.
+func (c *counted) atOnce(i *initiator, when string) {
+	i.t.Helper()
+	before := c.tries.Load()
+	for range 3 {
+		i.good(rw16(0x88, 0, 1), nil, 512)
+	}
+	if n := c.tries.Load() - before; n != 3 {
+		i.t.Errorf("%s: %d of 3 reads are answered on the spot", when, n)
+	}
+}
+
+func TestAttentionOfAnotherUnitDoesNotSlowReadsDown(t *testing.T) {
+	d := &counted{quick: quick{newMemory(512, 64)}}
+	_, addr := begin(t, Config{}, Unit{IQN: iqn, Device: d}, Unit{IQN: iqn, LUN: 1, Device: newMemory(512, 64)})
+	i := host(t, addr, nameA)
+	d.atOnce(i, "while LUN 1 has a power on to report")
+	i.lun = 1
+	if got := i.attentions(); !slices.Equal(got, []sense{attnPowerOn}) {
+		t.Errorf("LUN 1 reports %v", got)
+	}
+}
+
+func TestSessionHasNoAttentionsOfUnitsThatItDoesNotSee(t *testing.T) {
+	d := &counted{quick: quick{newMemory(512, 64)}}
+	s, addr := begin(t, Config{}, Unit{IQN: iqn, Device: d},
+		Unit{IQN: iqn, LUN: 1, Device: newMemory(512, 64), Initiators: []Initiator{{Name: nameA}}},
+		Unit{IQN: iqn, LUN: 2, Device: newMemory(512, 64)})
+	waiting := func(name string) (all map[uint64][]sense) {
+		for _, c := range s.sessions(iqn) {
+			c.mu.Lock()
+			if c.initiator == name {
+				all = maps.Clone(c.attention)
+			}
+			c.mu.Unlock()
+		}
+		return all
+	}
+	a, b := host(t, addr, nameA), host(t, addr, nameB)
+	a.lun = 1
+	a.attentions()
+	ref := a.tmf(iscsi.TMFLUNReset, iscsi.NoTag)
+	if p := a.recv(); p.ITT() != ref || p.Response() != iscsi.TMFComplete {
+		t.Fatalf("%v, response %d", p.Opcode(), p.Response())
+	}
+	if got := waiting(nameA)[1]; !slices.Equal(got, []sense{attnLUNReset}) {
+		t.Errorf("who sees the unit that was reset finds %v", got)
+	}
+	if got, there := waiting(nameB)[1]; there {
+		t.Errorf("who does not see the unit that was reset has %v", got)
+	}
+	if waiting(nameB)[2] == nil {
+		t.Fatal("LUN 2 has nothing to report")
+	}
+	if err := s.RemoveUnit(iqn, 2); err != nil {
+		t.Fatal(err)
+	}
+	if got, there := waiting(nameB)[2]; there {
+		t.Errorf("a unit that was taken off leaves %v", got)
+	}
+	if got := b.attentions(); !slices.Equal(got, []sense{attnLUNsChanged}) {
+		t.Errorf("LUN 0 reports %v", got)
+	}
+	d.atOnce(b, "after all of it")
 }
