@@ -5,6 +5,7 @@ import (
 	"context"
 	"sync"
 	"testing"
+	"time"
 
 	"lunshift/iscsi"
 	"lunshift/lun"
@@ -17,29 +18,34 @@ type stubborn struct {
 	reads          bool
 	once           sync.Once
 	began, release chan struct{}
+	letGo          func()          // closes release
+	of             context.Context // what it holds, once began is closed
 }
 
 func newStubborn(reads bool) *stubborn {
-	return &stubborn{memory: newMemory(512, 8192), reads: reads, began: make(chan struct{}), release: make(chan struct{})}
+	s := &stubborn{memory: newMemory(512, 8192), reads: reads, began: make(chan struct{}), release: make(chan struct{})}
+	s.letGo = sync.OnceFunc(func() { close(s.release) })
+	return s
 }
 
-func (s *stubborn) hold() {
+func (s *stubborn) hold(ctx context.Context) {
 	s.once.Do(func() {
+		s.of = ctx
 		close(s.began)
 		<-s.release
 	})
 }
 
-func (s *stubborn) ReadAt(_ context.Context, p []byte, start lun.LBA) error {
+func (s *stubborn) ReadAt(ctx context.Context, p []byte, start lun.LBA) error {
 	if s.reads {
-		s.hold()
+		s.hold(ctx)
 	}
 	return s.memory.ReadAt(context.Background(), p, start)
 }
 
-func (s *stubborn) WriteAt(_ context.Context, p []byte, start lun.LBA) error {
+func (s *stubborn) WriteAt(ctx context.Context, p []byte, start lun.LBA) error {
 	if !s.reads {
-		s.hold()
+		s.hold(ctx)
 	}
 	return s.memory.WriteAt(context.Background(), p, start)
 }
@@ -83,6 +89,7 @@ func TestFencingAUnitEndsCopiesIntoIt(t *testing.T) {
 				copy(src.data, bytes.Repeat(pattern(512, 9), 3*chunkBlocks))
 				_, addr := begin(t, Config{}, Unit{IQN: iqn, LUN: 0, Device: src, NAA: naaA, Initiators: []Initiator{{Name: nameA}}},
 					Unit{IQN: iqn, LUN: 1, Device: dst, NAA: naaB})
+				t.Cleanup(held.letGo) // before the server is closed
 				a, b := host(t, addr, nameA), host(t, addr, nameB)
 				a.lun, b.lun = 1, 1
 				a.do(tur, nil, 0)
@@ -92,6 +99,7 @@ func TestFencingAUnitEndsCopiesIntoIt(t *testing.T) {
 				a.pr(prReserve, typeWriteRegistrantsOnly, 0xa, 0, 0)
 				beginCopy(a)
 				<-held.began
+				cancelled := held.of.Done() // the task is another's once it has ended
 				list := prList(0xb, 0xa, 0)
 				var tag uint32
 				if f == 0 {
@@ -101,8 +109,13 @@ func TestFencingAUnitEndsCopiesIntoIt(t *testing.T) {
 				} else {
 					tag = b.tmf(f, iscsi.NoTag)
 				}
+				select {
+				case <-cancelled:
+				case <-time.After(30 * time.Second):
+					t.Fatal("the copy is not cancelled")
+				}
 				b.ping() // comes back before it: the copy has not ended
-				close(held.release)
+				held.letGo()
 				if f == 0 {
 					b.wants(name, b.finish(tag, list), good)
 				} else if p := b.recv(); p.ITT() != tag || p.Response() != iscsi.TMFComplete {
@@ -126,6 +139,7 @@ func TestReservationTakenDuringACopyEndsItAtTheNextChunk(t *testing.T) {
 	src, dst := newStubborn(true), newMemory(512, 8192)
 	copy(src.data, bytes.Repeat(pattern(512, 9), 3*chunkBlocks))
 	_, addr := begin(t, Config{}, Unit{IQN: iqn, LUN: 0, Device: src, NAA: naaA}, Unit{IQN: iqn, LUN: 1, Device: dst, NAA: naaB})
+	t.Cleanup(src.letGo)
 	a, b := host(t, addr, nameA), host(t, addr, nameB)
 	b.lun = 1
 	b.do(tur, nil, 0)
@@ -133,7 +147,7 @@ func TestReservationTakenDuringACopyEndsItAtTheNextChunk(t *testing.T) {
 	<-src.began
 	b.pr(prRegister, 0, 0, 0xb, 0)
 	b.pr(prReserve, typeWriteExclusive, 0xb, 0, 0)
-	close(src.release)
+	src.letGo()
 	r := finish()
 	if !r.is(sense{keyCopyAborted, copyDeviceFailure[0], copyDeviceFailure[1]}) || r.sense[9] == 0 || r.sense[r.sense[9]] != conflict {
 		t.Errorf("the copy: %v, sense data %x", r, r.sense)
