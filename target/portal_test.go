@@ -305,3 +305,18 @@ func TestOurInitiatorAuthenticatesBothWays(t *testing.T) {
 		}
 	}
 }
+
+// What README.md says of reservation_by = "initiator-name".
+func TestRegistrationsOfANameAreThoseOfAPortalGroup(t *testing.T) {
+	_, addrs := two(t, Unit{IQN: iqn, Device: newMemory(512, 64), ReservationsByName: true})
+	var to []*initiator
+	for n, addr := range []string{addrs[0], addrs[0], addrs[1]} {
+		to = append(to, login(t, addr, loginOptions{name: nameA, isid: iscsi.ISID{byte(n + 1)}}))
+	}
+	to[0].pr(prRegister, 0, 0, 0xa, 0)
+	to[0].pr(prReserve, typeExclusiveAccess, 0xa, 0, 0)
+	to[1].good(rw16(0x88, 0, 1), nil, 512)
+	if r := to[2].do(rw16(0x88, 0, 1), nil, 512); r.status != iscsi.StatusReservationConflict {
+		t.Errorf("a path through another portal group: %v", r)
+	}
+}
