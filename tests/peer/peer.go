@@ -67,6 +67,7 @@ func Run(ctx context.Context, tool string, args ...string) (string, error) {
 	cmd := exec.CommandContext(ctx, path, args...)
 	var out bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &out
+	cmd.SysProcAttr = dieWithTest()
 	cmd.WaitDelay = 5 * time.Second
 	err = cmd.Run()
 	if exit, ok := errors.AsType[*exec.ExitError](err); ok {
@@ -74,6 +75,10 @@ func Run(ctx context.Context, tool string, args ...string) (string, error) {
 	}
 	return out.String(), err
 }
+
+// dieWithTest ends a process that is started with it with the tests that started it, however
+// these end.
+func dieWithTest() *syscall.SysProcAttr { return &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL} }
 
 // LUN is where a logical unit is found, and how an initiator logs in.
 type LUN struct {

@@ -10,7 +10,6 @@ import (
 	"os/exec"
 	"strings"
 	"sync"
-	"syscall"
 	"time"
 )
 
@@ -85,7 +84,7 @@ func (l LUN) Shell(ctx context.Context) (*QemuShell, error) {
 		return nil, err
 	}
 	cmd := exec.Command(path, l.image()...)
-	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	cmd.SysProcAttr = dieWithTest()
 	in, err := cmd.StdinPipe()
 	if err != nil {
 		return nil, err
@@ -219,6 +218,7 @@ func (l LUN) CopyTo(ctx context.Context, to LUN, parallel int) (cpu time.Duratio
 		return 0, err
 	}
 	cmd := exec.CommandContext(ctx, path, args...)
+	cmd.SysProcAttr = dieWithTest()
 	if out, err := cmd.CombinedOutput(); err != nil {
 		return 0, fmt.Errorf("qemu-img convert: %w: %s", err, bytes.TrimSpace(out))
 	}

@@ -259,7 +259,7 @@ func (d *Tgtd) start(ctx context.Context) error {
 	cmd.Env = append(os.Environ(), d.env())
 	cmd.Stdout, cmd.Stderr = d.log, d.log
 	// A test binary that is ended by force leaves no tgtd behind.
-	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	cmd.SysProcAttr = dieWithTest()
 	if err := cmd.Start(); err != nil {
 		return err
 	}
@@ -304,6 +304,7 @@ func (d *Tgtd) admin(ctx context.Context, args ...string) (string, error) {
 	}
 	cmd := exec.CommandContext(ctx, path, append([]string{"-C", "1", "--lld", "iscsi"}, args...)...)
 	cmd.Env = append(os.Environ(), d.env())
+	cmd.SysProcAttr = dieWithTest()
 	out, err := cmd.CombinedOutput()
 	if err != nil {
 		return "", fmt.Errorf("tgtadm: %w: %s", err, bytes.TrimSpace(out))
