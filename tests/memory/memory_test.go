@@ -51,6 +51,15 @@ func TestThousandIdleSessionsFitInto100MiB(t *testing.T) {
 		}
 	}
 	after := resident(t, pid)
+	for n, c := range conns {
+		all.Go(func() { errs[n] = ping(c) })
+	}
+	all.Wait()
+	for n, err := range errs {
+		if err != nil {
+			t.Fatalf("session %d did not live when the memory was looked at: %v", n, err)
+		}
+	}
 	t.Logf("resident: %d KiB, before the sessions %d KiB: %d bytes for each", after>>10, before>>10, (after-before)/sessions)
 	if after >= limit {
 		t.Errorf("%d sessions and the service take %d MiB", sessions, after>>20)
@@ -155,6 +164,31 @@ func login(portal string, n int) (net.Conn, error) {
 		return nc, fmt.Errorf("%v, login status %04Xh", answer.Opcode(), answer.LoginStatus())
 	}
 	return nc, r.Discard()
+}
+
+// ping sends a NOP-Out and waits for its answer.
+func ping(nc net.Conn) error {
+	var h iscsi.BHS
+	h.SetOpcode(iscsi.OpNopOut)
+	h.SetImmediate()
+	h.SetFlags(iscsi.FlagFinal)
+	h.SetITT(1)
+	h.SetTTT(iscsi.NoTag)
+	if _, err := nc.Write(h[:]); err != nil {
+		return err
+	}
+	for r := iscsi.NewReader(nc, 4096); ; {
+		p, err := r.Next()
+		if err != nil {
+			return err
+		}
+		if p.Opcode() == iscsi.OpNopIn && p.ITT() == 1 {
+			return nil
+		}
+		if p.Opcode() != iscsi.OpNopIn && p.Opcode() != iscsi.OpAsync {
+			return fmt.Errorf("%v for a ping", p.Opcode())
+		}
+	}
 }
 
 // resident is VmRSS of a process, in bytes.
