@@ -309,6 +309,7 @@ func (c *conn) granted(t *task, n int64) {
 		c.end(t)
 	case t.lost:
 		c.giveUp(t)
+		c.w.Flush()
 	case t.want == 0:
 		c.enqueue(t)
 	case !t.unsolicited:

@@ -254,3 +254,34 @@ func TestSessionsBeyondTheirShareDisturbNoOther(t *testing.T) {
 		t.Errorf("a write of an idle session: %v", r)
 	}
 }
+
+func TestLostDataOfACommandThatWaitsForMemoryFailsIt(t *testing.T) {
+	m := newMemory(512, 4096)
+	s, addr := begin(t, Config{}, Unit{IQN: iqn, Device: m})
+	i := login(t, addr, loginOptions{want: func(p *iscsi.Params) { p.ImmediateData = false }})
+	all, whole := &share{a: s.bytes}, s.cfg.BytesInFlight*3/4
+	s.bytes.each = whole
+	if !all.acquire(whole, &claim{}, true) {
+		t.Fatal("memory is in use")
+	}
+	h := i.command(rw16(0x8a, 0, 32), iscsi.FlagWrite, 16<<10)
+	i.send(h, nil)
+	for sn := range uint32(2) { // the second without the first, and the last
+		var d iscsi.BHS
+		d.SetOpcode(iscsi.OpDataOut)
+		d.SetITT(h.ITT())
+		d.SetTTT(iscsi.NoTag)
+		d.SetDataSN(sn + 1)
+		d.SetBufferOffset(sn * 8192)
+		if sn == 1 {
+			d.SetFlags(iscsi.FlagFinal)
+		}
+		i.send(&d, make([]byte, 8192))
+	}
+	if r := i.finish(h.ITT(), nil); !r.is(senseDataLost) {
+		t.Errorf("%v", r)
+	}
+	all.release(whole)
+	i.good(rw16(0x8a, 0, 32), pattern(16<<10, 1), 0)
+	allBack(t, s)
+}
