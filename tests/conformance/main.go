@@ -133,7 +133,7 @@ func tgtdRun(ctx context.Context, dir string, bound time.Duration) (run, error) 
 
 func tgtdFamily(ctx context.Context, dir, family string, bound time.Duration) (cases []testCase, err error) {
 	image := filepath.Join(dir, "tgtd.img")
-	if err := thinFile(image, volumeSize, volumeSize/2); err != nil {
+	if err := thinFile(image, true); err != nil {
 		return nil, err
 	}
 	d, err := peer.NewTgtd(ctx, dir)
