@@ -46,7 +46,7 @@ func checkISCSIName(name string) error {
 	case len(name) > maxISCSIName:
 		return fmt.Errorf("has %d bytes; an iSCSI name has at most %d (RFC 7143 4.2.7.1)", len(name), maxISCSIName)
 	case name != strings.ToLower(name) && !strings.HasPrefix(name, "eui.") && !strings.HasPrefix(name, "naa."):
-		return fmt.Errorf("%q has capitals; write it in lower case (RFC 7143 4.2.7.2)", name)
+		return fmt.Errorf("%s has capitals; write it in lower case (RFC 7143 4.2.7.2)", shown(name))
 	case strings.HasPrefix(name, "iqn."):
 		if iqnPattern.MatchString(name) {
 			return nil
@@ -62,7 +62,7 @@ func checkISCSIName(name string) error {
 		}
 		return fmt.Errorf("%q is no naa name; it is naa. and 16 or 32 hexadecimal digits", name)
 	}
-	return fmt.Errorf("%q is no iSCSI name; it is iqn.YYYY-MM.reversed.domain:anything, such as \"iqn.2026-11.net.example:db01\"", name)
+	return fmt.Errorf("%s is no iSCSI name; it is iqn.YYYY-MM.reversed.domain:anything, such as \"iqn.2026-11.net.example:db01\"", shown(name))
 }
 
 func checkHTTP(address string) error {
@@ -74,14 +74,14 @@ func checkHTTP(address string) error {
 		_, err = strconv.ParseUint(port, 10, 16)
 	}
 	if err != nil {
-		return fmt.Errorf("%q is no address; it is host:port, such as \"127.0.0.1:9260\", or \"\" for no metrics", address)
+		return fmt.Errorf("%s is no address; it is host:port, such as \"127.0.0.1:9260\", or \"\" for no metrics", shown(address))
 	}
 	return nil
 }
 
 func checkAbsolute(path string) error {
 	if !filepath.IsAbs(path) {
-		return fmt.Errorf("%q is not an absolute path; begin it with /", path)
+		return fmt.Errorf("%s is not an absolute path; begin it with /", shown(path))
 	}
 	return nil
 }
@@ -157,6 +157,14 @@ func comparable(address string) string {
 		authority += ":3260"
 	}
 	return authority + "/" + strings.ToLower(path)
+}
+
+// shown is a text as an error may quote it: what stands before an @ can hold a secret.
+func shown(text string) string {
+	if at := strings.LastIndexByte(text, '@'); at >= 0 {
+		text = "***" + text[at:]
+	}
+	return strconv.Quote(text)
 }
 
 // lowerName makes a text fit for the free part of an iqn.

@@ -91,7 +91,7 @@ type Volume struct {
 	// FileBlockSize is the logical block length of plain files, 512 or 4096 bytes.
 	FileBlockSize uint32
 	Copy          Copy
-	// Initiators may come in, the first that matches counts; without any, those on this
+	// Initiators may come in, the first that matches counts (see Initiator); without any, those on this
 	// host's loopback.
 	Initiators []Initiator
 	// PortalGroups are the groups whose portals lead to the volume; empty is all.

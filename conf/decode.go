@@ -1,9 +1,11 @@
 package conf
 
 import (
+	"errors"
 	"fmt"
 	"maps"
 	"math"
+	"path/filepath"
 	"slices"
 	"strings"
 	"time"
@@ -132,13 +134,22 @@ type secretFiles struct{ source, destination sideFiles }
 type sideFiles struct{ secret, target string }
 
 func secretFile(to *string) func(any) error {
-	return all(text(to), func() error { return checkAbsolute(*to) })
+	return all(text(to), func() error {
+		if !filepath.IsAbs(*to) { // it may be the secret itself, and is not shown
+			return errors.New("is not an absolute path; begin it with /, and write the secret into that file")
+		}
+		return nil
+	})
 }
 
 func (d *decoder) volumeSettings(v *Volume, files *secretFiles, path, label string) []setting {
 	return []setting{
 		{"name", all(text(&v.Name), func() error { return checkName(v.Name) })},
-		{"iqn", all(text(&v.IQN), func() error { return checkISCSIName(v.IQN) })},
+		{"iqn", all(text(&v.IQN), func() error {
+			err := checkISCSIName(v.IQN)
+			v.IQN = strings.ToLower(v.IQN) // digits of eui and naa names
+			return err
+		})},
 		{"lun", integer(&v.LUN, 0, maxLUN)},
 		{"source", all(text(&v.Source.Address), func() error { return d.checkAddress(v.Source.Address) })},
 		{"destination", all(text(&v.Destination.Address), func() error { return d.checkAddress(v.Destination.Address) })},

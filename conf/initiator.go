@@ -18,9 +18,10 @@ const (
 )
 
 // Initiator is one [[volume.initiator]] table: who may come in. The first that matches
-// an initiator counts.
+// an initiator counts; for a name that one of them has in full, the first of those that have.
 type Initiator struct {
-	// Name is an initiator name, or the beginning of names where it ends in "*".
+	// Name is an initiator name, or the beginning of names where it ends in "*", in small
+	// letters: that is how names are compared (RFC 7143 4.2.7.2).
 	Name string
 	// Networks are where it may come from; empty is anywhere.
 	Networks []netip.Prefix
@@ -57,7 +58,10 @@ func (k *chapKeys) settings() []setting {
 
 func initiatorSettings(i *Initiator, keys *chapKeys) []setting {
 	return append([]setting{
-		{"name", all(text(&i.Name), func() error { return checkInitiator(i.Name) })},
+		{"name", all(text(&i.Name), func() error {
+			i.Name = strings.ToLower(i.Name) // hosts have names with capitals
+			return checkInitiator(i.Name)
+		})},
 		{"networks", networks(&i.Networks)},
 	}, keys.settings()...)
 }
@@ -191,10 +195,12 @@ func (d *decoder) reflections() {
 	}
 }
 
-// covers tells whether each initiator that o matches is matched by i.
+// covers tells whether each initiator that o matches is matched by i, if it comes first. A
+// name in full counts before every beginning of names, so none of these covers it.
 func (i Initiator) covers(o Initiator) bool {
 	prefix, many := strings.CutSuffix(i.Name, "*")
-	if many && !strings.HasPrefix(strings.TrimSuffix(o.Name, "*"), prefix) || !many && i.Name != o.Name {
+	wide := strings.HasSuffix(o.Name, "*")
+	if many && !(wide && strings.HasPrefix(o.Name[:len(o.Name)-1], prefix)) || !many && i.Name != o.Name {
 		return false
 	}
 	if len(i.Networks) == 0 {
@@ -205,14 +211,6 @@ func (i Initiator) covers(o Initiator) bool {
 			return outer.Bits() <= inner.Bits() && outer.Contains(inner.Addr())
 		})
 	})
-}
-
-// matches tells whether an initiator of that name and address is meant.
-func (i Initiator) matches(name string, from netip.Addr) bool {
-	if prefix, many := strings.CutSuffix(i.Name, "*"); many && !strings.HasPrefix(name, prefix) || !many && name != i.Name {
-		return false
-	}
-	return len(i.Networks) == 0 || slices.ContainsFunc(i.Networks, func(p netip.Prefix) bool { return p.Contains(from) })
 }
 
 func describe(i Initiator) string {
@@ -271,33 +269,102 @@ func shareGroup(a, b []uint16) bool {
 // each is tried: every name as it stands, and one longer than every beginning; the
 // first address of every network, and the first behind it.
 func contradiction(a, b []Initiator) string {
-	both := slices.Concat(a, b)
-	for _, i := range both {
+	same := func(x, y Initiator) bool {
+		return x.Name == y.Name && x.CHAP == y.CHAP && slices.Equal(x.Networks, y.Networks)
+	}
+	if slices.EqualFunc(a, b, same) {
+		return ""
+	}
+	tried := map[string]bool{}
+	for _, i := range slices.Concat(a, b) {
 		name := i.Name
 		if prefix, many := strings.CutSuffix(name, "*"); many {
 			name = prefix + "\x00"
 		}
+		if tried[name] {
+			continue
+		}
+		tried[name] = true
+		first, second := applying(a, name), applying(b, name)
+		both := slices.Concat(first, second)
+		if len(first) == 0 || len(second) == 0 || !slices.ContainsFunc(both, func(o *Initiator) bool { return o.CHAP != both[0].CHAP }) {
+			continue
+		}
 		addresses := []netip.Addr{netip.IPv4Unspecified(), netip.IPv6Unspecified()}
 		for _, o := range both {
 			for _, p := range o.Networks {
-				if !o.matches(name, p.Addr()) {
-					continue
-				}
 				addresses = append(addresses, p.Addr())
 				if next := lastOf(p).Next(); next.IsValid() {
 					addresses = append(addresses, next)
 				}
 			}
 		}
+		x, y := byNetwork(first), byNetwork(second)
 		for _, from := range addresses {
-			is := func(i Initiator) bool { return i.matches(name, from) }
-			x, y := slices.IndexFunc(a, is), slices.IndexFunc(b, is)
-			if x >= 0 && y >= 0 && a[x].CHAP != b[y].CHAP {
-				return fmt.Sprintf("initiator %s", describe(b[y]))
+			if o, other := x.first(from), y.first(from); o != nil && other != nil && o.CHAP != other.CHAP {
+				return fmt.Sprintf("initiator %s", describe(*other))
 			}
 		}
 	}
 	return ""
+}
+
+// applying are the entries that an initiator of that name may match: those that have it in
+// full, and only where there is none those that have its beginning.
+func applying(list []Initiator, name string) []*Initiator {
+	var inFull, begun []*Initiator
+	for n := range list {
+		if i := &list[n]; i.Name == name {
+			inFull = append(inFull, i)
+		} else if prefix, many := strings.CutSuffix(i.Name, "*"); many && strings.HasPrefix(name, prefix) {
+			begun = append(begun, i)
+		}
+	}
+	if len(inFull) > 0 {
+		return inFull
+	}
+	return begun
+}
+
+// networkIndex finds the first entry that an address matches without a look at each.
+type networkIndex struct {
+	entries  []*Initiator
+	position map[netip.Prefix]int // of the first with that network
+	lengths  []int                // of these networks, in bits
+	anywhere int                  // position of the first without networks
+}
+
+func byNetwork(entries []*Initiator) networkIndex {
+	x := networkIndex{entries, map[netip.Prefix]int{}, nil, len(entries)}
+	for n, i := range entries {
+		if len(i.Networks) == 0 {
+			x.anywhere = min(x.anywhere, n)
+		}
+		for _, p := range i.Networks {
+			if _, known := x.position[p]; !known {
+				x.position[p] = n
+			}
+			if !slices.Contains(x.lengths, p.Bits()) {
+				x.lengths = append(x.lengths, p.Bits())
+			}
+		}
+	}
+	return x
+}
+
+func (x *networkIndex) first(from netip.Addr) *Initiator {
+	best := x.anywhere
+	for _, bits := range x.lengths {
+		if p, err := from.Prefix(bits); err == nil {
+			if n, ok := x.position[p]; ok {
+				best = min(best, n)
+			}
+		}
+	}
+	if best == len(x.entries) {
+		return nil
+	}
+	return x.entries[best]
 }
 
 // lastOf is the last address of a network.
@@ -365,7 +432,7 @@ func checkInitiator(name string) error {
 	case len(prefix) > maxISCSIName:
 		return fmt.Errorf("has %d bytes before the \"*\"; an iSCSI name has at most %d (RFC 7143 4.2.7.1)", len(prefix), maxISCSIName)
 	case !beginsName.MatchString(prefix):
-		return fmt.Errorf("%q begins no iSCSI name; it is such as \"iqn.2026-11.net.example:*\", in lower case, or \"*\" for all", name)
+		return fmt.Errorf("%q begins no iSCSI name; it is such as \"iqn.2026-11.net.example:*\", or \"*\" for all", name)
 	}
 	return nil
 }

@@ -6,6 +6,7 @@ import (
 	"os"
 	"path/filepath"
 	"reflect"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -111,7 +112,7 @@ flag_memory = "5MiB"
 
 func TestFaultsOfLimits(t *testing.T) {
 	for line, want := range map[string]string{
-		"connections = 0":                       "is 0; it is from 1 to 1048576",
+		"connections = 0":                       "is 0; it is from 1 to 65535",
 		"connections_per_address = -1":          "is -1; it is from 1 to 1048576",
 		"connections_logging_in = 0":            "is 0; it is from 1 to 1048576",
 		"sessions_per_volume = '5'":             "is a text; it is a number",
@@ -168,7 +169,6 @@ func TestFaultsOfWhoMayComeIn(t *testing.T) {
 		{"no name", initiator("networks=['::/0']\n"), "7: volume[db01].initiator[0].name: is missing"},
 		{"empty name", initiator("name=''\n"), "8: volume[db01].initiator[0].name: is empty"},
 		{"name is a list", initiator("name=['*']\n"), "8: volume[db01].initiator[0].name: is a list; it is a text"},
-		{"name with capitals", initiator("name='iqn.2026-11.net.example:X'\n"), `8: volume[db01].initiator[0].name: "iqn.2026-11.net.example:X" has capitals`},
 		{"star in the middle", initiator("name='iqn.*:x'\n"), `8: volume[db01].initiator[0].name: "iqn.*:x" has a "*" that is not at its end`},
 		{"two stars", initiator("name='**'\n"), `8: volume[db01].initiator[0].name: "**" has a "*" that is not at its end`},
 		{"beginning of no name", initiator("name='app*'\n"), `8: volume[db01].initiator[0].name: "app*" begins no iSCSI name`},
@@ -183,7 +183,7 @@ func TestFaultsOfWhoMayComeIn(t *testing.T) {
 		{"network twice", initiator("name='*'\nnetworks=['10.0.0.1', '10.0.0.1/32']\n"), `9: volume[db01].initiator[0].networks: has 10.0.0.1/32 twice`},
 
 		{"same entry twice", initiator("name='*'\n[[volume.initiator]]\nname='*'\n"), "9: volume[db01].initiator[1]: never counts, because * before it"},
-		{"narrow behind broad", initiator("name='iqn.2026-11.*'\nnetworks=['10.0.0.0/8']\n[[volume.initiator]]\nname='iqn.2026-11.net.example:x'\nnetworks=['10.1.0.0/16']\n" + chap),
+		{"narrow behind broad", initiator("name='iqn.2026-11.*'\nnetworks=['10.0.0.0/8']\n[[volume.initiator]]\nname='iqn.2026-11.net.*'\nnetworks=['10.1.0.0/16']\n" + chap),
 			"10: volume[db01].initiator[1]: never counts, because iqn.2026-11.* from 10.0.0.0/8 before it"},
 
 		{"user without secret", initiator("name='*'\nchap_user='app-1'\n"), "9: volume[db01].initiator[0].chap_user: app-1 needs a secret; put it into chap_secret_file, or into LUNSHIFT_SECRET_DB01_INITIATOR_APP_1 of the environment"},
@@ -195,7 +195,7 @@ func TestFaultsOfWhoMayComeIn(t *testing.T) {
 		{"target's user without secret", initiator("name='*'\n" + chap + "target_user='gw'\n"), "11: volume[db01].initiator[0].target_user: gw needs a secret; put it into target_secret_file, or into LUNSHIFT_SECRET_DB01_INITIATOR_A_TARGET of"},
 		{"target alone", initiator("name='*'\ntarget_user='gw'\ntarget_secret_file='" + secret + "'\n"), "9: volume[db01].initiator[0].target_user: the target proves itself only to an initiator that does"},
 		{"same secret for both", initiator("name='*'\n" + chap + "target_user='gw'\ntarget_secret_file='" + secret + "'\n"), "11: volume[db01].initiator[0].target_user: the target's secret is that of the initiator in volume[db01].initiator[0]"},
-		{"relative file", initiator("name='*'\nchap_user='a'\nchap_secret_file='secret'\n"), `10: volume[db01].initiator[0].chap_secret_file: "secret" is not an absolute path`},
+		{"relative file", initiator("name='*'\nchap_user='a'\nchap_secret_file='secret'\n"), `10: volume[db01].initiator[0].chap_secret_file: is not an absolute path`},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			got := faultsOf(t, tc.text)
@@ -356,9 +356,14 @@ func TestContradictionsAreFoundWhereverTheyAre(t *testing.T) {
 		}
 		a, b := list("a"), list("b")
 		first := func(list []Initiator, name string, from netip.Addr) *Initiator {
-			for i := range list {
-				if list[i].matches(name, from) {
-					return &list[i]
+			inFull := slices.ContainsFunc(list, func(i Initiator) bool { return i.Name == name })
+			for n, i := range list {
+				prefix, many := strings.CutSuffix(i.Name, "*")
+				if inFull && i.Name != name || !inFull && !(many && strings.HasPrefix(name, prefix)) {
+					continue
+				}
+				if len(i.Networks) == 0 || slices.ContainsFunc(i.Networks, func(p netip.Prefix) bool { return p.Contains(from) }) {
+					return &list[n]
 				}
 			}
 			return nil
@@ -375,6 +380,88 @@ func TestContradictionsAreFoundWhereverTheyAre(t *testing.T) {
 			t.Fatalf("got %q, want a contradiction: %v\n%v\n%v", got, want, a, b)
 		}
 	})
+}
+
+func TestNameInFullCountsBehindABeginning(t *testing.T) {
+	got := load(t, minimal+"[[volume.initiator]]\nname='*'\n[[volume.initiator]]\nname='iqn.2026-11.net.example:X'\n").Volumes[0].Initiators
+	if len(got) != 2 || got[1].Name != "iqn.2026-11.net.example:x" {
+		t.Errorf("%v", got)
+	}
+}
+
+func TestLongListsAreComparedAtOnce(t *testing.T) {
+	secret := secretIn(t, t.TempDir(), "secret", "secret of app1")
+	chap := "chap_user='a'\nchap_secret_file='" + secret + "'\n"
+	for what, entry := range map[string]func(volume, k int) string{
+		"networks": func(_, k int) string {
+			return fmt.Sprintf("name='iqn.1993-08.org.debian:*'\nnetworks=['10.%d.%d.0/28']\n", k/256, k%256)
+		},
+		"other order, two proofs": func(volume, k int) string {
+			if k = (k + volume*7) % maxInitiators; k%2 == 0 {
+				return fmt.Sprintf("name='*'\nnetworks=['10.%d.%d.0/24']\n", k/256, k%256)
+			}
+			return fmt.Sprintf("name='*'\nnetworks=['10.%d.%d.0/24']\n", k/256, k%256) + chap
+		},
+		"names, two proofs": func(volume, k int) string {
+			if k = (k + volume*7) % maxInitiators; k%2 == 0 {
+				return fmt.Sprintf("name='iqn.2026-11.net.example:%d'\n", k)
+			}
+			return fmt.Sprintf("name='iqn.2026-11.net.example:%d'\n", k) + chap
+		},
+	} {
+		var b strings.Builder
+		b.WriteString(minimal)
+		for volume := range 2 {
+			if volume == 1 {
+				b.WriteString("[[volume]]\nname='db02'\niqn='iqn.2026-11.net.example:db01'\nlun=1\nsource='/a'\ndestination='/b'\n")
+			}
+			for k := range maxInitiators {
+				b.WriteString("[[volume.initiator]]\n" + entry(volume, k))
+			}
+		}
+		start := time.Now()
+		load(t, b.String())
+		if took := time.Since(start); took > 10*time.Second {
+			t.Errorf("%s: %v", what, took)
+		} else {
+			t.Logf("%s: %v", what, took)
+		}
+	}
+}
+
+// A secret is easily written where a file or an address belongs.
+func TestSecretsInTheWrongPlaceAreNotShown(t *testing.T) {
+	const secret = "TopSecretPassword"
+	initiator := minimal + "[[volume.initiator]]\nname='*'\n"
+	for key, text := range map[string]string{
+		"chap_secret_file":          initiator + "chap_user='u'\nchap_secret_file='" + secret + "'\n",
+		"target_secret_file":        initiator + "target_user='u'\ntarget_secret_file='" + secret + "'\n",
+		"source_secret_file":        minimal + "source_secret_file='" + secret + "'\n",
+		"destination_target_secret": minimal + "destination_target_secret_file='" + secret + "'\n",
+		"redirect":                  minimal + "redirect='iscsi://u%" + secret + "@10.0.0.9:3260'\n",
+		"redirect without scheme":   minimal + "redirect='u%" + secret + "@10.0.0.9:3260'\n",
+		"portals":                   "[service]\nportals=['u%" + secret + "@10.0.0.9:3260']\n" + minimal,
+		"portal with a group":       "[service]\nportals=['u%" + secret + "@10.0.0.9:3260,x']\n" + minimal,
+		"http":                      "[service]\nhttp='http://u:" + secret + "@10.0.0.9'\n" + minimal,
+		"iqn":                       strings.Replace(minimal, "iqn.2026", "iscsi://u%"+secret+"@10.0.0.9/iqn.2026", 1),
+		"source":                    strings.Replace(minimal, "10.0.0.5", "u%"+secret+"@10.0.0.5", 1),
+	} {
+		got := faultsOf(t, text)
+		if len(got) == 0 || strings.Contains(strings.ToLower(strings.Join(got, "\n")), strings.ToLower(secret)) {
+			t.Errorf("%s: got %q", key, got)
+		}
+	}
+}
+
+func TestSecretFileOfAnotherUserIsRefused(t *testing.T) {
+	file := secretIn(t, t.TempDir(), "secret", "secret of app1")
+	if err := os.Chown(file, 12345, -1); err != nil {
+		t.Skipf("only root gives files away: %v", err)
+	}
+	got := faultsOf(t, minimal+"[[volume.initiator]]\nname='*'\nchap_user='a'\nchap_secret_file='"+file+"'\n")
+	if len(got) != 1 || !strings.Contains(got[0], file+" belongs to user 12345") {
+		t.Errorf("got %q", got)
+	}
 }
 
 func TestHostileListsAreRefusedAtOnce(t *testing.T) {

@@ -8,14 +8,15 @@ import (
 // Limits is the [service.limits] table: what initiators may take. Past a limit an
 // initiator gets the protocol's own refusal, and nobody else is disturbed.
 type Limits struct {
-	// Connections is how many connections that have logged in are held at a time, 1 to
-	// 1048576; each is one session.
+	// Connections is how many connections that have logged in to targets are held at a
+	// time, 1 to 65535; each is one session.
 	Connections int
 	// ConnectionsPerAddress is how many of them one IP address may have, and how many may
-	// be logging in from it, 1 to 1048576.
+	// be logging in from it, 1 to 1048576. Here and below an IPv6 network of 64 bits counts
+	// as one address.
 	ConnectionsPerAddress int
 	// ConnectionsLoggingIn is how many connections may be logging in at a time, 1 to
-	// 1048576; they come on top of Connections.
+	// 1048576, discovery sessions among them; they come on top of Connections.
 	ConnectionsLoggingIn int
 	// SessionsPerVolume is how many sessions may see one volume, 1 to 1048576.
 	SessionsPerVolume int
@@ -24,7 +25,8 @@ type Limits struct {
 	CommandsPerSession int
 	// BytesInFlight bounds the data of all commands together, 64 MiB to 1 PiB.
 	BytesInFlight Size
-	// InitiatorLoginTimeout is how long an initiator may take to log in, 1 s to 1 h.
+	// InitiatorLoginTimeout is how long an initiator may take to log in, and after that how
+	// long a discovery session may last, 1 s to 1 h.
 	InitiatorLoginTimeout time.Duration
 	// LoginFailures is how many logins of one IP address may fail within a minute
 	// before further ones are refused unheard, 1 to 1048576.
@@ -78,7 +80,7 @@ func defaultLimits() Limits {
 func limitSettings(l *Limits) []setting {
 	const many = 1 << 20
 	return []setting{
-		{"connections", integer(&l.Connections, 1, many)},
+		{"connections", integer(&l.Connections, 1, 1<<16-1)}, // as many as TSIHs tell apart
 		{"connections_per_address", integer(&l.ConnectionsPerAddress, 1, many)},
 		{"connections_logging_in", integer(&l.ConnectionsLoggingIn, 1, many)},
 		{"sessions_per_volume", integer(&l.SessionsPerVolume, 1, many)},

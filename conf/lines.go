@@ -3,6 +3,7 @@ package conf
 import (
 	"bytes"
 	"fmt"
+	"slices"
 	"strings"
 
 	"github.com/pelletier/go-toml/v2/unstable"
@@ -13,6 +14,11 @@ import (
 // The text is a document that has been decoded without an error.
 func keyLines(text []byte) map[string]int {
 	l := &lineReader{lines: make(map[string]int), elements: make(map[string]int)}
+	for at, b := range text {
+		if b == '\n' {
+			l.ends = append(l.ends, at)
+		}
+	}
 	l.parser.Reset(text)
 	prefix := ""
 	for l.parser.NextExpression() {
@@ -57,8 +63,16 @@ func tableAt(text []byte, line int) string {
 type lineReader struct {
 	parser unstable.Parser
 	lines  map[string]int
+	// ends are where the lines end: the parser would count them anew for each key.
+	ends []int
 	// elements counts the elements of each array of tables so far.
 	elements map[string]int
+}
+
+// line is the one that a part of the text begins on.
+func (l *lineReader) line(part unstable.Range) int {
+	before, _ := slices.BinarySearch(l.ends, int(part.Offset))
+	return before + 1
 }
 
 // walk follows a dotted key below prefix, notes its lines, and gives its path. In
@@ -68,7 +82,7 @@ func (l *lineReader) walk(prefix string, key unstable.Iterator, newElement bool)
 	path := prefix
 	for key.Next() {
 		path = join(path, string(key.Node().Data))
-		line := l.parser.Shape(key.Node().Raw).Start.Line
+		line := l.line(key.Node().Raw)
 		if _, seen := l.lines[path]; !seen {
 			l.lines[path] = line
 		}
@@ -106,7 +120,7 @@ func (l *lineReader) value(path string, line int, node *unstable.Node) {
 			element := fmt.Sprintf("%s[%d]", path, i)
 			at := line
 			if raw := it.Node().Raw; raw.Length > 0 {
-				at = l.parser.Shape(raw).Start.Line
+				at = l.line(raw)
 			}
 			l.lines[element] = at
 			l.value(element, at, it.Node())

@@ -50,24 +50,24 @@ func parsePortal(text string) (Portal, error) {
 	if grouped {
 		var err error
 		if group, err = strconv.ParseUint(tag, 10, 16); err != nil || group == 0 {
-			return Portal{}, fmt.Errorf("%q has no portal group from 1 to 65535; %s", text, hint)
+			return Portal{}, fmt.Errorf("%s has no portal group from 1 to 65535; %s", shown(text), hint)
 		}
 	}
 	at, err := netip.ParseAddrPort(address)
 	if err == nil {
 		if at.Addr().Is4In6() {
-			return Portal{}, fmt.Errorf("%q is an IPv4 address in IPv6 form; write %s", text, netip.AddrPortFrom(at.Addr().Unmap(), at.Port()))
+			return Portal{}, fmt.Errorf("%s is an IPv4 address in IPv6 form; write %s", shown(text), netip.AddrPortFrom(at.Addr().Unmap(), at.Port()))
 		}
 		return Portal{Address: address, Group: uint16(group)}, nil
 	}
 	host, port, err := net.SplitHostPort(address)
 	if err != nil {
-		return Portal{}, fmt.Errorf("%q is no portal; %s", text, hint)
+		return Portal{}, fmt.Errorf("%s is no portal; %s", shown(text), hint)
 	}
 	if _, err := strconv.ParseUint(port, 10, 16); err != nil {
-		return Portal{}, fmt.Errorf("%q has no port number from 0 to 65535; %s", text, hint)
+		return Portal{}, fmt.Errorf("%s has no port number from 0 to 65535; %s", shown(text), hint)
 	}
-	return Portal{}, fmt.Errorf("%q is no IP address; %s", host, hint)
+	return Portal{}, fmt.Errorf("%s is no IP address; %s", shown(host), hint)
 }
 
 // list hands each text of a list to take. An empty list is a fault with the reason.

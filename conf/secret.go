@@ -5,7 +5,9 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"path/filepath"
 	"strings"
+	"syscall"
 )
 
 // maxSecret is in bytes; CHAP secrets are 12 to 16 bytes at many arrays, and
@@ -69,8 +71,10 @@ func variableName(text string) string {
 // secrets finds the secrets of one side and holds them against its address. path
 // and label are the volume's.
 func (d *decoder) secrets(unit *Unit, volume, side, path, label string, files sideFiles) {
-	if holdsSecret(unit.Address) {
-		return // a fault already, and nothing more to say of it
+	for _, file := range []string{files.secret, files.target} {
+		if holdsSecret(unit.Address) || file != "" && !filepath.IsAbs(file) {
+			return // a fault already, and nothing more to say of it
+		}
 	}
 	before := len(d.faults)
 	unit.Secret = d.secret(volume, side, side+"_secret_file", path, label, files.secret)
@@ -153,6 +157,10 @@ func readSecret(file string, least int) (Secret, error) {
 	}
 	if mode := info.Mode().Perm(); mode&0o077 != 0 {
 		return "", fmt.Errorf("others can read %s (mode %04o); chmod 600 it", file, mode)
+	}
+	// Its owner may write it at any time.
+	if owner, ok := info.Sys().(*syscall.Stat_t); ok && owner.Uid != 0 && int(owner.Uid) != os.Geteuid() {
+		return "", fmt.Errorf("%s belongs to user %d; let it belong to root or to the user that lunshift runs as", file, owner.Uid)
 	}
 	content, err := io.ReadAll(io.LimitReader(f, maxSecretFile+1))
 	if err != nil {

@@ -79,6 +79,10 @@ type InitiatorReport struct {
 	// Networks are where it may come from; empty is anywhere.
 	Networks []string `json:"networks"`
 	Proof    Proof    `json:"authentication"`
+	// CHAPUser and TargetUser are the CHAP names of both sides; empty where one proves
+	// nothing.
+	CHAPUser   string `json:"chap_user,omitempty"`
+	TargetUser string `json:"target_user,omitempty"`
 }
 
 func proof(c conf.CHAP) Proof {
@@ -100,7 +104,7 @@ func (r *VolumeReport) admit(service conf.Service, v conf.Volume) {
 		r.Warnings = append(r.Warnings, fmt.Sprintf("volume %s: ", v.Name)+fmt.Sprintf(format, args...))
 	}
 	for _, i := range v.Initiators {
-		entry := InitiatorReport{Name: i.Name, Networks: []string{}, Proof: proof(i.CHAP)}
+		entry := InitiatorReport{Name: i.Name, Networks: []string{}, Proof: proof(i.CHAP), CHAPUser: i.CHAP.User, TargetUser: i.CHAP.TargetUser}
 		for _, p := range i.Networks {
 			entry.Networks = append(entry.Networks, p.String())
 		}
@@ -119,15 +123,17 @@ func (r *VolumeReport) admit(service conf.Service, v conf.Volume) {
 	}
 }
 
-// compareAccess warns where the running service lets other initiators in than the file.
+// compareAccess warns where the running service lets other initiators in than the file, asks
+// them for other proofs or sends them elsewhere. Secrets are not compared: nothing tells them.
 func (r *VolumeReport) compareAccess(running VolumeReport) {
 	if !r.Served {
 		return
 	}
 	same := running.LoopbackOnly == r.LoopbackOnly && running.ReservationBy == r.ReservationBy &&
+		running.Redirect == r.Redirect &&
 		slices.Equal(running.PortalGroups, r.PortalGroups) &&
 		slices.EqualFunc(running.Initiators, r.Initiators, func(a, b InitiatorReport) bool {
-			return a.Name == b.Name && a.Proof == b.Proof && slices.Equal(a.Networks, b.Networks)
+			return a.Name == b.Name && a.Proof == b.Proof && a.CHAPUser == b.CHAPUser && a.TargetUser == b.TargetUser && slices.Equal(a.Networks, b.Networks)
 		})
 	if !same {
 		r.Warnings = append(r.Warnings, fmt.Sprintf("volume %s: the running service lets others in than the file says: restart the service to let the file count", r.Name))

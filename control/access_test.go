@@ -75,8 +75,8 @@ func TestCheckTellsWhoMayComeIn(t *testing.T) {
 	report, text = check(cfg)
 	v := report.Volumes[0]
 	want := []InitiatorReport{
-		{"iqn.2026-11.net.example:app1", []string{"127.0.0.0/8", "10.0.0.0/24"}, CHAP},
-		{"*", []string{"127.0.0.1/32"}, NoProof},
+		{"iqn.2026-11.net.example:app1", []string{"127.0.0.0/8", "10.0.0.0/24"}, CHAP, "app1", ""},
+		{"*", []string{"127.0.0.1/32"}, NoProof, "", ""},
 	}
 	if !reflect.DeepEqual(v.Initiators, want) || v.LoopbackOnly || len(v.Warnings) != 0 || !slices.Equal(v.PortalGroups, []uint16{1}) || v.ReservationBy != conf.ByName || report.Discovery != MutualCHAP {
 		t.Errorf("with a list: %+v", v)
@@ -110,6 +110,17 @@ func TestCheckTellsWhoMayComeIn(t *testing.T) {
 	} else {
 		contains(text, "the running service lets others in than the file says")
 	}
+	for what, edit := range map[string]func(v *conf.Volume){
+		"CHAP user":     func(v *conf.Volume) { v.Initiators[0].CHAP.User = "another" },
+		"target's user": func(v *conf.Volume) { v.Initiators[0].CHAP.TargetUser = "another" },
+		"redirect":      func(v *conf.Volume) { v.Redirect = conf.Portal{Address: "10.0.0.9:3260", Group: 1} },
+	} {
+		edited := configFor(t, dir, source, destination, listed)
+		edit(&edited.Volumes[0])
+		if report, _ := check(edited); len(report.Volumes[0].Warnings) != 1 || !strings.Contains(report.Volumes[0].Warnings[0], "lets others in") {
+			t.Errorf("another %s: %q", what, report.Volumes[0].Warnings)
+		}
+	}
 	if err := service.stop(); err != nil {
 		t.Error(err)
 	}
@@ -136,7 +147,7 @@ first_burst_length = 512
 max_outstanding_r2t = 1
 text_length = "8KiB"
 `,
-		"most": `connections = 1048576
+		"most": `connections = 65535
 connections_per_address = 1048576
 connections_logging_in = 1048576
 sessions_per_volume = 1048576

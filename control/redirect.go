@@ -10,6 +10,7 @@ import (
 // cut over and where the configuration names a place.
 func (s *Service) redirect(iqn string) {
 	var r target.Redirection
+	everywhere := false // some volume is reached by every portal
 	for _, e := range s.entries {
 		if e.conf.IQN != iqn {
 			continue
@@ -24,9 +25,14 @@ func (s *Service) redirect(iqn string) {
 			who = []target.Initiator{{Name: "*", Networks: conf.Loopback()}}
 		}
 		r.Initiators = append(r.Initiators, who...)
+		r.PortalGroups = append(r.PortalGroups, e.conf.PortalGroups...)
+		everywhere = everywhere || len(e.conf.PortalGroups) == 0
 	}
 	if r.Address == "" {
 		return
+	}
+	if everywhere {
+		r.PortalGroups = nil
 	}
 	if err := s.target.Redirect(iqn, r); err != nil {
 		s.log.WithError(err).Error("logins are refused, not redirected")
