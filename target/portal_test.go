@@ -294,13 +294,14 @@ func TestOurInitiatorAuthenticatesBothWays(t *testing.T) {
 	for what, o := range map[string]lun.Options{
 		"wrong secret":               {Secret: "a wrong secret"},
 		"no secret":                  {},
-		"target with another secret": {Secret: hostSecret, TargetUser: "array", TargetSecret: "another"},
+		"target with another secret": {Secret: hostSecret, TargetUser: "array", TargetSecret: "yet one of its own"},
 	} {
 		o.InitiatorName = hostName
 		if d, err := lun.Open(t.Context(), u, o); err == nil {
 			d.Close()
 			t.Errorf("%s: it is in", what)
-		} else if strings.Contains(err.Error(), hostSecret) || strings.Contains(err.Error(), "wrong secret, ") {
+		} else if strings.Contains(err.Error(), hostSecret) || strings.Contains(err.Error(), arraySecret) ||
+			o.Secret != "" && strings.Contains(err.Error(), o.Secret) || o.TargetSecret != "" && strings.Contains(err.Error(), o.TargetSecret) {
 			t.Errorf("%s: %v", what, err)
 		}
 	}
