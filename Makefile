@@ -22,8 +22,9 @@ demo: build       ## a whole migration on this machine: no root, no array, under
 tools:            ## what the tests talk to: tgt, libiscsi, qemu and a C compiler for the race detector (apt)
 	sh tests/install.sh
 
-test: tools lint build ## every test, with the race detector
+test: tools lint build ## every test with the race detector, then what it makes untrue without
 	CGO_ENABLED=1 LUNSHIFT_REQUIRE_TOOLS=1 go test -race -timeout 20m ./...
+	LUNSHIFT_REQUIRE_TOOLS=1 go test -timeout 5m -run 'NotAllocate|SixtyFourTebibytes|DeepQueues' ./lun ./target ./state
 
 race: tools       ## the end-to-end tests with the race detector in the service as well (7 minutes)
 	CGO_ENABLED=1 LUNSHIFT_E2E_RACE=1 go test -timeout 30m ./tests/e2e

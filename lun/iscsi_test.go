@@ -292,6 +292,9 @@ func TestIdleSessionIsKeptAlive(t *testing.T) {
 }
 
 func TestISCSIIODoesNotAllocate(t *testing.T) {
+	if raceEnabled {
+		t.Skip("the race detector throws away what is pooled")
+	}
 	d := peer.StartTgtd(t)
 	dev := openPath(t, serve(t, d, 2<<20, peer.Unit{}).URL(), lun.Options{})
 	p := make([]byte, 4096)

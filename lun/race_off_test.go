@@ -1,0 +1,5 @@
+//go:build !race
+
+package lun_test
+
+const raceEnabled = false
