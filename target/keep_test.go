@@ -81,19 +81,21 @@ func writesLand(t *testing.T, m *memory, i *initiator) {
 	close(hold)
 	for range n {
 		p := i.recv()
-		k, ok := want[p.ITT()]
-		if p.Opcode() != iscsi.OpSCSIResponse || p.Status() != 0 || !ok {
+		if _, ok := want[p.ITT()]; p.Opcode() != iscsi.OpSCSIResponse || p.Status() != 0 || !ok {
 			t.Fatalf("%v for task %d, status %02Xh", p.Opcode(), p.ITT(), p.Status())
 		}
 		delete(want, p.ITT())
-		if !bytes.Equal(m.bytes()[(1000+k*8)*512:][:4096], pattern(4096, byte(k+1))) {
+	}
+	there := m.bytes()
+	for k := range n {
+		if !bytes.Equal(there[(1000+k*8)*512:][:4096], pattern(4096, byte(k+1))) {
 			t.Errorf("write %d was answered GOOD and is not there", k)
 		}
 	}
 }
 
 func TestResetWhileDamagedDataIsRejectedEndsTheTaskOnce(t *testing.T) {
-	m := newMemory(512, 1<<16)
+	m := newMemory(512, 4096)
 	s, addr := begin(t, Config{NopInterval: -1}, Unit{IQN: iqn, Device: m})
 	i := login(t, addr, loginOptions{isid: iscsi.ISID{1}, want: dataDigest})
 	j := login(t, addr, loginOptions{isid: iscsi.ISID{2}})
@@ -116,7 +118,7 @@ func TestResetWhileDamagedDataIsRejectedEndsTheTaskOnce(t *testing.T) {
 }
 
 func TestSessionDroppedWhileDamagedDataIsRejectedLeavesNoTaskBehind(t *testing.T) {
-	m := newMemory(512, 1<<16)
+	m := newMemory(512, 4096)
 	s, addr := begin(t, Config{NopInterval: -1}, Unit{IQN: iqn, Device: m})
 	i := login(t, addr, loginOptions{isid: iscsi.ISID{1}, want: dataDigest})
 	c := damagedWithoutRoom(t, s, i)
