@@ -212,9 +212,9 @@ func (c *conn) enqueue(t *task) {
 	switch {
 	case c.idle > 0:
 		c.idle--
-	case c.started < c.mostTasks():
+	case c.started <= c.mostTasks(): // one of them may be sending
 		if c.queue == nil {
-			c.queue = make(chan *task, c.mostTasks())
+			c.queue = make(chan *task, c.mostTasks()+1)
 		}
 		c.started++
 		c.workers.Go(func() { c.work(c.queue) })
@@ -245,12 +245,14 @@ func (c *conn) work(queue <-chan *task) {
 			c.close(err)
 		}
 		c.mu.Lock()
+		// To send may take as long as the initiator likes: until it is done this worker is
+		// not one that others may count on.
+		err := c.w.Flush()
 		if c.backlog > 0 {
 			c.backlog--
 		} else {
 			c.idle++
 		}
-		err := c.w.Flush()
 		c.mu.Unlock()
 		if err != nil {
 			c.close(fmt.Errorf("send: %w", err))
