@@ -60,10 +60,10 @@ func ParseAddress(s string) (Address, error) {
 		return Address{}, errors.New("address holds a control character")
 	}
 	scheme, rest, found := strings.Cut(s, "://")
+	if strings.HasPrefix(strings.ToLower(s), "iscsi:") && !strings.HasPrefix(s[len("iscsi:"):], "//") {
+		return Address{}, errors.New("address begins with iscsi: but not with iscsi://")
+	}
 	if !found {
-		if strings.HasPrefix(strings.ToLower(s), "iscsi:") {
-			return Address{}, errors.New("address begins with iscsi: but not with iscsi://")
-		}
 		return Address{Path: filepath.Clean(s)}, nil
 	}
 	if !strings.EqualFold(scheme, "iscsi") {

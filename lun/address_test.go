@@ -68,6 +68,7 @@ func TestBadAddressesAreRefusedWithoutTheirSecrets(t *testing.T) {
 func FuzzParseAddress(f *testing.F) {
 	f.Add("iscsi://user@[fd00::1]:3260/iqn.2001-04.com.example:old/1")
 	f.Add("/dev/sdb")
+	f.Add("iscsi:[/_ser@/fd00::1]:3260/iqn.2001-04.com.si://")
 	f.Fuzz(func(t *testing.T, s string) {
 		a, err := lun.ParseAddress(s)
 		if err != nil {
