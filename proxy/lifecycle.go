@@ -233,11 +233,9 @@ func (v *Volume) copy(ctx context.Context) {
 // initiators.
 func (v *Volume) becomeSynced(ctx context.Context) error {
 	now := time.Now()
-	err := v.advance(ctx, Synced, func(r *state.Record) { r.SyncedAt, r.Paused = &now, false })
-	if err == nil {
-		v.fault("copy", nil)
-	}
-	return err
+	// Before the phase shows: whatever kept the copy from its end is over.
+	v.fault("copy", nil)
+	return v.advance(ctx, Synced, func(r *state.Record) { r.SyncedAt, r.Paused = &now, false })
 }
 
 // becomeSyncedWithout gives up what the source cannot read, which is all that is left.
