@@ -120,11 +120,7 @@ func (c *Copier) salvage(ctx context.Context, buf []byte, whole, run lun.Extent)
 			return nil, err
 		}
 		for _, e := range lost {
-			if n := len(bad); n > 0 && bad[n-1].End() == e.Start {
-				bad[n-1].Blocks += e.Blocks
-			} else {
-				bad = append(bad, e)
-			}
+			bad = lun.Join(bad, e)
 		}
 	}
 	return bad, nil
@@ -291,10 +287,8 @@ func (c *Copier) blank(ctx context.Context, e lun.Extent) ([]lun.Extent, error) 
 			return nil, fmt.Errorf("read the allocation of %v of the destination: no answer", e)
 		}
 		for _, a := range list {
-			if n := len(blank); !a.Allocated && n > 0 && blank[n-1].End() == a.Start {
-				blank[n-1].Blocks += a.Blocks
-			} else if !a.Allocated {
-				blank = append(blank, a.Extent)
+			if !a.Allocated {
+				blank = lun.Join(blank, a.Extent)
 			}
 		}
 		at := list[len(list)-1].End()

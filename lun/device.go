@@ -42,6 +42,15 @@ func (e Extent) Intersect(o Extent) Extent {
 	return Extent{Start: start, Blocks: uint64(end - start)}
 }
 
+// Join adds e to a list in rising order, to the last extent where it follows on that.
+func Join(list []Extent, e Extent) []Extent {
+	if n := len(list); n > 0 && list[n-1].End() == e.Start {
+		list[n-1].Blocks += e.Blocks
+		return list
+	}
+	return append(list, e)
+}
+
 // Subtract gives the blocks of list that are not in e.
 func Subtract(list []Extent, e Extent) []Extent {
 	var left []Extent

@@ -29,34 +29,16 @@ func span(off, n int64) (ranges [2][2]int) {
 	return [2][2]int{{0, b + 1}, {a, stripeCount}}
 }
 
-func (s *stripes) lock(off, n int64) {
-	for _, r := range span(off, n) {
-		for i := r[0]; i < r[1]; i++ {
-			s[i].Lock()
-		}
-	}
-}
+func (s *stripes) lock(off, n int64)    { s.each(off, n, (*sync.RWMutex).Lock) }
+func (s *stripes) unlock(off, n int64)  { s.each(off, n, (*sync.RWMutex).Unlock) }
+func (s *stripes) rlock(off, n int64)   { s.each(off, n, (*sync.RWMutex).RLock) }
+func (s *stripes) runlock(off, n int64) { s.each(off, n, (*sync.RWMutex).RUnlock) }
 
-func (s *stripes) unlock(off, n int64) {
+// each does the same with every lock of n bytes from off on.
+func (s *stripes) each(off, n int64, do func(*sync.RWMutex)) {
 	for _, r := range span(off, n) {
 		for i := r[0]; i < r[1]; i++ {
-			s[i].Unlock()
-		}
-	}
-}
-
-func (s *stripes) rlock(off, n int64) {
-	for _, r := range span(off, n) {
-		for i := r[0]; i < r[1]; i++ {
-			s[i].RLock()
-		}
-	}
-}
-
-func (s *stripes) runlock(off, n int64) {
-	for _, r := range span(off, n) {
-		for i := r[0]; i < r[1]; i++ {
-			s[i].RUnlock()
+			do(&s[i])
 		}
 	}
 }

@@ -1,6 +1,7 @@
 package proxy
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -112,15 +113,7 @@ func (l *ledger) zero(ctx context.Context, e lun.Extent) error {
 	return fmt.Errorf("destination: lost its cache %d times: %w", mostRepeats, lun.ErrUnavailable)
 }
 
-func byStart(a, b lun.Extent) int {
-	switch {
-	case a.Start < b.Start:
-		return -1
-	case a.Start > b.Start:
-		return 1
-	}
-	return 0
-}
+func byStart(a, b lun.Extent) int { return cmp.Compare(a.Start, b.Start) }
 
 func extents(list []state.Run) []lun.Extent {
 	out := make([]lun.Extent, len(list))

@@ -2,6 +2,7 @@ package proxy
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -100,7 +101,7 @@ func (v *Volume) Verify(ctx context.Context, o VerifyOptions) (VerifyReport, err
 		return VerifyReport{}, v.errorf("verify: %w", err)
 	}
 	x.report.EndedAt = time.Now()
-	slices.SortFunc(x.report.Extents, func(a, b BlockRun) int { return int(min(max(int64(a.LBA)-int64(b.LBA), -1), 1)) })
+	slices.SortFunc(x.report.Extents, func(a, b BlockRun) int { return cmp.Compare(a.LBA, b.LBA) })
 	r := x.report
 	err := v.save(ctx, func(rec *state.Record) {
 		rec.Verified = &state.Verified{At: r.EndedAt, Sample: r.Sample, ComparedBytes: r.Compared, DifferentBytes: r.Different}
@@ -115,36 +116,36 @@ func (x *verification) run(ctx context.Context, sample uint64) error {
 		return err
 	}
 	bs := uint64(x.v.info.BlockSize)
-	var chunks []lun.Extent
-	var blocks uint64
+	var blocks, chunks uint64
 	for _, r := range runs {
 		blocks += r.Blocks
-		for !r.Empty() {
-			c := lun.Extent{Start: r.Start, Blocks: min(r.Blocks, verifyChunk/bs)}
-			chunks = append(chunks, c)
-			r.Start, r.Blocks = c.End(), r.Blocks-c.Blocks
-		}
+		chunks += (r.Blocks + verifyChunk/bs - 1) / (verifyChunk / bs)
 	}
 	x.report.Unallocated = (x.v.info.Blocks - blocks) * bs
-	if sample > 0 {
-		rand.Shuffle(len(chunks), func(i, j int) { chunks[i], chunks[j] = chunks[j], chunks[i] })
-		chunks = chunks[:min(uint64(len(chunks)), (sample+verifyChunk-1)/verifyChunk)]
+	x.total.Store(blocks * bs)
+	var chosen map[uint64]bool // by number; nil is all
+	if n := (sample + verifyChunk - 1) / verifyChunk; sample > 0 && n < chunks {
+		chosen = make(map[uint64]bool, n)
+		for uint64(len(chosen)) < n {
+			chosen[rand.Uint64N(chunks)] = true
+		}
+		x.total.Store(n * verifyChunk)
 	}
-	var total uint64
-	for _, c := range chunks {
-		total += c.Blocks * bs
-	}
-	x.total.Store(total)
 	parts, gctx := errgroup.WithContext(ctx)
 	parts.SetLimit(verifyDepth)
-	for _, c := range chunks {
-		if gctx.Err() != nil {
-			break
+	number := uint64(0)
+	for _, r := range runs {
+		for ; !r.Empty() && gctx.Err() == nil; number++ {
+			c := lun.Extent{Start: r.Start, Blocks: min(r.Blocks, verifyChunk/bs)}
+			r.Start, r.Blocks = c.End(), r.Blocks-c.Blocks
+			if chosen != nil && !chosen[number] {
+				continue
+			}
+			parts.Go(func() error {
+				defer x.looked.Add(c.Blocks * bs)
+				return x.chunk(gctx, c)
+			})
 		}
-		parts.Go(func() error {
-			defer x.looked.Add(c.Blocks * bs)
-			return x.chunk(gctx, c)
-		})
 	}
 	return parts.Wait()
 }
@@ -165,7 +166,7 @@ func (x *verification) allocated(ctx context.Context) ([]lun.Extent, error) {
 		}
 		both = append(both, m.Within(all)...)
 	}
-	slices.SortFunc(both, func(a, b lun.Extent) int { return int(min(max(int64(a.Start)-int64(b.Start), -1), 1)) })
+	slices.SortFunc(both, byStart)
 	merged := both[:0]
 	for _, e := range both {
 		if n := len(merged); n > 0 && e.Start <= merged[n-1].End() {
@@ -189,15 +190,19 @@ func (x *verification) chunk(ctx context.Context, e lun.Extent) error {
 		if err := x.throttle.Wait(ctx, int(x.v.info.Bytes(c))); err != nil {
 			return err
 		}
-		differ, err := x.look(ctx, c)
+		differ, err := x.differ(ctx, c)
 		if err != nil {
 			return err
 		}
 		x.count(func(r *VerifyReport) { r.Compared += x.v.info.Bytes(c) })
 		for _, d := range differ {
-			if err := x.confirm(ctx, d); err != nil {
+			// The dirty flag of a write is set before the write: what came between the
+			// look at the flags and the reads has it by now.
+			still, err := x.clean(d)
+			if err != nil {
 				return err
 			}
+			x.differs(still)
 		}
 	}
 	x.count(func(r *VerifyReport) { r.Written += left * uint64(x.v.info.BlockSize) })
@@ -222,19 +227,13 @@ func (x *verification) clean(e lun.Extent) ([]lun.Extent, error) {
 	return out, nil
 }
 
-// look is differ as a command of its own.
-func (x *verification) look(ctx context.Context, e lun.Extent) ([]lun.Extent, error) {
-	if err := x.v.gate.enter(ctx); err != nil {
-		return nil, err
-	}
-	defer x.v.gate.leave()
-	return x.differ(ctx, e)
-}
-
-// differ reads e of both sides and gives the runs in which they differ. The caller is
-// inside the gate.
+// differ reads e of both sides and gives the runs in which they differ.
 func (x *verification) differ(ctx context.Context, e lun.Extent) ([]lun.Extent, error) {
 	v := x.v
+	if err := v.gate.enter(ctx); err != nil {
+		return nil, err
+	}
+	defer v.gate.leave()
 	if v.Phase() != Synced {
 		return nil, fmt.Errorf("the volume is in phase %s now", v.Phase())
 	}
@@ -246,58 +245,31 @@ func (x *verification) differ(ctx context.Context, e lun.Extent) ([]lun.Extent, 
 	if err := sides.Wait(); err != nil {
 		return nil, err
 	}
-	var out []lun.Extent
 	if bytes.Equal(a, b) {
 		return nil, nil
 	}
+	var out []lun.Extent
 	bs := uint64(v.info.BlockSize)
 	for i := range e.Blocks {
-		if bytes.Equal(a[i*bs:(i+1)*bs], b[i*bs:(i+1)*bs]) {
-			continue
-		}
-		at := e.Start + lun.LBA(i)
-		if k := len(out); k > 0 && out[k-1].End() == at {
-			out[k-1].Blocks++
-		} else {
-			out = append(out, lun.Extent{Start: at, Blocks: 1})
+		if !bytes.Equal(a[i*bs:(i+1)*bs], b[i*bs:(i+1)*bs]) {
+			out = lun.Join(out, lun.Extent{Start: e.Start + lun.LBA(i), Blocks: 1})
 		}
 	}
 	return out, nil
 }
 
-// confirm looks again at blocks that differ with initiators' writes kept out: a write
-// that was under way at the first look has its flag now.
-func (x *verification) confirm(ctx context.Context, e lun.Extent) error {
-	if err := x.v.gate.enter(ctx); err != nil {
-		return err
-	}
-	defer x.v.gate.leave()
-	held, err := x.v.writes.Lock(ctx, e)
-	if err != nil {
-		return err
-	}
-	defer x.v.writes.Unlock(held)
-	clean, err := x.clean(e)
-	if err != nil {
-		return err
-	}
-	for _, c := range clean {
-		differ, err := x.differ(ctx, c)
-		if err != nil {
-			return err
+// differs enters runs that differ in the report.
+func (x *verification) differs(runs []lun.Extent) {
+	x.count(func(r *VerifyReport) {
+		for _, d := range runs {
+			r.Different += x.v.info.Bytes(d)
+			if len(r.Extents) < mostDifferences {
+				r.Extents = append(r.Extents, BlockRun{LBA: uint64(d.Start), Blocks: d.Blocks})
+			} else {
+				r.More = true
+			}
 		}
-		for _, d := range differ {
-			x.count(func(r *VerifyReport) {
-				r.Different += x.v.info.Bytes(d)
-				if len(r.Extents) < mostDifferences {
-					r.Extents = append(r.Extents, BlockRun{LBA: uint64(d.Start), Blocks: d.Blocks})
-				} else {
-					r.More = true
-				}
-			})
-		}
-	}
-	return nil
+	})
 }
 
 // count changes the report.

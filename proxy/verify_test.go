@@ -61,8 +61,8 @@ func TestVerifyFindsWhatWasChangedBehindTheVolumesBack(t *testing.T) {
 	}
 }
 
-// Without the second look under the lock this finds differences within a second: the
-// flag of a write is set beside the write itself.
+// Without the second look at the flags this finds differences within a second: a write
+// may come between the first and the reads.
 func TestVerifyUnderLoadHasNoFalseAlarms(t *testing.T) {
 	const blocks = 4096
 	r := newRig(t, blocks)
