@@ -5,7 +5,6 @@ import (
 	"context"
 	"fmt"
 	"io"
-	"net"
 	"os"
 	"os/exec"
 	"strings"
@@ -221,31 +220,8 @@ func (f faults) Fire(e *logrus.Entry) error {
 // begin serves units and gives the server and its portal.
 func begin(t testing.TB, cfg Config, units ...Unit) (*Server, string) {
 	t.Helper()
-	cfg.Portals = []Portal{{Address: "127.0.0.1:0"}}
-	if cfg.Log == nil {
-		cfg.Log = logTo(t)
-	}
-	s, err := New(cfg)
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, u := range units {
-		if err := s.AddUnit(u); err != nil {
-			t.Fatal(err)
-		}
-	}
-	if err := s.Listen(); err != nil {
-		t.Fatal(err)
-	}
-	served := make(chan error, 1)
-	go func() { served <- s.Serve(context.Background()) }()
-	t.Cleanup(func() {
-		s.Close()
-		if err := <-served; err != ErrClosed {
-			t.Errorf("Serve gave %v", err)
-		}
-	})
-	return s, s.Addrs()[0].(*net.TCPAddr).String()
+	s, at := beginAt(t, cfg, []Portal{{Address: "127.0.0.1:0"}}, units...)
+	return s, at[0]
 }
 
 // tool runs a program of libiscsi or QEMU; the test is skipped where that is not

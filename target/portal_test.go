@@ -15,7 +15,10 @@ import (
 // beginAt is begin with portals of the test's choice; it gives their addresses.
 func beginAt(t testing.TB, cfg Config, portals []Portal, units ...Unit) (*Server, []string) {
 	t.Helper()
-	cfg.Portals, cfg.Log = portals, logTo(t)
+	cfg.Portals = portals
+	if cfg.Log == nil {
+		cfg.Log = logTo(t)
+	}
 	s, err := New(cfg)
 	if err != nil {
 		t.Fatal(err)
@@ -32,7 +35,9 @@ func beginAt(t testing.TB, cfg Config, portals []Portal, units ...Unit) (*Server
 	go func() { served <- s.Serve(context.Background()) }()
 	t.Cleanup(func() {
 		s.Close()
-		<-served
+		if err := <-served; err != ErrClosed {
+			t.Errorf("Serve gave %v", err)
+		}
 	})
 	var at []string
 	for _, a := range s.Addrs() {

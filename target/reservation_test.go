@@ -6,7 +6,6 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"net"
 	"slices"
 	"strings"
 	"sync"
@@ -464,27 +463,8 @@ func TestCommandsThatArePreemptedWithoutAbortEndAsTheyBegan(t *testing.T) {
 // two serves a unit through two portal groups.
 func two(t *testing.T, u Unit) (*Server, [2]string) {
 	t.Helper()
-	s, err := New(Config{Log: logTo(t), Portals: []Portal{{"127.0.0.1:0", 1}, {"127.0.0.1:0", 2}}})
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := s.AddUnit(u); err != nil {
-		t.Fatal(err)
-	}
-	if err := s.Listen(); err != nil {
-		t.Fatal(err)
-	}
-	served := make(chan error, 1)
-	go func() { served <- s.Serve(context.Background()) }()
-	t.Cleanup(func() {
-		s.Close()
-		<-served
-	})
-	var addrs [2]string
-	for i, a := range s.Addrs() {
-		addrs[i] = a.(*net.TCPAddr).String()
-	}
-	return s, addrs
+	s, at := beginAt(t, Config{}, []Portal{{"127.0.0.1:0", 1}, {"127.0.0.1:0", 2}}, u)
+	return s, [2]string(at)
 }
 
 func TestRegistrationsAreThoseOfAnITNexus(t *testing.T) {

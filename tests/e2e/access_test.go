@@ -315,7 +315,7 @@ func TestPortalGroupsLeadToTheirVolumes(t *testing.T) {
 	two.name = "db02"
 	one.more, two.more = "portal_groups = [2]\n", ""
 	s := newService(t, one, two)
-	second, six := freePort(t), freePort6(t)
+	second, six := peer.FreePort(t), freePort6(t)
 	s.portals = []string{second + ",2", six + ",3"}
 	s.configure()
 	s.start()

@@ -208,7 +208,7 @@ func TestSecondServiceOnOneSocketIsRefused(t *testing.T) {
 
 func TestUnreachableLUNIsRefused(t *testing.T) {
 	v := files(t)
-	v.destination = "iscsi://" + freePort(t) + "/iqn.2001-04.com.example:new/1"
+	v.destination = "iscsi://" + peer.FreePort(t) + "/iqn.2001-04.com.example:new/1"
 	s := newService(t, v)
 	r := s.try("check")
 	if r.code != failed || !strings.Contains(r.stdout+r.stderr, v.destination) && !strings.Contains(r.stdout+r.stderr, strings.Split(v.destination, "/")[2]) {

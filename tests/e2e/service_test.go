@@ -6,8 +6,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"math/rand/v2"
-	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -71,7 +69,7 @@ func newService(t *testing.T, volumes ...volume) *service {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { os.RemoveAll(dir) })
-	s := &service{t: t, dir: dir, portal: freePort(t), state: filepath.Join(dir, "state"), volumes: volumes}
+	s := &service{t: t, dir: dir, portal: peer.FreePort(t), state: filepath.Join(dir, "state"), volumes: volumes}
 	s.configure()
 	s.log, err = os.Create(filepath.Join(dir, "serve.log"))
 	if err != nil {
@@ -92,21 +90,6 @@ func newService(t *testing.T, volumes ...volume) *service {
 		}
 	})
 	return s
-}
-
-// freePort is a port that nobody listens on, below those that the kernel gives
-// to outgoing connections: it stays free while lunshift is restarted.
-func freePort(t *testing.T) string {
-	t.Helper()
-	for range 1000 {
-		address := fmt.Sprintf("127.0.0.1:%d", 20000+rand.IntN(10000))
-		if l, err := net.Listen("tcp", address); err == nil {
-			l.Close()
-			return address
-		}
-	}
-	t.Fatal("no free port")
-	return ""
 }
 
 func (s *service) config() string { return filepath.Join(s.dir, "lunshift.toml") }

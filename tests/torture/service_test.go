@@ -4,8 +4,6 @@ import (
 	"bytes"
 	"context"
 	"fmt"
-	"math/rand/v2"
-	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -17,6 +15,7 @@ import (
 	"lunshift/control"
 	"lunshift/lun"
 	"lunshift/proxy"
+	"lunshift/tests/peer"
 )
 
 const (
@@ -45,7 +44,7 @@ func newService(t testing.TB, stateDir, source, destination string) *service {
 	dir, err := os.MkdirTemp("", "lunshift")
 	must(t, err)
 	t.Cleanup(func() { os.RemoveAll(dir) })
-	s := &service{t: t, dir: dir, portal: freePort(t)}
+	s := &service{t: t, dir: dir, portal: peer.FreePort(t)}
 	if stateDir == "" {
 		stateDir = filepath.Join(dir, "state")
 	}
@@ -85,21 +84,6 @@ region_size = "%dKiB"
 		}
 	})
 	return s
-}
-
-// freePort is a port that nobody listens on, below those that the kernel gives
-// to outgoing connections: it stays free while lunshift is restarted.
-func freePort(t testing.TB) string {
-	t.Helper()
-	for range 1000 {
-		address := fmt.Sprintf("127.0.0.1:%d", 20000+rand.IntN(10000))
-		if l, err := net.Listen("tcp", address); err == nil {
-			l.Close()
-			return address
-		}
-	}
-	t.Fatal("no free port")
-	return ""
 }
 
 // start runs serve, to crash at point where that is not empty, and waits until
