@@ -3,7 +3,6 @@ package torture
 import (
 	"cmp"
 	"context"
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"math"
@@ -26,14 +25,14 @@ type (
 	// input is the command.
 	input struct {
 		block uint64
-		kind  rune  // 'r' read, 'w' write, 'c' compare and write
-		want  value // what 'c' compares with
-		v     value // what 'w' and 'c' write
+		kind  rune       // 'r' read, 'w' write, 'c' compare and write
+		want  peer.Value // what 'c' compares with
+		v     peer.Value // what 'w' and 'c' write
 	}
 	// output is the answer.
 	output struct {
-		v     value // what 'r' read
-		wrote bool  // what 'c' did
+		v     peer.Value // what 'r' read
+		wrote bool       // what 'c' did
 		// unknown: nobody answered. The command may take effect at any time after its
 		// invocation, or never.
 		unknown bool
@@ -54,9 +53,9 @@ var register = porcupine.Model{
 		}
 		return parts
 	},
-	Init: func() any { return original },
+	Init: func() any { return peer.Original },
 	Step: func(state, in, out any) (bool, any) {
-		now, i, o := state.(value), in.(input), out.(output)
+		now, i, o := state.(peer.Value), in.(input), out.(output)
 		switch i.kind {
 		case 'w':
 			return true, i.v
@@ -143,20 +142,20 @@ func (h *history) explain(t *testing.T) {
 // rival is a client that shares its blocks with the others.
 type rival struct {
 	id       int
-	o        *oracle
+	o        *peer.Oracle
 	hot      []uint64 // pairs of adjacent blocks begin here
 	sequence uint64
 	rng      *rand.Rand
 	h        *history
-	faults   *faults
-	seen     map[uint64]value // what it last saw in a block, for its comparisons
+	faults   *peer.Findings
+	seen     map[uint64]peer.Value // what it last saw in a block, for its comparisons
 }
 
-func (c *rival) run(ctx context.Context, h host) {
+func (c *rival) run(ctx context.Context, h peer.Host) {
 	for ctx.Err() == nil {
 		if err := c.step(ctx, h); err != nil {
-			if !errors.Is(err, errGone) {
-				c.faults.add("client %d: %v", c.id, err)
+			if !errors.Is(err, peer.ErrGone) {
+				c.faults.Add("client %d: %v", c.id, err)
 			}
 			return
 		}
@@ -166,27 +165,27 @@ func (c *rival) run(ctx context.Context, h host) {
 // step is one command on one block or on two adjacent ones, at times over the end of a
 // region. Each block is a register of its own: SCSI makes no promise that both change at
 // one instant.
-func (c *rival) step(ctx context.Context, h host) error {
+func (c *rival) step(ctx context.Context, h peer.Host) error {
 	lba, n := c.hot[c.rng.IntN(len(c.hot))], 1+c.rng.Uint64N(2)
 	if n == 1 {
 		lba += c.rng.Uint64N(2)
 	}
-	p := make([]byte, n*uint64(c.o.bs))
+	p := make([]byte, n*uint64(c.o.BlockSize))
 	call := c.h.now()
 	kind := c.rng.IntN(10)
 	switch {
 	case kind < 5:
-		err := h.do(ctx, opRead16, 0, lba, uint32(n), nil, p)
+		err := h.Send(ctx, peer.OpRead16, 0, lba, uint32(n), nil, p)
 		for again := 0; err == nil && again < 3 && c.torn(p, lba); again++ {
 			// A file that is read while it is written may give bytes of both
 			// (docs/reliability.md); that says nothing. The next read must be whole.
 			call = c.h.now()
-			err = h.do(ctx, opRead16, 0, lba, uint32(n), nil, p)
+			err = h.Send(ctx, peer.OpRead16, 0, lba, uint32(n), nil, p)
 		}
 		for i := range n {
-			v, known := c.o.which(p[i*uint64(c.o.bs):][:c.o.bs], lba+i)
+			v, known := c.o.Which(p[i*uint64(c.o.BlockSize):][:c.o.BlockSize], lba+i)
 			if err == nil && !known {
-				return fmt.Errorf("block %d holds %s", lba+i, c.o.describe(p[i*uint64(c.o.bs):][:c.o.bs], lba+i))
+				return fmt.Errorf("block %d holds %s", lba+i, c.o.Describe(p[i*uint64(c.o.BlockSize):][:c.o.BlockSize], lba+i))
 			}
 			c.seen[lba+i] = v
 			c.h.add(c.id, input{block: lba + i, kind: 'r'}, output{v: v, unknown: err != nil}, call)
@@ -194,11 +193,11 @@ func (c *rival) step(ctx context.Context, h host) error {
 		return err
 	case kind < 8:
 		c.sequence++
-		v := made(c.id, c.sequence)
+		v := peer.MakeValue(c.id, c.sequence)
 		for i := range n {
-			c.o.fill(p[i*uint64(c.o.bs):][:c.o.bs], lba+i, v)
+			c.o.Fill(p[i*uint64(c.o.BlockSize):][:c.o.BlockSize], lba+i, v)
 		}
-		err := h.do(ctx, opWrite16, 0, lba, uint32(n), p, nil)
+		err := h.Send(ctx, peer.OpWrite16, 0, lba, uint32(n), p, nil)
 		for i := range n {
 			c.h.add(c.id, input{block: lba + i, kind: 'w', v: v}, output{unknown: err != nil}, call)
 		}
@@ -210,12 +209,12 @@ func (c *rival) step(ctx context.Context, h host) error {
 		return nil
 	}
 	c.sequence++
-	v := made(c.id, c.sequence)
-	p = make([]byte, 2*c.o.bs)
-	c.o.fill(p[:c.o.bs], lba, want)
-	c.o.fill(p[c.o.bs:], lba, v)
-	err := h.do(ctx, opCompareWrite, 0, lba, 1, p, nil)
-	refused := errors.Is(err, errMiscompare)
+	v := peer.MakeValue(c.id, c.sequence)
+	p = make([]byte, 2*c.o.BlockSize)
+	c.o.Fill(p[:c.o.BlockSize], lba, want)
+	c.o.Fill(p[c.o.BlockSize:], lba, v)
+	err := h.Send(ctx, peer.OpCompareWrite, 0, lba, 1, p, nil)
+	refused := errors.Is(err, peer.ErrMiscompare)
 	c.h.add(c.id, input{lba, 'c', want, v}, output{wrote: err == nil, unknown: err != nil && !refused}, call)
 	if refused {
 		return nil
@@ -225,22 +224,12 @@ func (c *rival) step(ctx context.Context, h host) error {
 
 // torn tells whether a block of p, read from lba on, holds no value as a whole.
 func (c *rival) torn(p []byte, lba uint64) bool {
-	for ; len(p) > 0; p, lba = p[c.o.bs:], lba+1 {
-		if _, whole := c.o.which(p[:c.o.bs], lba); !whole {
+	for ; len(p) > 0; p, lba = p[c.o.BlockSize:], lba+1 {
+		if _, whole := c.o.Which(p[:c.o.BlockSize], lba); !whole {
 			return true
 		}
 	}
 	return false
-}
-
-// which tells the value of a block that holds one as a whole.
-func (o *oracle) which(p []byte, lba uint64) (value, bool) {
-	// The original may be stamped as well, so it comes first.
-	if o.holds(p, lba, original) {
-		return original, true
-	}
-	v := value(binary.BigEndian.Uint64(p[8:]))
-	return v, v > original && o.holds(p, lba, v)
 }
 
 // TestHistoriesAreLinearizable records what clients of a few hot blocks see while the
@@ -280,12 +269,12 @@ func TestHistoriesAreLinearizable(t *testing.T) {
 func (l *life) record(h *history, rivals int) {
 	t := l.t
 	ctx := t.Context()
-	perRegion := uint64(regionSize / l.o.bs)
+	perRegion := uint64(regionSize / l.o.BlockSize)
 	// The ends of regions that the copier comes to at different times.
 	hot := []uint64{perRegion - 1, 100*perRegion + 7, 300*perRegion - 1}
 	var all []*rival
 	for i := range rivals {
-		all = append(all, &rival{id: i, o: l.o, hot: hot, rng: rand.New(rand.NewPCG(l.rng.Uint64(), uint64(i))), h: h, faults: &l.faults, seen: map[uint64]value{}})
+		all = append(all, &rival{id: i, o: l.o, hot: hot, rng: rand.New(rand.NewPCG(l.rng.Uint64(), uint64(i))), h: h, faults: &l.faults, seen: map[uint64]peer.Value{}})
 	}
 	l.s.start("")
 	_, err := l.s.client.Throttle(ctx, volumeName, 2*copyRate)
@@ -307,7 +296,7 @@ func (l *life) record(h *history, rivals int) {
 			hosts = append(hosts, dialed)
 		}
 		for i, c := range all {
-			running.Go(func() { c.run(round, host{hosts[i%len(hosts)]}) })
+			running.Go(func() { c.run(round, peer.Host{Initiator: hosts[i%len(hosts)]}) })
 		}
 		time.Sleep(time.Duration(20+l.rng.IntN(40)) * time.Millisecond)
 		step()
@@ -321,7 +310,7 @@ func (l *life) record(h *history, rivals int) {
 			dialed.Close()
 		}
 		running.Wait()
-		if wrong := l.faults.take(); len(wrong) > 0 {
+		if wrong := l.faults.List(); len(wrong) > 0 {
 			t.Fatal(wrong)
 		}
 		l.s.start("")
@@ -331,15 +320,15 @@ func (l *life) record(h *history, rivals int) {
 	must(t, err)
 	defer dialed.Close()
 	for range 4 {
-		last := &rival{id: rivals, o: l.o, h: h, seen: map[uint64]value{}}
+		last := &rival{id: rivals, o: l.o, h: h, seen: map[uint64]peer.Value{}}
 		for _, lba := range hot {
 			for at := lba; at < lba+2; at++ {
-				p := make([]byte, l.o.bs)
+				p := make([]byte, l.o.BlockSize)
 				call := h.now()
-				must(t, host{dialed}.do(ctx, opRead16, 0, at, 1, nil, p))
-				v, known := l.o.which(p, at)
+				must(t, peer.Host{Initiator: dialed}.Send(ctx, peer.OpRead16, 0, at, 1, nil, p))
+				v, known := l.o.Which(p, at)
 				if !known {
-					t.Fatalf("block %d holds %s", at, l.o.describe(p, at))
+					t.Fatalf("block %d holds %s", at, l.o.Describe(p, at))
 				}
 				h.add(last.id, input{block: at, kind: 'r'}, output{v: v}, call)
 			}
@@ -349,9 +338,9 @@ func (l *life) record(h *history, rivals int) {
 
 // TestWrongHistoriesAreRefused holds the check itself to histories that must not pass.
 func TestWrongHistoriesAreRefused(t *testing.T) {
-	const a, b = value(2), value(3)
-	write := func(v value) input { return input{kind: 'w', v: v} }
-	swap := func(want, v value) input { return input{kind: 'c', want: want, v: v} }
+	const a, b = peer.Value(2), peer.Value(3)
+	write := func(v peer.Value) input { return input{kind: 'w', v: v} }
+	swap := func(want, v peer.Value) input { return input{kind: 'c', want: want, v: v} }
 	read := input{kind: 'r'}
 	gone := output{unknown: true}
 	type step struct {
@@ -366,14 +355,14 @@ func TestWrongHistoriesAreRefused(t *testing.T) {
 		want  porcupine.CheckResult
 	}{
 		{"read of what was written", []step{{write(a), output{}, 1, 2}, {read, output{v: a}, 3, 4}}, porcupine.Ok},
-		{"acknowledged write lost", []step{{write(a), output{}, 1, 2}, {read, output{v: original}, 3, 4}}, porcupine.Illegal},
-		{"older than a read before", []step{{write(a), gone, 1, never}, {read, output{v: a}, 3, 4}, {read, output{v: original}, 5, 6}}, porcupine.Illegal},
-		{"unanswered write that came late", []step{{write(a), gone, 1, never}, {read, output{v: original}, 3, 4}, {read, output{v: a}, 5, 6}}, porcupine.Ok},
+		{"acknowledged write lost", []step{{write(a), output{}, 1, 2}, {read, output{v: peer.Original}, 3, 4}}, porcupine.Illegal},
+		{"older than a read before", []step{{write(a), gone, 1, never}, {read, output{v: a}, 3, 4}, {read, output{v: peer.Original}, 5, 6}}, porcupine.Illegal},
+		{"unanswered write that came late", []step{{write(a), gone, 1, never}, {read, output{v: peer.Original}, 3, 4}, {read, output{v: a}, 5, 6}}, porcupine.Ok},
 		{"unanswered write that came twice", []step{{write(a), gone, 1, never}, {read, output{v: a}, 2, 3}, {write(b), output{}, 4, 5}, {read, output{v: a}, 6, 7}}, porcupine.Illegal},
 		{"write seen before it was issued", []step{{read, output{v: a}, 1, 2}, {write(a), output{}, 3, 4}}, porcupine.Illegal},
-		{"two comparisons that both win", []step{{swap(original, a), output{wrote: true}, 1, 5}, {swap(original, b), output{wrote: true}, 2, 6}}, porcupine.Illegal},
-		{"comparison lost to another", []step{{swap(original, a), output{wrote: true}, 1, 5}, {swap(original, b), output{}, 2, 6}}, porcupine.Ok},
-		{"comparison refused without a reason", []step{{swap(original, a), output{}, 1, 2}}, porcupine.Illegal},
+		{"two comparisons that both win", []step{{swap(peer.Original, a), output{wrote: true}, 1, 5}, {swap(peer.Original, b), output{wrote: true}, 2, 6}}, porcupine.Illegal},
+		{"comparison lost to another", []step{{swap(peer.Original, a), output{wrote: true}, 1, 5}, {swap(peer.Original, b), output{}, 2, 6}}, porcupine.Ok},
+		{"comparison refused without a reason", []step{{swap(peer.Original, a), output{}, 1, 2}}, porcupine.Illegal},
 		{"never written", []step{{read, output{v: b}, 1, 2}}, porcupine.Illegal},
 	} {
 		var h history

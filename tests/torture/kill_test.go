@@ -23,6 +23,8 @@ const (
 	volumeSize = 24 << 20
 	// copyRate keeps the copy going for as long as it is to be crashed.
 	copyRate = 1 << 20
+	// mayBeCopied is where the copier has not come, which was paused at once, in bytes.
+	mayBeCopied = 64 * regionSize
 )
 
 // stage is where in the volume's life a crash comes, and at which points.
@@ -78,13 +80,13 @@ func (s sum) String() string {
 type life struct {
 	t       *testing.T
 	s       *service
-	o       *oracle
+	o       *peer.Oracle
 	rng     *rand.Rand
-	clients []*client
+	clients []*peer.Client
 	acks    atomic.Int64
 	reads   atomic.Int64
 	first   atomic.Bool
-	faults  faults
+	faults  peer.Findings
 	sum     *sum
 	// uncopied says that nothing was copied from mayBeCopied on, and nothing is now.
 	uncopied bool
@@ -95,13 +97,14 @@ type life struct {
 }
 
 func newLife(t *testing.T, s *service, before []byte, bs int, rng *rand.Rand, sum *sum) *life {
-	l := &life{t: t, s: s, o: newOracle(before, bs), rng: rng, sum: sum}
-	share := uint64(len(l.o.cells) / clients)
+	l := &life{t: t, s: s, o: peer.NewOracle(before, bs), rng: rng, sum: sum}
+	share := uint64(len(l.o.Cells) / clients)
 	for i := range clients {
-		l.clients = append(l.clients, &client{
-			id: i, o: l.o, from: uint64(i) * share, blocks: share,
-			rng:    rand.New(rand.NewPCG(rng.Uint64(), uint64(i))),
-			faults: &l.faults, acks: &l.acks, reads: &l.reads, firstStable: &l.first,
+		l.clients = append(l.clients, &peer.Client{
+			ID: i, Oracle: l.o, From: uint64(i) * share, Blocks: share, Region: regionSize,
+			Rand:     rand.New(rand.NewPCG(rng.Uint64(), uint64(i))),
+			Findings: &l.faults, Acks: &l.acks, Reads: &l.reads,
+			FirstStable: func(lba uint64) bool { return l.first.Load() && lba >= mayBeCopied/uint64(bs) },
 		})
 	}
 	return l
@@ -109,7 +112,7 @@ func newLife(t *testing.T, s *service, before []byte, bs int, rng *rand.Rand, su
 
 // load is the clients at work.
 type load struct {
-	hosts []host
+	hosts []peer.Host
 	stop  context.CancelFunc // no further commands
 	leave context.CancelFunc // and those sent are given up
 	wait  sync.WaitGroup
@@ -126,17 +129,17 @@ func (l *life) work() *load {
 		if err != nil {
 			w.end()
 			select {
-			case <-time.After(patience):
+			case <-time.After(peer.Patience):
 				l.t.Fatal(err)
 			case why := <-l.s.exited:
 				l.s.exited <- why
 			}
 			return nil
 		}
-		w.hosts = append(w.hosts, host{h})
+		w.hosts = append(w.hosts, peer.Host{Initiator: h})
 	}
 	for i, c := range l.clients {
-		w.wait.Go(func() { c.run(ctx, running, w.hosts[i%len(w.hosts)]) })
+		w.wait.Go(func() { c.Run(ctx, running, w.hosts[i%len(w.hosts)]) })
 	}
 	return w
 }
@@ -218,8 +221,8 @@ func (l *life) crash(st stage) {
 	l.s.start("")
 	if again {
 		// Some of what was sent again is answered, and new commands.
-		from, deadline := l.acks.Load(), time.Now().Add(patience)
-		for l.acks.Load() < from+2*clients && len(l.faults.take()) == 0 && l.phase() != proxy.Cutover {
+		from, deadline := l.acks.Load(), time.Now().Add(peer.Patience)
+		for l.acks.Load() < from+2*clients && len(l.faults.List()) == 0 && l.phase() != proxy.Cutover {
 			time.Sleep(time.Millisecond)
 			if time.Now().After(deadline) {
 				t.Fatal("the load stands still after a restart")
@@ -235,7 +238,7 @@ func (l *life) phase() proxy.Phase { return l.s.mustStatus().Phase }
 // verify holds every block to the oracle, as initiators read it.
 func (l *life) verify(after string) {
 	t := l.t
-	wrong := l.faults.take()
+	wrong := l.faults.List()
 	if l.phase() == proxy.Cutover {
 		l.verifyImage(after, wrong)
 		return
@@ -243,7 +246,7 @@ func (l *life) verify(after string) {
 	dialed, err := l.s.dial(t.Context(), "reader")
 	must(t, err)
 	defer dialed.Close()
-	blocks, more, err := l.o.readBack(t.Context(), host{dialed}, l.power != nil)
+	blocks, more, err := l.o.ReadBack(t.Context(), peer.Host{Initiator: dialed}, l.power != nil)
 	if err != nil {
 		t.Fatalf("read back: %v", err)
 	}
@@ -257,11 +260,11 @@ func (l *life) verify(after string) {
 func (l *life) verifyImage(after string, wrong []string) {
 	image, err := os.ReadFile(l.destination)
 	must(l.t, err)
-	for lba := 0; lba < len(l.o.cells); lba += 512 {
-		end := min(lba+512, len(l.o.cells))
-		wrong = append(wrong, l.o.check(image[lba*l.o.bs:end*l.o.bs], uint64(lba), false, 8)...)
+	for lba := 0; lba < len(l.o.Cells); lba += 512 {
+		end := min(lba+512, len(l.o.Cells))
+		wrong = append(wrong, l.o.Check(image[lba*l.o.BlockSize:end*l.o.BlockSize], uint64(lba), false, 8)...)
 	}
-	l.sum.readBack += int64(len(l.o.cells))
+	l.sum.readBack += int64(len(l.o.Cells))
 	l.report(after, wrong)
 }
 
@@ -276,7 +279,7 @@ func (l *life) report(after string, wrong []string) {
 // until waits for a phase.
 func (l *life) until(p proxy.Phase) {
 	l.t.Helper()
-	if _, err := l.s.client.Wait(l.t.Context(), volumeName, p, patience); err != nil {
+	if _, err := l.s.client.Wait(l.t.Context(), volumeName, p, peer.Patience); err != nil {
 		l.t.Fatal(err)
 	}
 }

@@ -139,8 +139,8 @@ func (l *life) startPaused() {
 	w.drain()
 	startVolume(ctx, l.s)
 	// The start flushes the source, which takes no more writes.
-	for i := range l.o.cells {
-		l.o.cells[i].flushed()
+	for i := range l.o.Cells {
+		l.o.Cells[i].Flushed()
 	}
 	st, err := l.s.client.Pause(ctx, volumeName)
 	must(l.t, err)

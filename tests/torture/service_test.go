@@ -22,7 +22,6 @@ const (
 	volumeName = "db01"
 	frontIQN   = "iqn.2026-11.net.example:db01"
 	regionSize = 64 << 10
-	patience   = 30 * time.Second // for what takes milliseconds
 )
 
 // service is one lunshift with one volume.
@@ -99,7 +98,7 @@ func (s *service) start(point string) bool {
 	s.exited = exited
 	cmd := s.cmd
 	go func() { exited <- cmd.Wait() }()
-	for deadline := time.Now().Add(patience); ; {
+	for deadline := time.Now().Add(peer.Patience); ; {
 		_, err := s.client.Status(s.t.Context(), volumeName)
 		if err == nil {
 			return true
@@ -174,7 +173,7 @@ func (s *service) dial(ctx context.Context, name string) (*lun.Initiator, error)
 	if err != nil {
 		return nil, err
 	}
-	return lun.DialInitiator(ctx, addr, lun.Options{InitiatorName: "iqn.2026-11.net.example:" + name, Sessions: 2, IOTimeout: patience})
+	return lun.DialInitiator(ctx, addr, lun.Options{InitiatorName: "iqn.2026-11.net.example:" + name, Sessions: 2, IOTimeout: peer.Patience})
 }
 
 // point of the last crash, as the log tells it.
