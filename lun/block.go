@@ -19,6 +19,7 @@ import (
 // that what another host or path wrote is seen, and so that a write that
 // returned has reached the device.
 type block struct {
+	locked
 	path string
 	info Info
 	ro   bool

@@ -18,6 +18,7 @@ const ioChunk = 4 << 20
 // file is a regular file as a logical unit. A logical block of zeroes without
 // storage is a hole.
 type file struct {
+	locked
 	path string
 	info Info
 	ro   bool

@@ -26,6 +26,8 @@ type Initiator struct {
 	mu         sync.Mutex // protects what follows
 	identified bool
 	identity   identity // as of the first session
+	// onReturn, unless nil, runs on each new connection once it is known where it leads.
+	onReturn func(context.Context, *session) error
 }
 
 // identity is what tells one logical unit from another. Where the unit has no
@@ -214,12 +216,16 @@ func (i *Initiator) verify(ctx context.Context, s *session) error {
 		now.blocks, now.blockSize = capa.blocks, capa.blockSize
 	}
 	i.mu.Lock()
-	defer i.mu.Unlock()
 	if !i.identified {
 		i.identified, i.identity = true, now
 	}
-	if !i.identity.is(now) {
-		return fmt.Errorf("%w: another logical unit answers at %s: %v instead of %v", ErrUnavailable, i.addr, now, i.identity)
+	was, onReturn := i.identity, i.onReturn
+	i.mu.Unlock()
+	if !was.is(now) {
+		return fmt.Errorf("%w: another logical unit answers at %s: %v instead of %v", ErrUnavailable, i.addr, now, was)
+	}
+	if onReturn != nil {
+		return onReturn(ctx, s)
 	}
 	return nil
 }

@@ -31,6 +31,7 @@ type remote struct {
 	zero   []byte    // one block of zeroes, for WRITE SAME
 	pool   sync.Pool // *Command
 	limits blockLimits
+	fence  fence
 
 	// What the device can do, as probed at open and corrected when it refuses.
 	wide      bool        // 16 byte READ and WRITE
@@ -46,12 +47,15 @@ func openISCSI(ctx context.Context, a Address, opts Options) (Device, error) {
 	if err != nil {
 		return nil, err
 	}
-	r := &remote{Initiator: i}
+	r := &remote{Initiator: i, fence: fence{turn: make(chan struct{}, 1), told: make(chan struct{}, 1)}}
 	r.pool.New = func() any { return new(Command) }
 	if err := r.setUp(ctx); err != nil {
 		i.Close()
 		return nil, fmt.Errorf("%s: %w", a, err)
 	}
+	i.mu.Lock()
+	i.onReturn = r.rejoin
+	i.mu.Unlock()
 	return r, nil
 }
 
@@ -131,19 +135,19 @@ func (r *remote) probe(ctx context.Context, capa capacity, prov provisioning) er
 	// A READ of no blocks transfers nothing and tells whether it is known.
 	r.wide = true
 	rwCDB(&c.CDB, false, true, 0, 0)
-	if err := r.run(ctx, &c); err != nil {
+	if err := r.run(ctx, &c); err != nil && !known(err) {
 		if !refused(err) || r.info.Blocks > 1<<32 {
 			return fmt.Errorf("READ (16): %w", err)
 		}
 		r.wide = false
 	}
 	r.sync16 = true
-	if err := r.flush(ctx, &c); err != nil {
+	if err := r.flush(ctx, &c); err != nil && !known(err) {
 		if !refused(err) {
 			return fmt.Errorf("SYNCHRONIZE CACHE (16): %w", err)
 		}
 		r.sync16 = false
-		if err := r.flush(ctx, &c); err != nil {
+		if err := r.flush(ctx, &c); err != nil && !known(err) {
 			if !refused(err) {
 				return fmt.Errorf("SYNCHRONIZE CACHE (10): %w", err)
 			}
@@ -175,6 +179,10 @@ func (r *remote) probe(ctx context.Context, capa capacity, prov provisioning) er
 	r.info.MaxTransfer = limit
 	return nil
 }
+
+// known tells from the outcome of a command that did not succeed that the device knows
+// it: somebody's reservation kept it from being done. Who serves the device asks whose.
+func known(err error) bool { return errors.Is(err, ErrConflict) }
 
 func (r *remote) Info() Info { return r.info }
 

@@ -16,20 +16,43 @@ const (
 	attentionMax = 32
 	// abortedMax is how often in a row ABORTED COMMAND is answered with a repetition.
 	abortedMax = 8
+	// conflictMax is how often a command is sent again after its session was registered.
+	conflictMax = 3
 )
 
 // run does c and turns its status into an error. Unit attentions, a busy device
 // and aborted commands are repeated for as long as Options.IOTimeout.
+//
+// A reservation conflict while the device is fenced for us is looked into: a device may
+// have lost a registration of ours.
 func (r *remote) run(ctx context.Context, c *Command) error {
+	seen := r.fence.looked.Load()
+	err := r.runOn(ctx, c, nil)
+	for n := 0; err == ErrConflict && n < conflictMax && r.fence.key.Load() != 0; n++ {
+		if err = r.regain(ctx, seen); err == nil {
+			seen = r.fence.looked.Load()
+			err = r.runOn(ctx, c, nil)
+		}
+	}
+	return err
+}
+
+// runOn is run on one session, or where that is nil on one of all, whatever is reserved.
+func (r *remote) runOn(ctx context.Context, c *Command, s *session) error {
 	var began time.Time
 	attentions, aborted := 0, 0
 	pause := time.Millisecond
 	for {
-		if err := r.Do(ctx, c); err != nil {
+		var err error
+		if s == nil {
+			err = r.Do(ctx, c)
+		} else {
+			err = s.do(ctx, c)
+		}
+		if err != nil {
 			return err
 		}
-		err := r.judge(c)
-		if err == nil {
+		if err = r.judge(c); err == nil {
 			return nil
 		}
 		var again *repeat
@@ -92,6 +115,10 @@ func (r *remote) judge(c *Command) error {
 		case sense.Key == senseUnitAttention:
 			if sense.ASC == 0x29 { // POWER ON, RESET, OR BUS DEVICE RESET OCCURRED
 				r.resets.Add(1)
+			}
+			if sense.ASC == 0x2a && sense.ASCQ >= 0x03 && sense.ASCQ <= 0x05 {
+				// RESERVATIONS PREEMPTED, RELEASED, REGISTRATIONS PREEMPTED
+				r.fence.disturb()
 			}
 			return &repeat{repeatAttention, sense}
 		case sense.Key == senseAborted:
