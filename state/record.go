@@ -34,6 +34,8 @@ type Record struct {
 	// "ready" (or "") the volume must have flags.
 	Phase  string `json:"phase"`
 	Paused bool   `json:"paused"`
+	// Fenced is true while the volume may hold reservations on its devices.
+	Fenced bool `json:"fenced,omitempty"`
 	// RateLimit is the copy's throttle in bytes per second, 0 for none; nil where
 	// none was ever set.
 	RateLimit *uint64 `json:"rate_limit,omitempty"`
