@@ -17,8 +17,10 @@ type Command struct {
 	Status byte
 	// Received is how many bytes of In the device sent.
 	Received int
-	// Residual is the residual count where the device reported an underflow, in bytes.
+	// Residual is the residual count in bytes: by how much the device took or sent less
+	// than was expected, or, where Overflow, would have taken or sent more.
 	Residual uint32
+	Overflow bool
 	// Sense is the sense data of a CHECK CONDITION; it is overwritten by the next Do.
 	Sense []byte
 
@@ -41,13 +43,14 @@ type Command struct {
 
 	itt       uint32
 	cmdSN     uint32
-	sent      bool  // a PDU of it went out on some connection
-	offered   int   // bytes of Out that were sent on this connection
-	asked     int   // bytes of Out that go unsolicited or were asked for by R2T
-	urgent    bool  // may be sent before the session is open to all
-	born      int64 // session tick at submission
-	aborting  bool  // an ABORT TASK is under way
-	abortErr  error // what the command fails with once it is known to be gone
+	sent      bool   // a PDU of it went out on some connection
+	offered   int    // bytes of Out that were sent on this connection
+	asked     int    // bytes of Out that go unsolicited or were asked for by R2T
+	dataSN    uint32 // of the next Data-In
+	urgent    bool   // may be sent before the session is open to all
+	born      int64  // session tick at submission
+	aborting  bool   // an ABORT TASK is under way
+	abortErr  error  // what the command fails with once it is known to be gone
 	abortTick int64
 }
 

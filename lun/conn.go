@@ -139,7 +139,7 @@ func (c *conn) admit(t *Command) {
 	t.itt = uint32(c.gens[slot])<<16 | uint32(slot)
 	t.cmdSN = c.cmdSN
 	c.cmdSN++
-	t.sent, t.offered = true, 0
+	t.sent, t.offered, t.dataSN = true, 0, 0
 	c.slots[slot] = t
 	c.s.queue.remove(t)
 	c.s.flight.pushBack(t)

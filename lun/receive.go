@@ -212,6 +212,11 @@ func (c *conn) takeDataIn(h *iscsi.BHS) error {
 		c.s.mu.Unlock()
 		return fmt.Errorf("Data-In of %d bytes at %d where %d of %d are wanted", n, off, t.Received, len(t.In))
 	}
+	if sn := head.DataSN(); sn != t.dataSN {
+		c.s.mu.Unlock()
+		return fmt.Errorf("Data-In number %d where %d is due", sn, t.dataSN)
+	}
+	t.dataSN++
 	c.s.mu.Unlock()
 	// The caller waits for the answer, and so its buffer stays, until retire.
 	err := c.r.ReadData(t.In[off : off+int64(n)])
@@ -267,7 +272,8 @@ func (c *conn) takeResponse(h *iscsi.BHS) error {
 }
 
 func (t *Command) residual(h *iscsi.BHS) {
-	if h.Flags()&iscsi.FlagUnderflow != 0 {
+	t.Overflow = h.Flags()&iscsi.FlagOverflow != 0
+	if t.Overflow || h.Flags()&iscsi.FlagUnderflow != 0 {
 		t.Residual = h.Residual()
 	}
 }

@@ -122,7 +122,7 @@ func (s *session) do(ctx context.Context, c *Command) error {
 	}
 	c.pending.Store(1)
 	c.err, c.abortErr, c.aborting, c.sent = nil, nil, false, false
-	c.Status, c.Received, c.Residual, c.Sense = 0, 0, 0, nil
+	c.Status, c.Received, c.Residual, c.Overflow, c.Sense = 0, 0, 0, false, nil
 
 	s.mu.Lock()
 	if s.closing && !c.urgent || s.closed {
@@ -457,7 +457,7 @@ func (s *session) requeue() {
 		case c.urgent:
 			s.bury(c, s.downErr)
 		default:
-			c.Received, c.Residual, c.Sense = 0, 0, nil
+			c.Received, c.Residual, c.Overflow, c.Sense = 0, 0, false, nil
 			s.queue.pushFront(c)
 		}
 	}

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"math"
 	"time"
 )
 
@@ -20,8 +19,10 @@ const (
 	conflictMax = 3
 )
 
-// run does c and turns its status into an error. Unit attentions, a busy device
-// and aborted commands are repeated for as long as Options.IOTimeout.
+// run does c and turns its status into an error. A busy device is asked again for as
+// long as Options.IOTimeout; unit attentions, aborted commands and transfers that stayed
+// short are repeated a few times. What is left after that is an error that makes
+// initiators try again: the device's own sense or ErrUnavailable.
 //
 // A reservation conflict while the device is fenced for us is looked into: a device may
 // have lost a registration of ours.
@@ -106,7 +107,7 @@ func (r *remote) judge(c *Command) error {
 	case statusBusy, statusTaskSetFull, statusACAActive:
 		return &repeat{repeatBusy, fmt.Errorf("the device is busy, status %02Xh", c.Status)}
 	case statusTaskAborted:
-		return &repeat{repeatAborted, errors.New("the task was aborted by another initiator")}
+		return &repeat{repeatAborted, fmt.Errorf("%w: the task was aborted by another initiator", ErrUnavailable)}
 	case statusReservationConflict:
 		return ErrConflict
 	case statusCheckCondition:
@@ -129,26 +130,36 @@ func (r *remote) judge(c *Command) error {
 		case sense.Key == senseRecovered:
 			return c.whole()
 		case sense.Key == senseIllegalRequest && sense.ASC == 0x21:
-			return fmt.Errorf("%w: %w", ErrOutOfRange, sense)
+			// Within what the device said it has, or the command had not been sent. The
+			// caller asked for nothing wrong, so the sense is not for him.
+			return fmt.Errorf("%w: the device has become smaller: %v", ErrUnavailable, sense)
 		}
 		return sense
 	}
 	return fmt.Errorf("unknown SCSI status %02Xh", c.Status)
 }
 
-// whole holds GOOD to what it means for a transfer of blocks: all of them.
+// whole holds GOOD to what it means for a transfer of blocks: all of them, and no more.
 func (c *Command) whole() error {
 	switch c.CDB[0] {
 	case opRead10, opRead16:
-		if c.Received != len(c.In) {
-			return fmt.Errorf("the device sent %d of %d bytes with status GOOD", c.Received, len(c.In))
+		if c.Received != len(c.In) || c.Residual > 0 || c.Overflow {
+			return c.short("sent", c.Received, len(c.In))
 		}
 	case opWrite10, opWrite16, opWriteSame16, opUnmap:
-		if c.offered != len(c.Out) || c.Residual > 0 {
-			return fmt.Errorf("the device took %d of %d bytes with status GOOD", c.offered-int(min(c.Residual, math.MaxInt32)), len(c.Out))
+		if c.offered != len(c.Out) || c.Residual > 0 || c.Overflow {
+			return c.short("was offered", c.offered, len(c.Out))
 		}
 	}
 	return nil
+}
+
+func (c *Command) short(did string, n, of int) error {
+	kind := "residual"
+	if c.Overflow {
+		kind = "overflow"
+	}
+	return &repeat{repeatAborted, fmt.Errorf("%w: the device %s %d of %d bytes and answered GOOD with a %s of %d", ErrUnavailable, did, n, of, kind, c.Residual)}
 }
 
 // refused tells whether the device does not know the command or a field of it.
