@@ -8,7 +8,9 @@
 // the destination thin: what is unallocated or zero is not written.
 //
 // The package keeps no state of its own over a restart; what is done is what the
-// Ledger says. The folder is copy/, the package copier, so that Go's builtin copy
+// Ledger says. Between the read of the source and the write of the destination each
+// block is guarded by a checksum (sum.go), with Readback up to what the destination
+// gives back. The folder is copy/, the package copier, so that Go's builtin copy
 // stays in sight.
 package copier
 
@@ -83,8 +85,11 @@ type Options struct {
 	Volume lun.Extent
 	// RegionBlocks is the unit of copying, in blocks.
 	RegionBlocks uint64
-	// Depth is how many regions are copied at once, at least 1.
+	// Depth is how many regions are copied at once, at least 1; SetDepth changes it.
 	Depth int
+	// Readback reads what was written back from the destination and compares it before
+	// it is flagged; SetReadback changes it.
+	Readback bool
 	// Throttle limits the bytes read from the source per second.
 	Throttle *Throttle
 	// Fault is told of each failed step, and nil when steps succeed again. The
@@ -105,16 +110,24 @@ type Progress struct {
 	Surveyed  bool
 	// Read was read from the source; Left is what is still to be read, at the most.
 	Read, Left uint64
+	// ChecksumErrors counts blocks that changed in memory between the source and the
+	// destination, ReadbackErrors those that the destination gave back otherwise than they
+	// were written. Both were copied again.
+	ChecksumErrors, ReadbackErrors uint64
 }
 
 // Copier copies one volume. Run may be called again after it returned; calls to Run
 // must not overlap.
 type Copier struct {
 	Options
-	info lun.Info // of the source
-	pool sync.Pool
+	info lun.Info  // of the source
+	pool sync.Pool // of *buffer, each as long as a region
+	back sync.Pool // of *[]byte, each as long as a slice
+	zero uint32    // the checksum of a block of zeroes
 
 	copied, skipped, allocated, bytesRead, left atomic.Uint64
+	scribbled, misread                          atomic.Uint64 // blocks
+	readback                                    atomic.Bool
 	allocation                                  atomic.Pointer[AllocationMap]
 
 	mu       sync.Mutex // protects the fields below
@@ -123,6 +136,9 @@ type Copier struct {
 	failing  map[uint64]failure // by region
 	partial  uint64             // where to look for the next partial region
 	missing  uint64             // and for the next of the others
+	depth    int                // workers that there should be
+	workers  int                // workers that there are; 0 while Run does not run
+	hire     func()             // begins one more; usable while there are workers
 }
 
 // failure is a region whose copy failed; it rests for a while, and the others go on.
@@ -151,12 +167,34 @@ type done struct {
 func New(o Options) *Copier {
 	c := &Copier{Options: o, info: o.Source.Info(), inFlight: make(map[uint64]struct{}), failing: make(map[uint64]failure)}
 	c.cond = sync.NewCond(&c.mu)
+	c.depth = max(1, o.Depth)
+	c.readback.Store(o.Readback)
 	c.pool.New = func() any {
-		p := make([]byte, o.RegionBlocks*uint64(c.info.BlockSize))
+		return &buffer{data: make([]byte, o.RegionBlocks*uint64(c.info.BlockSize)), sums: make([]uint32, o.RegionBlocks)}
+	}
+	c.back.New = func() any {
+		p := make([]byte, max(sliceBytes, int(c.info.BlockSize)))
 		return &p
 	}
+	c.zero = sum(make([]byte, c.info.BlockSize))
 	return c
 }
+
+// SetDepth changes how many regions are copied at once, at least 1. Regions under way
+// end first where there are to be fewer.
+func (c *Copier) SetDepth(depth int) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.depth = max(1, depth)
+	for c.workers > 0 && c.workers < c.depth {
+		c.workers++
+		c.hire()
+	}
+	c.cond.Broadcast() // those too many leave
+}
+
+// SetReadback changes whether slices that are written from now on are read back.
+func (c *Copier) SetReadback(on bool) { c.readback.Store(on) }
 
 // Progress is a snapshot.
 func (c *Copier) Progress() Progress {
@@ -167,6 +205,9 @@ func (c *Copier) Progress() Progress {
 		Surveyed:  c.allocation.Load() != nil,
 		Read:      c.bytesRead.Load(),
 		Left:      c.left.Load(),
+
+		ChecksumErrors: c.scribbled.Load(),
+		ReadbackErrors: c.misread.Load(),
 	}
 }
 
@@ -203,9 +244,13 @@ func (c *Copier) Run(ctx context.Context) error {
 	}()
 
 	var workers sync.WaitGroup
-	for range max(1, c.Depth) {
-		workers.Go(func() { c.work(ctx, finished) })
+	c.mu.Lock()
+	c.hire = func() { workers.Go(func() { c.work(ctx, finished) }) }
+	for c.workers < c.depth {
+		c.workers++
+		c.hire()
 	}
+	c.mu.Unlock()
 	workers.Wait()
 	close(finished)
 	<-finisher
@@ -283,9 +328,7 @@ func (c *Copier) work(ctx context.Context, finished chan<- done) {
 		d, err := c.copy(ctx, j)
 		if err != nil {
 			c.release(ctx, j, err, firstRetry)
-			if c.rest(ctx, &wait) != nil {
-				return
-			}
+			_ = c.rest(ctx, &wait) // take sees that ctx ended
 			continue
 		}
 		wait = firstRetry
@@ -295,11 +338,12 @@ func (c *Copier) work(ctx context.Context, finished chan<- done) {
 
 // take hands out the next job: partial regions first, then in rising order, and
 // round again for what failed. It waits while all that is left is in flight or
-// rests after a failure; false means that nothing is left, or ctx ended.
+// rests after a failure; false means that nothing is left, ctx ended or there are too
+// many workers, and that the caller is none any more.
 func (c *Copier) take(ctx context.Context) (job, bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	for ctx.Err() == nil {
+	for ctx.Err() == nil && c.workers <= c.depth {
 		if r, ok := c.free(c.Ledger.NextPartial, &c.partial); ok {
 			return c.claim(r, 1, false), true
 		}
@@ -309,10 +353,11 @@ func (c *Copier) take(ctx context.Context) (job, bool) {
 			return c.claim(r, count, hole), true
 		}
 		if _, any := c.Ledger.NextMissing(0); !any && len(c.inFlight) == 0 {
-			return job{}, false
+			break
 		}
 		c.cond.Wait()
 	}
+	c.workers--
 	return job{}, false
 }
 

@@ -32,10 +32,10 @@ func (c *Copier) copyRegion(ctx context.Context, e lun.Extent, d *done) error {
 	if err != nil {
 		return err
 	}
-	p := c.pool.Get().(*[]byte)
-	defer c.pool.Put(p)
-	buf := (*p)[:c.info.Bytes(e)]
-	bad, err := c.read(ctx, buf, e, need)
+	buf := c.pool.Get().(*buffer)
+	defer c.pool.Put(buf)
+	buf.of = e
+	bad, err := c.read(ctx, buf, need)
 	if err != nil {
 		return err
 	}
@@ -49,7 +49,7 @@ func (c *Copier) copyRegion(ctx context.Context, e lun.Extent, d *done) error {
 			slice := run
 			slice.Blocks = min(slice.Blocks, sliceBytes/uint64(c.info.BlockSize))
 			run.Start, run.Blocks = slice.End(), run.Blocks-slice.Blocks
-			if err := c.writeSlice(ctx, buf, e, slice, blank, d); err != nil {
+			if err := c.writeSlice(ctx, buf, slice, blank, d); err != nil {
 				return err
 			}
 		}
@@ -57,10 +57,9 @@ func (c *Copier) copyRegion(ctx context.Context, e lun.Extent, d *done) error {
 	return nil
 }
 
-// read fills buf, the content of e, with what the source has for the runs in need;
-// unallocated blocks are zeroes without being read. It gives the runs that the source
-// cannot read.
-func (c *Copier) read(ctx context.Context, buf []byte, e lun.Extent, need []lun.Extent) (bad []lun.Extent, err error) {
+// read fills buf with what the source has for the runs in need; unallocated blocks are
+// zeroes without being read. It gives the runs that the source cannot read.
+func (c *Copier) read(ctx context.Context, buf *buffer, need []lun.Extent) (bad []lun.Extent, err error) {
 	// Runs that lie close together are read as one.
 	type read struct {
 		whole lun.Extent
@@ -79,16 +78,16 @@ func (c *Copier) read(ctx context.Context, buf []byte, e lun.Extent, need []lun.
 			}
 		}
 	}
-	at := e.Start
+	at := buf.of.Start
 	for _, r := range reads {
-		clear(c.part(buf, e, lun.Extent{Start: at, Blocks: uint64(r.whole.Start - at)}))
-		err := c.readRun(ctx, c.part(buf, e, r.whole), r.whole)
+		c.clear(buf, lun.Extent{Start: at, Blocks: uint64(r.whole.Start - at)})
+		err := c.readRun(ctx, buf, r.whole)
 		if err != nil && (len(r.parts) > 1 || unreadable(err)) && ctx.Err() == nil {
 			// What nobody needs may be what cannot be read.
 			err = nil
 			for _, part := range r.parts {
 				var lost []lun.Extent
-				if lost, err = c.salvage(ctx, buf, e, part); err != nil {
+				if lost, err = c.salvage(ctx, buf, part); err != nil {
 					break
 				}
 				bad = append(bad, lost...)
@@ -99,13 +98,13 @@ func (c *Copier) read(ctx context.Context, buf []byte, e lun.Extent, need []lun.
 		}
 		at = r.whole.End()
 	}
-	clear(c.part(buf, e, lun.Extent{Start: at, Blocks: uint64(e.End() - at)}))
+	c.clear(buf, lun.Extent{Start: at, Blocks: uint64(buf.of.End() - at)})
 	return bad, nil
 }
 
 // salvage reads what can be read of run, and gives the blocks that cannot.
-func (c *Copier) salvage(ctx context.Context, buf []byte, whole, run lun.Extent) (bad []lun.Extent, err error) {
-	err = c.readRun(ctx, c.part(buf, whole, run), run)
+func (c *Copier) salvage(ctx context.Context, buf *buffer, run lun.Extent) (bad []lun.Extent, err error) {
+	err = c.readRun(ctx, buf, run)
 	switch {
 	case err == nil || !unreadable(err):
 		return nil, err
@@ -115,7 +114,7 @@ func (c *Copier) salvage(ctx context.Context, buf []byte, whole, run lun.Extent)
 	half := lun.Extent{Start: run.Start, Blocks: run.Blocks / 2}
 	rest := lun.Extent{Start: half.End(), Blocks: run.Blocks - half.Blocks}
 	for _, part := range [...]lun.Extent{half, rest} {
-		lost, err := c.salvage(ctx, buf, whole, part)
+		lost, err := c.salvage(ctx, buf, part)
 		if err != nil {
 			return nil, err
 		}
@@ -141,26 +140,23 @@ func without(runs, bad []lun.Extent) []lun.Extent {
 	return runs
 }
 
-func (c *Copier) readRun(ctx context.Context, p []byte, e lun.Extent) error {
+// readRun reads e from the source, and has its checksums at once.
+func (c *Copier) readRun(ctx context.Context, buf *buffer, e lun.Extent) error {
+	p := c.part(buf, e)
 	if err := c.Throttle.Wait(ctx, len(p)); err != nil {
 		return err
 	}
 	if err := c.Source.ReadAt(ctx, p, e.Start); err != nil {
 		return fmt.Errorf("read %v of the source: %w", e, err)
 	}
+	c.seal(buf, e)
 	c.bytesRead.Add(uint64(len(p)))
 	return nil
 }
 
-// part is where buf, the content of whole, holds e.
-func (c *Copier) part(buf []byte, whole, e lun.Extent) []byte {
-	at := uint64(e.Start-whole.Start) * uint64(c.info.BlockSize)
-	return buf[at : at+c.info.Bytes(e)]
-}
-
 // writeSlice writes those blocks of slice that are still not valid, with
-// initiators' writes to the slice kept out.
-func (c *Copier) writeSlice(ctx context.Context, buf []byte, whole, slice lun.Extent, blank []lun.Extent, d *done) error {
+// initiators' writes to the slice kept out, and reads them back where that is asked for.
+func (c *Copier) writeSlice(ctx context.Context, buf *buffer, slice lun.Extent, blank []lun.Extent, d *done) error {
 	release, err := c.Ledger.Exclude(ctx, slice)
 	if err != nil {
 		return err
@@ -172,18 +168,28 @@ func (c *Copier) writeSlice(ctx context.Context, buf []byte, whole, slice lun.Ex
 	if err != nil {
 		return err
 	}
+	var written []lun.Extent
 	for _, run := range still {
-		err = splitZeroes(c.part(buf, whole, run), run, c.info.BlockSize, func(p []byte, e lun.Extent, zero bool) error {
+		err = splitZeroes(c.part(buf, run), run, c.info.BlockSize, func(p []byte, e lun.Extent, zero bool) error {
+			nothing := zero && inside(blank, e)
 			if zero {
 				d.skipped += uint64(len(p))
-				if inside(blank, e) {
-					return nil
-				}
 			} else {
 				d.copied += uint64(len(p))
 			}
+			if !nothing {
+				written = lun.Join(written, e)
+			}
 			write := func() error {
-				if zero {
+				// As late as can be: what changes the buffer after this is for the readback
+				// to find.
+				if err := c.check(buf, e); err != nil {
+					return err
+				}
+				switch {
+				case nothing:
+					return nil
+				case zero:
 					return c.Destination.WriteZeroes(ctx, e)
 				}
 				return c.Destination.WriteAt(ctx, p, e.Start)
@@ -202,6 +208,9 @@ func (c *Copier) writeSlice(ctx context.Context, buf []byte, whole, slice lun.Ex
 	}
 	// Every write has ended before the lock goes, whatever failed.
 	err = errors.Join(err, writes.Wait())
+	if err == nil && c.readback.Load() {
+		err = c.readBack(ctx, written, func(at lun.LBA) uint32 { return buf.sums[at-buf.of.Start] })
+	}
 	if err == nil {
 		d.extents = append(d.extents, still...)
 	}
@@ -259,6 +268,11 @@ func (c *Copier) zeroPart(ctx context.Context, part lun.Extent, blank []lun.Exte
 		if !inside(blank, run) {
 			if err := c.Destination.WriteZeroes(ctx, run); err != nil {
 				return fmt.Errorf("zero %v of the destination: %w", run, err)
+			}
+			if c.readback.Load() {
+				if err := c.readBack(ctx, []lun.Extent{run}, func(lun.LBA) uint32 { return c.zero }); err != nil {
+					return err
+				}
 			}
 		}
 		d.skipped += c.info.Bytes(run)
