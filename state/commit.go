@@ -102,7 +102,7 @@ func newCommitter(s *Store) (*committer, error) {
 	if c.seq < s.head.seq {
 		return nil, damaged(s.dir, fmt.Errorf("the database ends at commit %d, but commit %d was acknowledged", c.seq, s.head.seq))
 	}
-	c.syncer, err = openSyncer(filepath.Join(s.dir, badgerDir))
+	c.syncer, err = openSyncer(filepath.Join(s.dir, badgerDir), &s.tables)
 	if err != nil {
 		return nil, fmt.Errorf("state directory %s: %w", s.dir, err)
 	}
@@ -235,7 +235,7 @@ func (c *committer) commit(ops []op, atomic bool) (err error) {
 	if c.failed != nil {
 		return c.failed
 	}
-	if err := checkFree(c.dir, c.freeMin.Load()+c.syncer.tables); err != nil {
+	if err := c.checkFree(); err != nil {
 		return fmt.Errorf("state directory %s: %w", c.dir, err)
 	}
 	for rest := ops; len(rest) > 0; {

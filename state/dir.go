@@ -1,15 +1,14 @@
 package state
 
 import (
-	"encoding/binary"
 	"errors"
 	"fmt"
-	"hash/crc32"
 	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -17,15 +16,11 @@ import (
 
 const (
 	lockName = "LOCK"
-	headName = "HEAD"
 
 	// Extensions of Badger's files.
 	logExt   = ".mem"
 	tableExt = ".sst"
 	valueExt = ".vlog" // of logs of long values, of which there are none
-
-	// formatVersion is the layout of the directory and of the keys.
-	formatVersion = 1
 )
 
 // damaged marks err as ErrCorrupt and tells what to do about it.
@@ -124,105 +119,6 @@ func checkForeign(dir string) error {
 	return nil
 }
 
-// head is the file that says what a directory is, and from which commit on it
-// must not fall back. It is written in place after each commit and synced only at
-// Close: the page reaches the disk at the earliest after the commit did, so
-// whatever it says was durable. A database that has lost commits, to a damaged log
-// or a lost file, is told by it.
-//
-// Layout, little endian: "lunshift" | version uint32 | CRC-32C of the rest
-// uint32 | sequence number uint64.
-type head struct {
-	file *os.File
-	seq  uint64
-}
-
-const headSize = 24
-
-const headMagic = "lunshift"
-
-// openHead reads the head, or writes a new one. A new one is on stable storage
-// before the database comes into being.
-func openHead(dir string) (*head, error) {
-	path := filepath.Join(dir, headName)
-	if _, err := os.Lstat(path); errors.Is(err, fs.ErrNotExist) {
-		if err := createHead(dir, path); err != nil {
-			return nil, fmt.Errorf("state directory %s: create %s: %w", dir, headName, reason(err))
-		}
-	}
-	file, err := os.OpenFile(path, os.O_RDWR, 0)
-	if err != nil {
-		return nil, fmt.Errorf("state directory %s: %w: give this user the directory", dir, err)
-	}
-	var b [headSize + 1]byte
-	n, err := file.ReadAt(b[:], 0)
-	switch {
-	case err != nil && err != io.EOF:
-		err = fmt.Errorf("state directory %s: %w", dir, err)
-	case n < len(headMagic) || string(b[:len(headMagic)]) != headMagic:
-		err = fmt.Errorf("state directory %s: %w: its %s is not one of lunshift's: name another directory", dir, ErrForeign, headName)
-	case n < 12:
-		err = damaged(dir, fmt.Errorf("%s is cut off", headName))
-	case binary.LittleEndian.Uint32(b[8:]) > formatVersion && headSum(b[:]) == binary.LittleEndian.Uint32(b[12:]):
-		err = fmt.Errorf("state directory %s has format version %d, this lunshift knows up to %d: %w: run the newer one",
-			dir, binary.LittleEndian.Uint32(b[8:]), formatVersion, ErrVersion)
-	case n != headSize || headSum(b[:]) != binary.LittleEndian.Uint32(b[12:]) || binary.LittleEndian.Uint32(b[8:]) != formatVersion:
-		err = damaged(dir, fmt.Errorf("%s fails its checksum", headName))
-	default:
-		return &head{file, binary.LittleEndian.Uint64(b[16:])}, nil
-	}
-	file.Close()
-	return nil, err
-}
-
-func createHead(dir, path string) error {
-	tmp := filepath.Join(dir, "."+headName)
-	b := encodeHead(0)
-	file, err := os.OpenFile(tmp, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
-	if err != nil {
-		return err
-	}
-	_, err = file.Write(b[:])
-	err = errors.Join(err, file.Sync(), file.Close())
-	if err == nil {
-		err = os.Rename(tmp, path)
-	}
-	if err == nil {
-		err = syncPath(dir)
-	}
-	if err == nil {
-		err = syncPath(filepath.Dir(dir))
-	}
-	return err
-}
-
-func encodeHead(seq uint64) (b [headSize]byte) {
-	copy(b[:], headMagic)
-	binary.LittleEndian.PutUint32(b[8:], formatVersion)
-	binary.LittleEndian.PutUint64(b[16:], seq)
-	binary.LittleEndian.PutUint32(b[12:], headSum(b[:]))
-	return b
-}
-
-func headSum(b []byte) uint32 {
-	table := crc32.MakeTable(crc32.Castagnoli)
-	return crc32.Update(crc32.Checksum(b[:12], table), table, b[16:headSize])
-}
-
-// advance notes that commit seq is on stable storage.
-func (h *head) advance(seq uint64) error {
-	b := encodeHead(seq)
-	if _, err := h.file.WriteAt(b[:], 0); err != nil {
-		return fmt.Errorf("write %s: %w", headName, reason(err))
-	}
-	h.seq = seq
-	return nil
-}
-
-func (h *head) close() error {
-	return errors.Join(h.file.Sync(), h.file.Close())
-}
-
 // syncer puts a commit on stable storage: the log that it was written to, and the
 // names of the files in Badger's directory.
 //
@@ -233,9 +129,9 @@ func (h *head) close() error {
 // Tables and the manifest Badger syncs itself before it deletes a log.
 type syncer struct {
 	dir    *os.File
-	log    *os.File // the newest
-	clean  int64    // the mtime, in ns, that is known to be synced; 0 unknown
-	tables uint64   // bytes of Badger's tables
+	log    *os.File       // the newest
+	clean  int64          // the mtime, in ns, that is known to be synced; 0 unknown
+	tables *atomic.Uint64 // bytes of Badger's tables
 	// synced, of tests, is called with the name of a log that was synced.
 	synced func(name string)
 }
@@ -243,12 +139,12 @@ type syncer struct {
 // openSyncer syncs every log and name there is, so that nothing is shown to
 // readers that a power loss could still take back: after a kill, logs may hold
 // transactions that were written and never synced.
-func openSyncer(dir string) (_ *syncer, err error) {
+func openSyncer(dir string, tables *atomic.Uint64) (_ *syncer, err error) {
 	d, err := os.Open(dir)
 	if err != nil {
 		return nil, err
 	}
-	y := &syncer{dir: d}
+	y := &syncer{dir: d, tables: tables}
 	defer func() {
 		if err != nil {
 			y.close()
@@ -304,13 +200,13 @@ func (y *syncer) look() error {
 	if err != nil {
 		return err
 	}
-	y.tables = 0
+	var tables uint64
 	newest := ""
 	for _, e := range entries {
 		switch filepath.Ext(e.Name()) {
 		case tableExt:
 			if info, err := e.Info(); err == nil { // it may be gone by now
-				y.tables += uint64(info.Size())
+				tables += uint64(info.Size())
 			}
 		case logExt:
 			if len(e.Name()) >= len(newest) { // beyond 99999 names grow longer
@@ -318,6 +214,7 @@ func (y *syncer) look() error {
 			}
 		}
 	}
+	y.tables.Store(tables)
 	if newest == "" {
 		return fmt.Errorf("%s holds no log", y.dir.Name())
 	}
@@ -344,16 +241,11 @@ func (y *syncer) close() {
 }
 
 func (y *syncer) syncLog() error {
-	for {
-		err := unix.Fdatasync(int(y.log.Fd()))
-		if errors.Is(err, unix.EINTR) {
-			continue
-		}
-		if err == nil && y.synced != nil {
-			y.synced(y.log.Name())
-		}
-		return err
+	err := fdatasync(y.log)
+	if err == nil && y.synced != nil {
+		y.synced(y.log.Name())
 	}
+	return err
 }
 
 func syncPath(path string) error {

@@ -81,7 +81,13 @@ type Flags struct {
 	compact bool
 
 	kinds [kindCount]levels
+	early early       // what the journal has and the database has not
 	gone  atomic.Bool // Forget was committed
+
+	// Entries of a journal that the database kept, and their keys; of Store.Flags and
+	// Prove alone.
+	kept    []entry
+	entries [][]byte
 }
 
 // levels is one kind's upper level, one bit for each region. Only the committer
@@ -103,15 +109,12 @@ type levels struct {
 // later, Set waits for the outcome. ErrRange, ErrNoSpace, ErrFailed, ErrForgotten,
 // ErrClosed.
 func (f *Flags) Set(ctx context.Context, k Kinds, runs ...Run) error {
-	if k == 0 || k >= 1<<kindCount {
-		return fmt.Errorf("volume %s: set flags: no such kinds %#x", f.volume, uint8(k))
+	if err := f.checkRuns(k, runs); err != nil {
+		return err
 	}
 	visible := true
 	for _, r := range runs {
-		if !f.holds(r) {
-			return fmt.Errorf("volume %s: set flags of blocks %d+%d of %d: %w", f.volume, r.Start, r.Blocks, f.geo.Blocks, ErrRange)
-		}
-		visible = visible && f.All(k, r)
+		visible = visible && f.settledAll(k, r)
 	}
 	if visible && !f.gone.Load() {
 		return nil
@@ -126,6 +129,31 @@ func (f *Flags) All(k Kinds, r Run) bool {
 	if !f.holds(r) {
 		return false
 	}
+	if f.early.count.Load() == 0 {
+		return f.settledAll(k, r)
+	}
+	// First what is early and then what is settled, as notes go that way.
+	for i := range f.kinds {
+		kind := Kinds(1) << i
+		if k&kind == 0 {
+			continue
+		}
+		at := r.Start
+		for _, n := range f.early.within(kind, r) {
+			if !f.settledAll(kind, Run{at, n.Start - at}) {
+				return false
+			}
+			at = n.end()
+		}
+		if !f.settledAll(kind, Run{at, r.end() - at}) {
+			return false
+		}
+	}
+	return true
+}
+
+// settledAll is All by the database alone.
+func (f *Flags) settledAll(k Kinds, r Run) bool {
 	if r.Blocks == 0 {
 		return true
 	}
@@ -156,6 +184,9 @@ func (f *Flags) All(k Kinds, r Run) bool {
 func (f *Flags) Any(k Kinds, r Run) bool {
 	if !f.holds(r) || r.Blocks == 0 {
 		return false
+	}
+	if len(f.early.within(k, r)) > 0 {
+		return true
 	}
 	first, last := r.Start>>f.shift, (r.end()-1)>>f.shift
 	for i := range f.kinds {
@@ -190,23 +221,51 @@ func (f *Flags) Runs(k Kinds, r Run, yield func(r Run, set bool) bool) error {
 	if r.Blocks == 0 {
 		return nil
 	}
-	var run Run // not yet yielded
-	var isSet bool
-	add := func(blocks uint64, set bool) bool {
-		if run.Blocks > 0 && set != isSet {
-			if !yield(run, isSet) {
-				return false
-			}
-			run = Run{Start: run.end()}
-		} else if run.Blocks == 0 {
-			run.Start = r.Start
+	y := yielder{run: Run{Start: r.Start}, yield: yield}
+	at := r.Start
+	for _, n := range f.early.within(k, r) {
+		if err := f.settledRuns(i, Run{at, n.Start - at}, &y); err != nil {
+			return err
 		}
-		isSet = set
-		run.Blocks += blocks
-		return true
+		y.add(n.Blocks, true)
+		at = n.end()
+	}
+	if err := f.settledRuns(i, Run{at, r.end() - at}, &y); err != nil {
+		return err
+	}
+	if !y.over {
+		yield(y.run, y.set)
+	}
+	return nil
+}
+
+// yielder joins runs that are alike before it yields them.
+type yielder struct {
+	run   Run // not yet yielded
+	set   bool
+	over  bool // nothing more is wanted
+	yield func(Run, bool) bool
+}
+
+func (y *yielder) add(blocks uint64, set bool) {
+	if blocks == 0 || y.over {
+		return
+	}
+	if y.run.Blocks > 0 && set != y.set {
+		y.over = !y.yield(y.run, y.set)
+		y.run = Run{Start: y.run.end()}
+	}
+	y.set = set
+	y.run.Blocks += blocks
+}
+
+// settledRuns adds the runs of r by the database alone.
+func (f *Flags) settledRuns(i int, r Run, y *yielder) error {
+	if r.Blocks == 0 {
+		return nil
 	}
 	last := (r.end() - 1) >> f.shift
-	for at := r.Start; at < r.end(); {
+	for at := r.Start; at < r.end() && !y.over; {
 		g := at >> f.shift
 		next, set := g, true
 		if f.isAll(i, g) {
@@ -216,9 +275,7 @@ func (f *Flags) Runs(k Kinds, r Run, yield func(r Run, set bool) bool) error {
 		}
 		if next > g {
 			end := min(next<<f.shift, r.end())
-			if !add(end-at, set) {
-				return nil
-			}
+			y.add(end-at, set)
 			at = end
 			continue
 		}
@@ -228,30 +285,39 @@ func (f *Flags) Runs(k Kinds, r Run, yield func(r Run, set bool) bool) error {
 			return wrap(f.volume, "read flags", err)
 		}
 		if bitmap == nil {
-			if !add(end-at, all) {
-				return nil
-			}
+			y.add(end-at, all)
 			at = end
 			continue
 		}
 		for lo := at - g<<f.shift; at < end; {
 			same := runLength(bitmap, lo, end-at)
-			if !add(same, bitmap[lo/64]>>(lo%64)&1 != 0) {
-				return nil
-			}
+			y.add(same, bitmap[lo/64]>>(lo%64)&1 != 0)
 			lo, at = lo+same, at+same
 		}
 	}
-	yield(run, isSet)
 	return nil
 }
 
 // Count is how many blocks have the kind k, one kind.
 func (f *Flags) Count(k Kinds) uint64 {
-	if i, ok := k.index(); ok {
-		return f.kinds[i].blocks.Load()
+	i, ok := k.index()
+	if !ok {
+		return 0
 	}
-	return 0
+	var early uint64
+	for _, r := range f.early.within(k, Run{Blocks: f.geo.Blocks}) {
+		y := yielder{run: Run{Start: r.Start}}
+		y.yield = func(r Run, set bool) bool {
+			if !set {
+				early += r.Blocks
+			}
+			return true
+		}
+		if f.settledRuns(i, r, &y) == nil {
+			y.yield(y.run, y.set)
+		}
+	}
+	return early + f.kinds[i].blocks.Load()
 }
 
 // Missing is the first region at or after from in which a block lacks the kind k,

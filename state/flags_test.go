@@ -37,6 +37,7 @@ func drawRun(t *rapid.T, blocks uint64) Run {
 
 // checkAgainst compares everything that readers can ask with the model.
 func checkAgainst(t *rapid.T, f *Flags, m *model, asked Run) {
+	checkBlocks(t, f, m, asked)
 	g := f.Geometry()
 	for i := range m {
 		k := Kinds(1 << i)
@@ -48,28 +49,6 @@ func checkAgainst(t *rapid.T, f *Flags, m *model, asked Run) {
 		}
 		if got := f.Count(k); got != count {
 			t.Fatalf("Count(%d) = %d, want %d", k, got, count)
-		}
-		if got, want := f.All(k, asked), m.is(i, asked, true); got != want {
-			t.Fatalf("All(%d, %v) = %v", k, asked, got)
-		}
-		if got, want := f.Any(k, asked), m.is(i, asked, false); got != want {
-			t.Fatalf("Any(%d, %v) = %v", k, asked, got)
-		}
-		at, first, before := asked.Start, true, false
-		err := f.Runs(k, asked, func(r Run, set bool) bool {
-			if r.Start != at || r.Blocks == 0 || r.end() > asked.end() || !first && set == before {
-				t.Fatalf("Runs(%d, %v): %v %v after block %d", k, asked, r, set, at)
-			}
-			for b := r.Start; b < r.end(); b++ {
-				if m[i][b] != set {
-					t.Fatalf("Runs(%d, %v): block %d is %v in %v %v", k, asked, b, m[i][b], r, set)
-				}
-			}
-			at, first, before = r.end(), false, set
-			return true
-		})
-		if err != nil || at != asked.end() {
-			t.Fatalf("Runs(%d, %v): %v, ends at block %d", k, asked, err, at)
 		}
 		var missing, partial []uint64
 		for at := uint64(0); ; {
@@ -110,10 +89,53 @@ func checkAgainst(t *rapid.T, f *Flags, m *model, asked Run) {
 			t.Fatalf("NextPartial(%d): %v, want %v", k, partial, wantPartial)
 		}
 	}
+}
+
+// checkBlocks compares what readers can ask of blocks, which is right whether or not
+// the flags are settled.
+func checkBlocks(t *rapid.T, f *Flags, m *model, asked Run) {
+	for i := range m {
+		k := Kinds(1 << i)
+		if got, want := f.All(k, asked), m.is(i, asked, true); got != want {
+			t.Fatalf("All(%d, %v) = %v", k, asked, got)
+		}
+		if got, want := f.Any(k, asked), m.is(i, asked, false); got != want {
+			t.Fatalf("Any(%d, %v) = %v", k, asked, got)
+		}
+		at, first, before := asked.Start, true, false
+		err := f.Runs(k, asked, func(r Run, set bool) bool {
+			if r.Start != at || r.Blocks == 0 || r.end() > asked.end() || !first && set == before {
+				t.Fatalf("Runs(%d, %v): %v %v after block %d", k, asked, r, set, at)
+			}
+			for b := r.Start; b < r.end(); b++ {
+				if m[i][b] != set {
+					t.Fatalf("Runs(%d, %v): block %d is %v in %v %v", k, asked, b, m[i][b], r, set)
+				}
+			}
+			at, first, before = r.end(), false, set
+			return true
+		})
+		if err != nil || at != asked.end() {
+			t.Fatalf("Runs(%d, %v): %v, ends at block %d", k, asked, err, at)
+		}
+	}
 	both := m.is(0, asked, true) && m.is(1, asked, true)
 	if got := f.All(Valid|Dirty, asked); got != both {
 		t.Fatalf("All(Valid|Dirty, %v) = %v", asked, got)
 	}
+}
+
+// keep intends a write of the runs and says that it was made.
+func keep(ctx context.Context, f *Flags, runs []Run) error {
+	sums := make([]Sum, len(runs))
+	for i, r := range runs {
+		sums[i] = Sum{r, 7}
+	}
+	i, err := f.Intend(ctx, sums...)
+	if err == nil {
+		i.Keep()
+	}
+	return err
 }
 
 func TestFlagsAnswerLikePlainArraysAcrossReopens(t *testing.T) {
@@ -142,7 +164,26 @@ func TestFlagsAnswerLikePlainArraysAcrossReopens(t *testing.T) {
 				runs[i] = drawRun(t, g.Blocks)
 				m.set(k, runs[i])
 			}
-			if err := f.Set(ctx, k, runs...); err != nil {
+			switch rapid.IntRange(0, 2).Draw(t, "way") {
+			case 0:
+				err = f.Set(ctx, k, runs...)
+			case 1:
+				err = f.Note(ctx, k, runs...)
+				checkBlocks(t, f, &m, runs[0])
+				if err == nil {
+					err = f.Await(ctx, Run{Blocks: g.Blocks})
+				}
+			case 2:
+				err = keep(ctx, f, runs)
+				for _, r := range runs {
+					m.set(Valid|Dirty, r)
+				}
+				checkBlocks(t, f, &m, drawRun(t, g.Blocks))
+				if err == nil {
+					err = f.Await(ctx, Run{Blocks: g.Blocks})
+				}
+			}
+			if err != nil {
 				t.Fatal(err)
 			}
 			if rapid.IntRange(0, 49).Draw(t, "reopen") == 49 {

@@ -11,6 +11,7 @@ import (
 	"math/bits"
 	"sync/atomic"
 
+	"github.com/cespare/xxhash/v2"
 	"github.com/dgraph-io/badger/v4"
 )
 
@@ -23,6 +24,7 @@ import (
 //	"h/" volume                                  header: generation, geometry
 //	"p/" volume                                  persistent reservations (reservation.go)
 //	"f/" generation 'c' kind chunk               all bits of 8192 regions
+//	"f/" generation 'j' hash                     entry of a journal (entry.go) that is to be dealt with
 //	"f/" generation 'p' region                   bitmaps of a partial region
 const (
 	seqKey       = "s"
@@ -31,6 +33,7 @@ const (
 	flagsPrefix  = "f/"
 
 	chunkMark  = 'c'
+	entryMark  = 'j'
 	regionMark = 'p'
 	genSize    = len(flagsPrefix) + 8
 )
@@ -48,6 +51,10 @@ func chunkKey(gen uint64, kind int, chunk uint64) []byte {
 
 func regionKey(gen, region uint64) []byte {
 	return binary.BigEndian.AppendUint64(append(genKey(gen), regionMark), region)
+}
+
+func entryKey(gen uint64, entry []byte) []byte {
+	return binary.BigEndian.AppendUint64(append(genKey(gen), entryMark), xxhash.Sum64(entry))
 }
 
 func encodeWords(words []uint64) []byte {
@@ -224,6 +231,9 @@ func (s *Store) Flags(volume string, g Geometry) (*Flags, error) {
 	if err := s.view(f.load); err != nil {
 		return nil, err
 	}
+	if err := f.setNoted(); err != nil {
+		return nil, err
+	}
 	s.keep(f)
 	return f, nil
 }
@@ -337,6 +347,11 @@ func (f *Flags) load(txn *badger.Txn) error {
 			switch {
 			case len(key) == 10 && key[0] == chunkMark:
 				return f.loadChunk(int(key[1]), binary.BigEndian.Uint64(key[2:]), value)
+			case len(key) == 9 && key[0] == entryMark:
+				e, err := decodeEntry(value)
+				f.entries = append(f.entries, bytes.Clone(item.Key()))
+				f.kept = append(f.kept, e)
+				return err
 			case len(key) == 9 && key[0] == regionMark:
 				return f.loadRegion(binary.BigEndian.Uint64(key[1:]), value, scratch)
 			}
@@ -434,13 +449,11 @@ func (c *committer) forgetVolume(r *request) error {
 	return nil
 }
 
-// sweep removes flags that no header names: those of forgotten volumes.
-func (s *Store) sweep() error {
+// named gives the generations that headers name.
+func (s *Store) named() (map[uint64]bool, error) {
 	named := map[uint64]bool{}
-	var orphans []uint64
 	err := s.view(func(txn *badger.Txn) error {
-		o := badger.DefaultIteratorOptions
-		it := txn.NewIterator(o)
+		it := txn.NewIterator(badger.DefaultIteratorOptions)
 		defer it.Close()
 		for it.Seek([]byte(headerPrefix)); it.ValidForPrefix([]byte(headerPrefix)); it.Next() {
 			value, err := it.Item().ValueCopy(nil)
@@ -453,6 +466,17 @@ func (s *Store) sweep() error {
 			}
 			named[h.Generation] = true
 		}
+		return nil
+	})
+	return named, err
+}
+
+// sweep removes flags that no header names: those of forgotten volumes.
+func (s *Store) sweep(named map[uint64]bool) error {
+	var orphans []uint64
+	err := s.view(func(txn *badger.Txn) error {
+		it := txn.NewIterator(badger.DefaultIteratorOptions)
+		defer it.Close()
 		for it.Seek([]byte(flagsPrefix)); it.ValidForPrefix([]byte(flagsPrefix)); {
 			key := it.Item().Key()
 			if len(key) < genSize {

@@ -3,6 +3,7 @@ package state
 import (
 	"bytes"
 	"context"
+	"errors"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
@@ -11,8 +12,8 @@ import (
 	"time"
 )
 
-// disk is what stable storage holds of Badger's logs: of each as much as was there
-// when it was last synced.
+// disk is what stable storage holds of Badger's logs and of the journal: of each as much
+// as was there when it was last synced.
 type disk struct {
 	mu     sync.Mutex // guards logs
 	logs   map[string][]byte
@@ -43,6 +44,14 @@ func (d *disk) synced(name string) {
 	d.logs[filepath.Base(name)] = had
 }
 
+// journaled keeps a segment as it is.
+func (d *disk) journaled(name string) {
+	b, err := os.ReadFile(name)
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.logs[filepath.Base(name)], d.failed = b, errors.Join(d.failed, err)
+}
+
 // cutPower copies the state in from as a power loss would leave it: of the logs there is
 // what was synced. Tables and the manifest are synced by Badger before they count.
 func (d *disk) cutPower(t *testing.T, from string) (to string) {
@@ -55,7 +64,11 @@ func (d *disk) cutPower(t *testing.T, from string) (to string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	names = append(names, filepath.Join(from, headName))
+	segments, err := filepath.Glob(filepath.Join(from, "journal.*"))
+	if err != nil || len(segments) != segmentCount {
+		t.Fatal(segments, err)
+	}
+	names = append(append(names, segments...), filepath.Join(from, headName))
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if d.failed != nil {
@@ -69,7 +82,7 @@ func (d *disk) cutPower(t *testing.T, from string) (to string) {
 		var b []byte
 		st, err := os.Stat(name)
 		if err == nil {
-			if filepath.Ext(name) == logExt {
+			if filepath.Ext(name) == logExt || filepath.Dir(name) == from && filepath.Base(name) != headName {
 				b = d.logs[filepath.Base(name)]
 			} else {
 				b, err = os.ReadFile(name)
@@ -90,13 +103,13 @@ func (d *disk) cutPower(t *testing.T, from string) (to string) {
 
 // A commit that is not synced, or synced in another log than the one it lies in, makes
 // this fail, as leaving out syncLog or the look for the newest log in syncer.sync
-// shows.
+// shows; for what was noted, so does leaving out the sync of the journal.
 func TestAcknowledgedFlagsSurviveAPowerLoss(t *testing.T) {
 	t.Parallel()
 	dir := filepath.Join(t.TempDir(), "state")
 	s := open(t, dir)
 	d := &disk{logs: map[string][]byte{}}
-	s.syncer.synced = d.synced
+	s.syncer.synced, s.journal.synced = d.synced, d.journaled
 	f, err := s.Flags("v", crashGeometry)
 	if err != nil {
 		t.Fatal(err)
@@ -115,7 +128,11 @@ func TestAcknowledgedFlagsSurviveAPowerLoss(t *testing.T) {
 			wg.Go(func() {
 				for i := range uint64(25) {
 					r := Run{Start: (uint64(round)*200+i*4+w)*2048 + i, Blocks: 8 + i}
-					if err := f.Set(context.Background(), Valid|Dirty, r); err != nil {
+					set := f.Set
+					if i%2 == 0 {
+						set = f.Note
+					}
+					if err := set(context.Background(), Valid|Dirty, r); err != nil {
 						t.Error(err)
 						return
 					}

@@ -24,6 +24,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
+	"os"
 	"path/filepath"
 	"sync"
 	"sync/atomic"
@@ -99,10 +101,13 @@ type Store struct {
 	close   sync.Once
 	closed  error // Close's outcome
 
+	journal *journal
+	settler *settler
 	syncer  *syncer // of the committer alone
 	bitmaps *bitmaps
 	stats   statsKeeper
 	freeMin atomic.Uint64 // minFree, another in tests of a full disk
+	tables  atomic.Uint64 // bytes of Badger's tables
 
 	// Lock order: loading, then reading or mu.
 	loading sync.Mutex        // held while a volume's flags are loaded or forgotten
@@ -147,6 +152,21 @@ func Open(dir string, opts Options) (_ *Store, err error) {
 		}
 	}()
 	bdir := filepath.Join(dir, badgerDir)
+	_, missing := os.Lstat(bdir)
+	if errors.Is(missing, fs.ErrNotExist) || head.version == 1 {
+		if err := createJournal(dir); err != nil {
+			return nil, fmt.Errorf("state directory %s: %w", dir, err)
+		}
+	}
+	journal, entries, err := openJournal(dir, head)
+	if err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			journal.closeFiles()
+		}
+	}()
 	if err := removeEmptyLogs(bdir); err != nil {
 		return nil, fmt.Errorf("state directory %s: %w", dir, err)
 	}
@@ -162,6 +182,12 @@ func Open(dir string, opts Options) (_ *Store, err error) {
 		db.Close()
 		return nil, fmt.Errorf("state directory %s: %w", dir, reason(err))
 	}
+	if head.version == 1 {
+		if err := head.create(); err != nil {
+			db.Close()
+			return nil, err
+		}
+	}
 	s := &Store{
 		dir:     dir,
 		log:     log,
@@ -173,20 +199,44 @@ func Open(dir string, opts Options) (_ *Store, err error) {
 		stopped: make(chan struct{}),
 		bitmaps: newBitmaps(opts.BitmapMemory),
 		flags:   map[string]*Flags{},
+		journal: journal,
 	}
 	s.freeMin.Store(minFree)
+	s.settler = newSettler(s)
+	journal.free = s.checkFree
+	journal.stuck, journal.kick = s.settler.stuck, s.settler.now
 	c, err := newCommitter(s)
 	if err != nil {
 		db.Close()
 		return nil, err
 	}
 	go c.run()
-	if err := s.sweep(); err != nil {
-		s.Close()
-		return nil, err
+	go s.settler.run()
+	if err := s.takeOver(entries); err != nil {
+		// The journal stays as it is, and with it what is not in the database yet.
+		return nil, errors.Join(err, s.shut(false))
 	}
 	return s, nil
 }
+
+// takeOver brings what the journal held at the last end into the database, and removes
+// flags of forgotten volumes.
+func (s *Store) takeOver(entries [][]byte) error {
+	named, err := s.named()
+	if err != nil {
+		return err
+	}
+	if err := s.keepEntries(entries, named); err != nil {
+		return err
+	}
+	if err := s.journal.begin(); err != nil {
+		return fmt.Errorf("state directory %s: %w", s.dir, err)
+	}
+	return s.sweep(named)
+}
+
+// checkFree fails with ErrNoSpace where too little is left to commit safely.
+func (s *Store) checkFree() error { return checkFree(s.dir, s.freeMin.Load()+s.tables.Load()) }
 
 func openBadger(dir string, log logrus.FieldLogger) (db *badger.DB, err error) {
 	defer func() {
@@ -222,18 +272,27 @@ func openBadger(dir string, log logrus.FieldLogger) (db *badger.DB, err error) {
 // Close lets the commits under way finish, refuses the rest with ErrClosed and
 // gives the directory up. What Flags have in memory stays readable.
 func (s *Store) Close() error {
-	s.close.Do(func() {
-		close(s.closing)
-		<-s.stopped
-		s.reading.Lock()
-		defer s.reading.Unlock()
-		err := s.db.Close()
-		if err != nil {
-			err = fmt.Errorf("state directory %s: close: %w", s.dir, err)
-		}
-		s.closed = errors.Join(err, s.head.close(), s.lock.release())
-	})
+	s.close.Do(func() { s.closed = s.shut(true) })
 	return s.closed
+}
+
+// shut is Close; without settled the journal is left as it is.
+func (s *Store) shut(settled bool) error {
+	s.journal.shut()
+	close(s.settler.closing)
+	<-s.settler.stopped
+	problem := s.settler.stuck()
+	close(s.closing)
+	<-s.stopped
+	s.reading.Lock()
+	defer s.reading.Unlock()
+	err := s.db.Close()
+	if err != nil {
+		err = fmt.Errorf("state directory %s: close: %w", s.dir, err)
+	}
+	// What is stuck in the journal is taken over at the next Open.
+	clean := settled && err == nil && problem == nil
+	return errors.Join(err, s.journal.close(clean), s.head.close(), s.lock.release())
 }
 
 // Forget removes the record, the flags and the reservations of a volume; Flags of it

@@ -210,7 +210,7 @@ func TestNewerFormatIsRefused(t *testing.T) {
 	if err := s.Close(); err != nil {
 		t.Fatal(err)
 	}
-	b := encodeHead(5)
+	b := (&head{seq: 5}).encode()
 	b[8] = 9
 	sum := headSum(b[:])
 	for i := range 4 {

@@ -1,0 +1,389 @@
+package state
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+)
+
+const (
+	// settleDelay is how long notes gather before they go into the database together. Who
+	// waits for one of them does not wait for this.
+	settleDelay = 5 * time.Millisecond
+	// settleRetry is the time between attempts while the database has no space.
+	settleRetry = 100 * time.Millisecond
+	// mostEarly bounds the notes that the database does not have yet, of all volumes.
+	mostEarly = 4096
+)
+
+// note is flags that are in the journal and not in the database yet.
+type note struct {
+	f       *Flags
+	kinds   Kinds
+	runs    []Run
+	entry   *entry
+	settled chan struct{} // closed when the database has it
+}
+
+// early are the notes of one volume, which readers see as they see its flags.
+type early struct {
+	count atomic.Int64
+	mu    sync.RWMutex // guards notes
+	notes []*note
+}
+
+func (y *early) add(n *note) {
+	y.mu.Lock()
+	defer y.mu.Unlock()
+	y.notes = append(y.notes, n)
+	y.count.Add(1)
+}
+
+// remove takes notes out that the database has; readers find the flags there by now.
+func (y *early) remove(gone map[*note]bool) {
+	y.mu.Lock()
+	defer y.mu.Unlock()
+	y.notes = slices.DeleteFunc(y.notes, func(n *note) bool { return gone[n] })
+	y.count.Store(int64(len(y.notes)))
+}
+
+// within gives the parts of r that notes give a kind of k, in order and apart.
+func (y *early) within(k Kinds, r Run) (runs []Run) {
+	if y.count.Load() == 0 {
+		return nil
+	}
+	y.mu.RLock()
+	for _, n := range y.notes {
+		if n.kinds&k == 0 {
+			continue
+		}
+		for _, m := range n.runs {
+			if start, end := max(m.Start, r.Start), min(m.end(), r.end()); start < end {
+				runs = append(runs, Run{start, end - start})
+			}
+		}
+	}
+	y.mu.RUnlock()
+	if len(runs) < 2 {
+		return runs
+	}
+	slices.SortFunc(runs, func(a, b Run) int { return cmp.Compare(a.Start, b.Start) })
+	joined := runs[:1]
+	for _, m := range runs[1:] {
+		if last := &joined[len(joined)-1]; m.Start <= last.end() {
+			last.Blocks = max(last.end(), m.end()) - last.Start
+		} else {
+			joined = append(joined, m)
+		}
+	}
+	return joined
+}
+
+// over gives the notes that concern a block of r.
+func (y *early) over(r Run) (notes []*note) {
+	if y.count.Load() == 0 {
+		return nil
+	}
+	y.mu.RLock()
+	defer y.mu.RUnlock()
+	for _, n := range y.notes {
+		if slices.ContainsFunc(n.runs, func(m Run) bool { return m.Start < r.end() && r.Start < m.end() }) {
+			notes = append(notes, n)
+		}
+	}
+	return notes
+}
+
+// Note gives the blocks of the runs the kinds in k, as Set does, but by the
+// journal: it returns once the journal holds that on stable storage and readers see
+// it, and the database has it some milliseconds later (Await). It takes about one fdatasync.
+// Of more than MostSums runs it is Set.
+//
+// On an error none of this call's flags is visible; after a crash they may be.
+func (f *Flags) Note(ctx context.Context, k Kinds, runs ...Run) error {
+	if len(runs) > MostSums {
+		return f.Set(ctx, k, runs...)
+	}
+	if err := f.checkRuns(k, runs); err != nil {
+		return err
+	}
+	e := &entry{kind: noteEntry, gen: f.gen, kinds: k}
+	for _, r := range runs {
+		e.sums = append(e.sums, Sum{Run: r})
+	}
+	if err := f.journal(ctx, e); err != nil {
+		return wrap(f.volume, "note flags", err)
+	}
+	f.store.settler.take(&note{f: f, kinds: k, runs: runs, entry: e, settled: make(chan struct{})})
+	return nil
+}
+
+// Intent is a write that is under way to blocks that are not valid. Either Keep or Withdraw
+// ends it.
+type Intent struct {
+	f     *Flags
+	entry *entry
+}
+
+// Intend makes durable what a write is going to leave in blocks that are not valid, so
+// that the write itself can be under way at the same time: after a crash, whoever opens the
+// volume compares the destination with the sums and so learns whether the write was
+// finished (Unproven). There are 1 to MostSums sums.
+//
+// Until the flags of a kept intent are in the database (Await), nothing else may be
+// written to its blocks: the content would not match, and the write be taken for unfinished.
+func (f *Flags) Intend(ctx context.Context, sums ...Sum) (*Intent, error) {
+	if len(sums) == 0 || len(sums) > MostSums {
+		return nil, fmt.Errorf("volume %s: intend %d runs: want 1 to %d", f.volume, len(sums), MostSums)
+	}
+	i := &Intent{f, &entry{
+		kind: intentEntry, number: f.store.settler.numbers.Add(1), gen: f.gen,
+		kinds: Valid | Dirty, sums: slices.Clone(sums),
+	}}
+	if err := f.checkRuns(Valid|Dirty, i.entry.runs()); err != nil {
+		return nil, err
+	}
+	if err := f.journal(ctx, i.entry); err != nil {
+		return nil, wrap(f.volume, "intend a write", err)
+	}
+	return i, nil
+}
+
+// Keep says that the destination has the content on stable storage: from its return on
+// the blocks are valid and dirty.
+func (i *Intent) Keep() {
+	i.f.store.settler.take(&note{f: i.f, kinds: Valid | Dirty, runs: i.entry.runs(), entry: i.entry, settled: make(chan struct{})})
+}
+
+// Withdraw says that the write failed. Once it returns nil, whatever the destination holds
+// will not be taken for it.
+func (i *Intent) Withdraw() error {
+	err := i.f.journal(context.Background(), &entry{kind: withdrawEntry, number: i.entry.number, gen: i.f.gen})
+	if err == nil || errors.Is(err, ErrForgotten) {
+		i.f.store.journal.release(i.entry)
+	}
+	return wrap(i.f.volume, "withdraw a write", err)
+}
+
+// journal appends an entry of these flags.
+func (f *Flags) journal(ctx context.Context, e *entry) error {
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	if f.gone.Load() {
+		return ErrForgotten
+	}
+	if e.kind != withdrawEntry {
+		if err := f.store.settler.room(ctx); err != nil {
+			return err
+		}
+	}
+	return f.store.journal.append(e)
+}
+
+func (f *Flags) checkRuns(k Kinds, runs []Run) error {
+	if k == 0 || k >= 1<<kindCount {
+		return fmt.Errorf("volume %s: set flags: no such kinds %#x", f.volume, uint8(k))
+	}
+	for _, r := range runs {
+		if !f.holds(r) {
+			return fmt.Errorf("volume %s: set flags of blocks %d+%d of %d: %w", f.volume, r.Start, r.Blocks, f.geo.Blocks, ErrRange)
+		}
+	}
+	return nil
+}
+
+// Unsettled tells whether a flag of a block of r is not in the database yet.
+func (f *Flags) Unsettled(r Run) bool { return len(f.early.over(r)) > 0 }
+
+// Await returns once the database has every flag of r that was noted or kept before the
+// call. It fails with what keeps flags out of the database, ErrNoSpace, ErrFailed or
+// ErrClosed.
+func (f *Flags) Await(ctx context.Context, r Run) error {
+	for _, n := range f.early.over(r) {
+		if err := f.store.settler.await(ctx, n); err != nil {
+			return wrap(f.volume, "settle flags", err)
+		}
+	}
+	return nil
+}
+
+// settler takes notes from the journal into the database, many at a time.
+type settler struct {
+	store   *Store
+	numbers atomic.Uint64 // of intents
+	wake    chan struct{} // holds a token when notes are to be settled now
+	closing chan struct{} // closed: what is left is settled and the settler ends
+	stopped chan struct{}
+
+	mu      sync.Mutex // guards all below
+	notes   []*note
+	problem error         // why the last attempt failed
+	tried   chan struct{} // closed and replaced after each attempt
+}
+
+func newSettler(s *Store) *settler {
+	return &settler{
+		store: s, wake: make(chan struct{}, 1), closing: make(chan struct{}),
+		stopped: make(chan struct{}), tried: make(chan struct{}),
+	}
+}
+
+// take makes the note visible and has it settled by and by.
+func (t *settler) take(n *note) {
+	n.f.early.add(n)
+	t.mu.Lock()
+	t.notes = append(t.notes, n)
+	first := len(t.notes) == 1
+	t.mu.Unlock()
+	if first {
+		time.AfterFunc(settleDelay, t.now)
+	}
+}
+
+// now has what there is settled at once.
+func (t *settler) now() {
+	select {
+	case t.wake <- struct{}{}:
+	default:
+	}
+}
+
+// stuck is why the last attempt failed, or nil.
+func (t *settler) stuck() error {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.problem
+}
+
+// room waits while as many notes as may be wait to be settled.
+func (t *settler) room(ctx context.Context) error {
+	for {
+		t.mu.Lock()
+		err, full, tried := t.problem, len(t.notes) >= mostEarly, t.tried
+		t.mu.Unlock()
+		if err != nil || !full {
+			return err
+		}
+		t.now()
+		select {
+		case <-tried:
+		case <-t.stopped:
+			return ErrClosed
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+}
+
+// await returns once n is in the database, or with the reason why it does not get there.
+func (t *settler) await(ctx context.Context, n *note) error {
+	for {
+		t.mu.Lock()
+		err, tried := t.problem, t.tried
+		t.mu.Unlock()
+		select {
+		case <-n.settled:
+			return nil
+		default:
+		}
+		if err != nil {
+			return err
+		}
+		t.now()
+		select {
+		case <-n.settled:
+			return nil
+		case <-tried:
+		case <-t.stopped:
+			return ErrClosed
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+}
+
+func (t *settler) run() {
+	defer close(t.stopped)
+	for closing := false; !closing; {
+		var again <-chan time.Time
+		if t.stuck() != nil {
+			again = time.After(settleRetry)
+		}
+		select {
+		case <-t.wake:
+		case <-again:
+		case <-t.closing:
+			closing = true
+		}
+		t.settle()
+	}
+}
+
+// settle tries to bring every note into the database.
+func (t *settler) settle() {
+	t.mu.Lock()
+	notes := t.notes
+	t.notes = nil
+	t.mu.Unlock()
+	if len(notes) == 0 {
+		return
+	}
+	type target struct {
+		f *Flags
+		k Kinds
+	}
+	requests := map[target]*request{}
+	for _, n := range notes {
+		at := target{n.f, n.kinds}
+		if requests[at] == nil {
+			requests[at] = &request{flags: n.f, kinds: n.kinds}
+		}
+		requests[at].runs = append(requests[at].runs, n.runs...)
+	}
+	var sent sync.WaitGroup
+	for _, r := range requests {
+		sent.Go(func() { r.err = t.store.submit(context.Background(), r) })
+	}
+	sent.Wait()
+
+	var problem error
+	var left []*note
+	gone := map[*Flags]map[*note]bool{}
+	for _, n := range notes {
+		err := requests[target{n.f, n.kinds}].err
+		if err != nil && !errors.Is(err, ErrForgotten) {
+			problem = err
+			left = append(left, n)
+			continue
+		}
+		if gone[n.f] == nil {
+			gone[n.f] = map[*note]bool{}
+		}
+		gone[n.f][n] = true
+	}
+	for f, g := range gone {
+		f.early.remove(g)
+		for n := range g {
+			close(n.settled)
+			t.store.journal.release(n.entry)
+		}
+	}
+	t.mu.Lock()
+	if problem != nil && t.problem == nil {
+		t.store.log.Errorf("state: flags stay in the journal: %v", problem)
+	}
+	t.notes, t.problem = append(left, t.notes...), problem
+	close(t.tried)
+	t.tried = make(chan struct{})
+	more := problem == nil && len(t.notes) > 0
+	t.mu.Unlock()
+	if more {
+		time.AfterFunc(settleDelay, t.now)
+	}
+}

@@ -1,0 +1,109 @@
+package state
+
+import (
+	"context"
+	"errors"
+	"slices"
+)
+
+// entriesPerCommit bounds a transaction of entries.
+const entriesPerCommit = 256
+
+// keepEntries puts what the journal held into the database, under the generations of the
+// flags: what was noted is set when the flags are loaded, and what was intended is held
+// against the destination then. Entries of forgotten flags and of withdrawn writes are
+// left out.
+func (s *Store) keepEntries(entries [][]byte, named map[uint64]bool) error {
+	withdrawn := map[uint64]bool{}
+	decoded := make([]entry, len(entries))
+	for i, b := range entries {
+		e, err := decodeEntry(b)
+		if err != nil {
+			return damaged(s.dir, err)
+		}
+		decoded[i] = e
+		if e.kind == withdrawEntry {
+			withdrawn[e.number] = true
+		}
+	}
+	var ops []op
+	for i, e := range decoded {
+		if e.kind == withdrawEntry || !named[e.gen] || e.kind == intentEntry && withdrawn[e.number] {
+			continue
+		}
+		ops = append(ops, op{entryKey(e.gen, entries[i]), entries[i]})
+	}
+	for part := range slices.Chunk(ops, entriesPerCommit) {
+		if err := s.submit(context.Background(), &request{records: part}); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// setNoted sets what the journal had noted. Intents wait for Prove.
+func (f *Flags) setNoted() error {
+	var errs []error
+	keep := 0
+	var settled []op
+	for i, e := range f.kept {
+		runs := e.runs()
+		if err := f.checkRuns(e.kinds, runs); err != nil {
+			errs = append(errs, damaged(f.store.dir, err))
+			continue
+		}
+		if e.kind != noteEntry {
+			f.kept[keep], f.entries[keep] = e, f.entries[i]
+			keep++
+			continue
+		}
+		errs = append(errs, f.Set(context.Background(), e.kinds, runs...))
+		settled = append(settled, op{key: f.entries[i]})
+	}
+	if err := errors.Join(errs...); err != nil {
+		return err
+	}
+	f.kept, f.entries = f.kept[:keep], f.entries[:keep]
+	return f.store.dropEntries(settled)
+}
+
+func (s *Store) dropEntries(ops []op) error {
+	for part := range slices.Chunk(ops, entriesPerCommit) {
+		if err := s.submit(context.Background(), &request{records: part}); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// Unproven gives the intents of writes that were under way, or acknowledged a moment
+// before, when the service ended without a word: a run whose blocks the destination holds
+// with that sum was written. Nothing may be read or written by these flags before Prove.
+// It is for the one who loaded the flags.
+func (f *Flags) Unproven() (sums []Sum) {
+	for _, e := range f.kept {
+		for _, s := range e.sums {
+			if !f.All(Valid|Dirty, s.Run) {
+				sums = append(sums, s)
+			}
+		}
+	}
+	return sums
+}
+
+// Prove makes the written runs valid and dirty, and forgets all that was unproven. The
+// destination has the runs on stable storage.
+func (f *Flags) Prove(ctx context.Context, written ...Run) error {
+	if err := f.Set(ctx, Valid|Dirty, written...); err != nil {
+		return err
+	}
+	ops := make([]op, len(f.entries))
+	for i, key := range f.entries {
+		ops[i].key = key
+	}
+	if err := f.store.dropEntries(ops); err != nil {
+		return wrap(f.volume, "prove writes", err)
+	}
+	f.kept, f.entries = nil, nil
+	return nil
+}
