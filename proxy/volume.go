@@ -94,8 +94,13 @@ type Volume struct {
 	record   state.Record
 	changed  chan struct{} // closed and replaced when the phase changes
 	suspects []lun.Extent  // blocks that were not valid when a write to them failed
-	faults   map[string]string
-	samples  []sample
+	writing  []lun.Extent  // where writes to blocks that are not valid are under way
+	// committing are the copied blocks that are being flagged; committed is closed when
+	// they are.
+	committing []lun.Extent
+	committed  chan struct{}
+	faults     map[string]string
+	samples    []sample
 
 	faulty    atomic.Bool // faults is not empty
 	verifying atomic.Pointer[verification]
@@ -213,6 +218,9 @@ func (v *Volume) takeUp(ctx context.Context, r state.Record, found bool) error {
 		return v.errorf("load its flags: %w", err)
 	}
 	v.flags = flags
+	if err := v.recover(ctx); err != nil {
+		return err
+	}
 	if Phase(r.Phase) == Ready {
 		if err := v.cfg.Store.PutRecords(ctx, r); err != nil {
 			return v.errorf("write its state: %w", err)
