@@ -2,6 +2,7 @@ package e2e
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -51,6 +52,8 @@ type service struct {
 	portals []string // besides portal, as the configuration has them
 	more    string   // further lines of [service], and tables below it
 	env     []string // of every command
+	// ioTimeout is io_timeout, 20s where empty.
+	ioTimeout string
 
 	cmd    *exec.Cmd
 	log    *os.File
@@ -102,7 +105,7 @@ func (s *service) configure() {
 	must(s.t, err)
 	fmt.Fprintf(&b, "[service]\nportals = %s\ncontrol = %q\nhttp = %q\nstate = %q\n", portals,
 		filepath.Join(s.dir, "control.sock"), s.http, s.state)
-	fmt.Fprintf(&b, "initiator_name = \"iqn.2026-11.net.example:gateway\"\nlogin_timeout = \"5s\"\nio_timeout = \"20s\"\n%s", s.more)
+	fmt.Fprintf(&b, "initiator_name = \"iqn.2026-11.net.example:gateway\"\nlogin_timeout = \"5s\"\nio_timeout = %q\n%s", cmp.Or(s.ioTimeout, "20s"), s.more)
 	for _, v := range s.volumes {
 		if v.iqn == "" {
 			v.iqn = frontIQN(v.name)

@@ -128,6 +128,9 @@ type Client struct {
 	// hold what it wrote or what was there before, and the client goes on.
 	MayFail func(err error) bool
 
+	// Ended counts the commands that ended, however they did.
+	Ended atomic.Int64
+
 	window, span uint64 // where in its range this run's commands are
 	sequence     uint64
 }
@@ -139,6 +142,7 @@ func (c *Client) Run(ctx, load context.Context, h Host) {
 	c.window = c.Rand.Uint64N(c.Blocks - c.span + 1)
 	for load.Err() == nil {
 		err := c.step(ctx, h)
+		c.Ended.Add(1)
 		if errors.Is(err, ErrGone) {
 			return
 		}
