@@ -64,6 +64,8 @@ func newCollector(version string, statuses func() []proxy.Status, stats func() s
 			volume("remaining_bytes", "What is not yet valid on the destination.", gauge, func(s proxy.Status) float64 { return float64(s.Remaining) }),
 			volume("copy_rate_bytes_per_second", "Speed of the background copy.", gauge, func(s proxy.Status) float64 { return float64(s.Rate) }),
 			volume("copy_rate_limit_bytes_per_second", "Limit of the background copy; 0 is none.", gauge, func(s proxy.Status) float64 { return float64(s.RateLimit) }),
+			volume("checksum_errors_total", "Blocks that changed in memory between source and destination; they were copied again.", counter, func(s proxy.Status) float64 { return float64(s.ChecksumErrors) }),
+			volume("readback_errors_total", "Blocks that the destination gave back otherwise than they were written; they were copied again.", counter, func(s proxy.Status) float64 { return float64(s.ReadbackErrors) }),
 			volume("paused", "1 while the background copy is paused.", gauge, func(s proxy.Status) float64 { return truth(s.Paused) }),
 			volume("degraded", "1 while something is wrong; status tells what.", gauge, func(s proxy.Status) float64 { return truth(s.Degraded) }),
 			volume("sessions", "Sessions of initiators.", gauge, func(s proxy.Status) float64 { return float64(len(s.Sessions)) }),

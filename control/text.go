@@ -66,6 +66,9 @@ func WriteDetail(w io.Writer, v proxy.Status) error {
 	if v.Phase == proxy.Migrating {
 		row("remaining", "%s at %s/s, time left %s", humanize.IBytes(v.Remaining), humanize.IBytes(v.Rate), timeLeft(v))
 	}
+	if v.ChecksumErrors+v.ReadbackErrors > 0 {
+		row("checksums", "%d block(s) changed in memory, %d came back wrong from the destination; copied again", v.ChecksumErrors, v.ReadbackErrors)
+	}
 	for i, e := range v.UnreadableRuns {
 		if i == 0 {
 			row("unreadable", "%s on the source", humanize.IBytes(v.Unreadable))

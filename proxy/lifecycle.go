@@ -122,7 +122,7 @@ func (v *Volume) Start(ctx context.Context) error {
 // under way: a write still on its way to the source would otherwise be missed by the
 // copy.
 func (v *Volume) becomeMigrating(ctx context.Context) error {
-	refused, err := Check(ctx, v.cfg.Source, v.cfg.Destination, v.cfg.Overwrite)
+	refused, err := Check(ctx, v.cfg.Source, v.cfg.Destination, v.set().Overwrite)
 	if err != nil {
 		return v.errorf("%w", err)
 	}
@@ -385,7 +385,7 @@ func (v *Volume) Cutover(ctx context.Context, o CutoverOptions) error {
 	if err := v.stopCopier(ctx); err != nil {
 		return err
 	}
-	if v.cfg.VerifySample > 0 && !o.NoVerify {
+	if v.set().VerifySample > 0 && !o.NoVerify {
 		if err := v.verifySample(ctx); err != nil {
 			return v.errorf("cutover not begun: %w", err)
 		}

@@ -106,6 +106,13 @@ type Status struct {
 	// AcceptedUnreadable is the size of such blocks that were accepted as lost; they
 	// read as zeroes on the destination.
 	AcceptedUnreadable uint64 `json:"accepted_unreadable_bytes"`
+	// Readback tells whether copied blocks are read back from the destination.
+	Readback bool `json:"readback"`
+	// ChecksumErrors counts blocks that changed in memory between the source and the
+	// destination, ReadbackErrors those that the destination gave back otherwise than they
+	// were written, since the service started. They were copied again.
+	ChecksumErrors uint64 `json:"checksum_errors"`
+	ReadbackErrors uint64 `json:"readback_errors"`
 	// Rate is the copy's current speed, RateLimit its throttle (0 none).
 	Rate      uint64 `json:"copy_rate_bytes_per_second"`
 	RateLimit uint64 `json:"copy_rate_limit_bytes_per_second"`

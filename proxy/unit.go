@@ -14,6 +14,7 @@ type unit struct {
 	lun.Device
 	role    string // "source" or "destination"
 	address string
+	cache   Cache // what is said of its cache, whatever the device says
 
 	errors atomic.Uint64
 	down   atomic.Bool // the last command that ended found the unit gone
@@ -51,6 +52,19 @@ type unitError struct {
 
 func (e *unitError) Error() string { return e.role + ": " + e.err.Error() }
 func (e *unitError) Unwrap() error { return e.err }
+
+// Info implements lun.Device. What the configuration says of the cache counts: everybody
+// asks here and not the device, so the flushes and what initiators are told agree.
+func (u *unit) Info() lun.Info {
+	info := u.Device.Info()
+	switch u.cache {
+	case CacheVolatile:
+		info.VolatileCache = true
+	case CacheNonvolatile:
+		info.VolatileCache = false
+	}
+	return info
+}
 
 func (u *unit) ReadAt(ctx context.Context, p []byte, start lun.LBA) error {
 	return u.note(u.Device.ReadAt(ctx, p, start))

@@ -295,7 +295,7 @@ func (v *Volume) verified() *VerifyStatus {
 func (v *Volume) verifySample(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, sampleLimit)
 	defer cancel()
-	r, err := v.Verify(ctx, VerifyOptions{Sample: v.cfg.VerifySample})
+	r, err := v.Verify(ctx, VerifyOptions{Sample: v.set().VerifySample})
 	switch {
 	case errors.Is(err, context.DeadlineExceeded) && ctx.Err() != nil:
 		v.log.Warnf("the sample before the cutover was not compared within %v", sampleLimit)

@@ -49,6 +49,11 @@ type Config struct {
 	// CopyRate limits the copy in bytes per second; 0 is no limit. A rate set by
 	// Throttle is kept in the state and wins over it.
 	CopyRate uint64
+	// Readback has what is copied read back from the destination and compared.
+	Readback bool
+	// DestinationCache says whether the destination is flushed before flags are set; empty
+	// is CacheAuto.
+	DestinationCache Cache
 	// VerifySample is how much of source and destination is compared before a cutover,
 	// in bytes; 0 is nothing.
 	VerifySample uint64
@@ -90,7 +95,10 @@ type Volume struct {
 
 	phase atomic.Value // Phase; assigned in lifecycle.go only
 
+	setting sync.Mutex // one Set at a time; before mu
+
 	mu       sync.Mutex // protects the fields below
+	settings Settings
 	record   state.Record
 	changed  chan struct{} // closed and replaced when the phase changes
 	suspects []lun.Extent  // blocks that were not valid when a write to them failed
@@ -140,6 +148,7 @@ func Open(ctx context.Context, cfg Config) (*Volume, error) {
 		throttle: copier.NewThrottle(cfg.CopyRate),
 		changed:  make(chan struct{}),
 		faults:   make(map[string]string),
+		settings: cfg.settings(),
 	}
 	record, found, err := cfg.Store.Record(cfg.Name)
 	if err != nil {
@@ -152,17 +161,17 @@ func Open(ctx context.Context, cfg Config) (*Volume, error) {
 		return v, nil
 	}
 	v.source = &unit{Device: cfg.Source, role: "source", address: cfg.SourceAddress}
-	v.destination = &unit{Device: cfg.Destination, role: "destination", address: cfg.DestinationAddress}
+	v.destination = &unit{Device: cfg.Destination, role: "destination", address: cfg.DestinationAddress, cache: cfg.DestinationCache}
 	v.destinationFlush = &flusher{unit: v.destination}
-	v.info = frontInfo(cfg.Name, cfg.Source.Info(), cfg.Destination.Info())
+	v.info = frontInfo(cfg.Name, v.source.Info(), v.destination.Info())
 	if err := v.takeUp(ctx, record, found); err != nil {
 		return nil, err
 	}
 	v.copier = copier.New(copier.Options{
 		Source: v.source, Destination: v.destination, Ledger: (*ledger)(v),
 		Volume: v.info.All(), RegionBlocks: v.record.RegionBlocks, Depth: cfg.CopyDepth,
-		Throttle: v.throttle,
-		Fault:    func(err error) { v.fault("copy", err) },
+		Throttle: v.throttle, Readback: cfg.Readback,
+		Fault: func(err error) { v.fault("copy", err) },
 	})
 	v.before = copier.Progress{Copied: v.record.CopiedBytes, Skipped: v.record.SkippedBytes}
 	// What is valid and was never written by an initiator came from the copier, also
@@ -279,6 +288,7 @@ func (v *Volume) Status() Status {
 	}
 	v.mu.Lock()
 	r := v.record
+	s.Readback = v.settings.Readback
 	s.Degraded, s.DegradedReason = v.degraded()
 	s.Rate = v.rate()
 	s.Verify = v.verified()
@@ -303,6 +313,7 @@ func (v *Volume) Status() Status {
 	s.Source, s.Destination = v.source.status(), v.destination.status()
 	p, bs := v.progress(), uint64(v.info.BlockSize)
 	s.Copied, s.Skipped, s.Allocated, s.AllocatedKnown = p.Copied, p.Skipped, p.Allocated, p.Surveyed
+	s.ChecksumErrors, s.ReadbackErrors = p.ChecksumErrors, p.ReadbackErrors
 	s.InitiatorWritten = v.flags.Count(state.Dirty) * bs
 	s.Remaining = s.Size - v.flags.Count(state.Valid)*bs
 	s.UnreadableRuns, s.Unreadable = v.shown(v.unreadable())

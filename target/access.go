@@ -48,15 +48,78 @@ func (i *Initiator) matches(name string, from netip.Addr) bool {
 // entry is the rule by which the unit admits an initiator through a portal group;
 // nil where it does not.
 func (u *unit) entry(name string, from netip.Addr, group uint16) *Initiator {
-	if !u.in(group) {
+	a := u.rules.Load()
+	if !a.in(group) {
 		return nil
 	}
-	return admitting(u.Initiators, name, from)
+	return admitting(a.initiators, name, from)
+}
+
+// rules are who may see a unit, and through which portals. They do not change once made;
+// Server.Admit replaces them whole.
+type rules struct {
+	initiators   []Initiator
+	portalGroups []uint16
 }
 
 // in tells whether a portal group leads to the unit.
-func (u *unit) in(group uint16) bool {
-	return len(u.PortalGroups) == 0 || slices.Contains(u.PortalGroups, group)
+func (a *rules) in(group uint16) bool {
+	return len(a.portalGroups) == 0 || slices.Contains(a.portalGroups, group)
+}
+
+// in tells whether a portal group leads to the unit.
+func (u *unit) in(group uint16) bool { return u.rules.Load().in(group) }
+
+// admits is the rule that an initiator matches, by whatever portal; nil where there is none.
+func (u *unit) admits(p *peer) *Initiator {
+	return admitting(u.rules.Load().initiators, p.initiator, p.from)
+}
+
+// Admit replaces who may see a logical unit and through which portal groups, as Unit has
+// them. Sessions for which nothing changes go on and notice nothing; one that begins to see
+// the unit, or sees it no more, learns it by a unit attention; one that sees no unit of
+// the target any more is dropped. Commands that passed before end by themselves.
+func (s *Server) Admit(iqn string, lun uint64, initiators []Initiator, portalGroups []uint16) error {
+	if err := checkRules(initiators); err != nil {
+		return fmt.Errorf("%s LUN %d: %w", iqn, lun, err)
+	}
+	if slices.Contains(portalGroups, 0) {
+		return fmt.Errorf("%s LUN %d: a portal group is 1 to 65535", iqn, lun)
+	}
+	fresh := &rules{foldNames(initiators), slices.Clone(portalGroups)}
+	s.mu.Lock()
+	n, u, err := s.mapped(iqn, lun)
+	if err != nil {
+		s.mu.Unlock()
+		return err
+	}
+	old := u.rules.Load()
+	s.networks.count(fresh.initiators, 1)
+	s.networks.count(old.initiators, -1)
+	u.rules.Store(fresh)
+	// Another map, though equal: sessions look again at what they see.
+	units := maps.Clone(*n.units.Load())
+	n.units.Store(&units)
+	s.mu.Unlock()
+	for _, c := range s.sessions(iqn) {
+		if c.node != n {
+			continue
+		}
+		before := old.admits(&c.peer)
+		switch now := u.sees(&c.peer); {
+		case !n.sees(&c.peer):
+			c.close(fmt.Errorf("%s is not admitted to target %s any more", c.initiator, iqn))
+		case now != before:
+			c.lunsChanged(lun)
+		}
+	}
+	return nil
+}
+
+// admits tells whether a session of the peer saw the unit by this.
+func (a *rules) admits(p *peer) bool {
+	rule := admitting(a.initiators, p.initiator, p.from)
+	return a.in(p.group) && rule != nil && p.satisfies(rule)
 }
 
 // behind tells whether one of the portals leads to the unit.
@@ -234,7 +297,7 @@ func (s *Server) admitToDiscovery(p *peer) (t terms) {
 		}
 		units := *o.node.units.Load()
 		for _, id := range slices.Sorted(maps.Keys(units)) {
-			if rule := admitting(units[id].Initiators, p.initiator, p.from); rule != nil && units[id].behind(listeners) {
+			if rule := units[id].admits(p); rule != nil && units[id].behind(listeners) {
 				t.ask(rule, p.initiator)
 			}
 		}

@@ -348,10 +348,11 @@ func TestStrangerCannotTellATargetThatIsThereFromOneThatIsNot(t *testing.T) {
 }
 
 func TestRulesMatchNamesAndNetworks(t *testing.T) {
-	u := &unit{Unit: Unit{PortalGroups: []uint16{2}, Initiators: []Initiator{
+	u, list := &unit{}, []Initiator{
 		{Name: "iqn.a:exact", Networks: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/24"), netip.MustParsePrefix("2001:db8::/64")}},
 		{Name: "iqn.b:*"},
-	}}}
+	}
+	u.rules.Store(&rules{list, []uint16{2}})
 	for _, tc := range []struct {
 		name, from string
 		group      uint16
@@ -368,11 +369,11 @@ func TestRulesMatchNamesAndNetworks(t *testing.T) {
 		{"iqn.c:x", "127.0.0.1", 2, -1},
 	} {
 		got := u.entry(tc.name, netip.MustParseAddr(tc.from), tc.group)
-		if (got == nil) != (tc.want < 0) || got != nil && got != &u.Initiators[tc.want] {
+		if (got == nil) != (tc.want < 0) || got != nil && got != &list[tc.want] {
 			t.Errorf("%+v: %+v", tc, got)
 		}
 	}
-	u = &unit{}
+	u.rules.Store(&rules{})
 	if u.entry("iqn.a:b", netip.MustParseAddr("192.0.2.1"), 1) != nil || u.entry("iqn.a:b", netip.MustParseAddr("127.3.2.1"), 1) == nil ||
 		u.entry("iqn.a:b", netip.MustParseAddr("::1"), 1) == nil || u.entry("iqn.a:b", netip.Addr{}, 1) != nil {
 		t.Error("a unit without a list is not that of the loopback alone")

@@ -241,7 +241,7 @@ func (u *unit) decodeRequest(t *task) (*prRequest, error) {
 func (u *unit) portGroups(s *Server) []uint16 {
 	var all []uint16
 	for _, p := range s.cfg.Portals {
-		if !slices.Contains(all, p.Group) && (len(u.PortalGroups) == 0 || slices.Contains(u.PortalGroups, p.Group)) {
+		if !slices.Contains(all, p.Group) && u.in(p.Group) {
 			all = append(all, p.Group)
 		}
 	}

@@ -236,7 +236,7 @@ func (s *Server) AddUnit(u Unit) error {
 	}
 	made.node = n
 	if o := old[u.LUN]; o != nil {
-		s.networks.count(o.Initiators, -1)
+		s.networks.count(o.rules.Load().initiators, -1)
 	}
 	s.networks.count(u.Initiators, 1)
 	units := maps.Clone(old)
@@ -333,7 +333,7 @@ func (s *Server) RemoveUnit(iqn string, lun uint64) error {
 	}
 	units := maps.Clone(*n.units.Load())
 	delete(units, lun)
-	s.networks.count(u.Initiators, -1)
+	s.networks.count(u.rules.Load().initiators, -1)
 	n.units.Store(&units)
 	last := len(units) == 0
 	if last {

@@ -189,7 +189,7 @@ func (o *offer) portalsTo(p *peer, listeners []portal, local net.Addr) (out []st
 	}
 	var seen []*unit
 	for _, u := range *o.node.units.Load() {
-		if rule := admitting(u.Initiators, p.initiator, p.from); rule != nil && p.satisfies(rule) {
+		if rule := u.admits(p); rule != nil && p.satisfies(rule) {
 			seen = append(seen, u)
 		}
 	}
@@ -225,7 +225,7 @@ func (r *Redirection) isFor(n *node, p *peer) bool {
 		return rule != nil && p.satisfies(rule)
 	}
 	for _, u := range *n.units.Load() {
-		if rule := admitting(u.Initiators, p.initiator, p.from); rule != nil && p.satisfies(rule) {
+		if rule := u.admits(p); rule != nil && p.satisfies(rule) {
 			return true
 		}
 	}

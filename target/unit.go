@@ -17,6 +17,8 @@ import (
 // unit is one logical unit as the sessions meet it.
 type unit struct {
 	Unit
+	// rules are what of Unit may change: its Initiators and PortalGroups are not looked at.
+	rules atomic.Pointer[rules]
 	node   *node
 	info   lun.Info
 	shift  uint       // log2 of the block length
@@ -56,6 +58,7 @@ func newUnit(u Unit) (*unit, error) {
 	}
 	n := &unit{Unit: u, info: info, shift: uint(bits.TrailingZeros32(info.BlockSize))}
 	n.prober, _ = u.Device.(lun.Prober)
+	n.rules.Store(&rules{u.Initiators, u.PortalGroups})
 	n.gate.drained = make(chan struct{})
 	n.inq = newInquiryData(n)
 	n.lu = newLogicalUnit(n)
