@@ -12,6 +12,7 @@ import (
 	"fmt"
 	"time"
 
+	"lunshift/lun"
 	"lunshift/proxy"
 	"lunshift/state"
 )
@@ -20,7 +21,7 @@ import (
 type Volume interface {
 	Name() string
 	Status() proxy.Status
-	Start(ctx context.Context) error
+	Start(ctx context.Context, o ...proxy.StartOptions) error
 	Pause(ctx context.Context) error
 	Resume(ctx context.Context) error
 	Throttle(ctx context.Context, rate uint64) error
@@ -28,6 +29,7 @@ type Volume interface {
 	Verify(ctx context.Context, o proxy.VerifyOptions) (proxy.VerifyReport, error)
 	Wait(ctx context.Context, p proxy.Phase) error
 	Remove(ctx context.Context, instead ...state.Record) error
+	BreakFence(ctx context.Context, source, destination lun.Device) error
 	Shutdown(ctx context.Context) error
 }
 

@@ -100,6 +100,8 @@ type UnitReport struct {
 	Thin              bool   `json:"thin"`
 	ReportsAllocation bool   `json:"reports_allocation"`
 	VolatileCache     bool   `json:"volatile_cache"`
+	// Fence is who may write to it.
+	Fence FenceReport `json:"fence"`
 }
 
 // Refused has one line for everything that would be refused; nil when all is well.
@@ -133,13 +135,14 @@ func Check(ctx context.Context, cfg *conf.Config, log logrus.FieldLogger) (Check
 		}
 	}
 	var records map[string]state.Record
+	var id state.Identity // that of a running service is its own affair
 	if report.Running {
 		records, err = client.records(ctx)
 		refuse(err)
 	} else {
 		refuse(checkListeners(cfg.Service, log))
 		refuse(checkSocket(cfg.Service.Control))
-		records, err = readRecords(cfg.Service.State, log)
+		records, id, err = readRecords(ctx, cfg.Service.State, log)
 		refuse(err)
 	}
 	reports := make([]VolumeReport, len(cfg.Volumes))
@@ -149,10 +152,11 @@ func Check(ctx context.Context, cfg *conf.Config, log logrus.FieldLogger) (Check
 		group.Go(func() {
 			slots <- struct{}{}
 			defer func() { <-slots }()
-			reports[i] = checkVolume(ctx, cfg.Service, client, served, records, v, log)
+			reports[i] = checkVolume(ctx, cfg.Service, client, served, records, id, v, log)
 			running := reports[i]
 			reports[i].admit(cfg.Service, v)
 			reports[i].compareAccess(running)
+			reports[i].warnFences()
 		})
 	}
 	group.Wait()
@@ -169,7 +173,7 @@ func Check(ctx context.Context, cfg *conf.Config, log logrus.FieldLogger) (Check
 	return report, ctx.Err()
 }
 
-func checkVolume(ctx context.Context, service conf.Service, client *Client, served []proxy.Status, records map[string]state.Record, v conf.Volume, log logrus.FieldLogger) VolumeReport {
+func checkVolume(ctx context.Context, service conf.Service, client *Client, served []proxy.Status, records map[string]state.Record, id state.Identity, v conf.Volume, log logrus.FieldLogger) VolumeReport {
 	report := newReport(v)
 	for _, status := range served {
 		if status.Name != v.Name {
@@ -194,7 +198,7 @@ func checkVolume(ctx context.Context, service conf.Service, client *Client, serv
 			return report
 		}
 	}
-	source, destination, err := openUnits(ctx, service, v, log, true)
+	source, destination, err := openUnits(ctx, service, v, log, "")
 	if wasRemoved {
 		if same := sameUnits(record, source, destination, err); same != nil {
 			return report.refuse("volume %s: %v", v.Name, same).close(v, source, destination)
@@ -212,7 +216,7 @@ func checkVolume(ctx context.Context, service conf.Service, client *Client, serv
 		}
 		return report.close(v, source, destination)
 	}
-	report.inspect(ctx, v, source, destination)
+	report.inspect(ctx, v, source, destination, proxy.FenceKeyOf(id, v.Name))
 	if s, d := report.Source.ID, report.Destination.ID; known && report.Phase != proxy.Ready && (s != record.SourceID || d != record.DestinationID) {
 		report = report.refuse("volume %s: its state belongs to source %s and destination %s, but the configuration names source %s and destination %s: correct the configuration, or give the new pair another name",
 			v.Name, record.SourceID, record.DestinationID, s, d)
@@ -242,7 +246,11 @@ func (s *Service) checkServed(ctx context.Context, e *entry) VolumeReport {
 		return report.refuse("%s", oneLine(failure))
 	}
 	if len(units) == 2 {
-		report.inspect(ctx, e.conf, units[0], units[1])
+		key, err := proxy.FenceKey(ctx, s.store, e.conf.Name)
+		if err != nil {
+			return report.refuse("%s", oneLine(err))
+		}
+		report.inspect(ctx, e.conf, units[0], units[1], key)
 	}
 	return report
 }
@@ -260,7 +268,7 @@ func (r VolumeReport) refuse(format string, args ...any) VolumeReport {
 }
 
 // inspect fills the report in from the two open units.
-func (r *VolumeReport) inspect(ctx context.Context, v conf.Volume, source, destination lun.Device) {
+func (r *VolumeReport) inspect(ctx context.Context, v conf.Volume, source, destination lun.Device, key uint64) {
 	r.Source, r.Destination = unitReport(v.Source.Address, source.Info()), unitReport(v.Destination.Address, destination.Info())
 	// Once the migration has started, the destination holds what it put there.
 	overwrite := v.Overwrite || r.Phase != proxy.Ready
@@ -271,6 +279,7 @@ func (r *VolumeReport) inspect(ctx context.Context, v conf.Volume, source, desti
 	for _, e := range refused {
 		*r = r.refuse("volume %s: %s", v.Name, oneLine(e))
 	}
+	r.inspectFences(ctx, v, source, destination, key)
 	var runs []lun.Extent
 	r.Allocated, r.AllocatedKnown, runs, err = allocated(ctx, source)
 	if err != nil {
@@ -441,27 +450,31 @@ func checkCreatable(dir string) error {
 	}
 }
 
-// readRecords gives what the state knows; nothing where there is no state yet.
-func readRecords(dir string, log logrus.FieldLogger) (map[string]state.Record, error) {
+// readRecords gives what the state knows, and its identity; nothing where there is no
+// state yet.
+func readRecords(ctx context.Context, dir string, log logrus.FieldLogger) (_ map[string]state.Record, id state.Identity, _ error) {
 	content, err := os.ReadDir(dir)
 	if errors.Is(err, fs.ErrNotExist) || err == nil && len(content) == 0 {
 		if err := checkCreatable(dir); err != nil {
-			return nil, fmt.Errorf("state directory %s: %w (service.state)", dir, err)
+			return nil, id, fmt.Errorf("state directory %s: %w (service.state)", dir, err)
 		}
-		return nil, nil
+		return nil, id, nil
 	}
 	if err != nil {
-		return nil, fmt.Errorf("state directory %s: %w (service.state)", dir, pathless(err))
+		return nil, id, fmt.Errorf("state directory %s: %w (service.state)", dir, pathless(err))
 	}
 	store, err := state.Open(dir, state.Options{Log: log})
 	if err != nil {
-		return nil, err
+		return nil, id, err
 	}
 	list, err := store.Records()
-	if err := errors.Join(err, store.Close()); err != nil {
-		return nil, err
+	if err == nil {
+		id, err = store.Identity(ctx)
 	}
-	return byName(list), nil
+	if err := errors.Join(err, store.Close()); err != nil {
+		return nil, id, err
+	}
+	return byName(list), id, nil
 }
 
 func byName(list []state.Record) map[string]state.Record {

@@ -55,8 +55,8 @@ func (c *Client) Status(ctx context.Context, volume string) (proxy.Status, error
 }
 
 // Start begins a migration.
-func (c *Client) Start(ctx context.Context, volume string) (proxy.Status, error) {
-	return c.volume(ctx, http.MethodPost, volume, "/start", nil)
+func (c *Client) Start(ctx context.Context, volume string, o ...proxy.StartOptions) (proxy.Status, error) {
+	return c.volume(ctx, http.MethodPost, volume, "/start", append(o, proxy.StartOptions{})[0])
 }
 
 // Pause stops the background copy of a volume.

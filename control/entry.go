@@ -131,13 +131,26 @@ func (e *entry) close(ctx context.Context) error {
 	return errors.Join(err, closeUnits(units))
 }
 
+// openUnits opens the units of a volume to serve it. Sessions are the service's own: a
+// later process with the same state takes their place, and no other. What is opened for
+// another purpose beside it names that.
+func (s *Service) openUnits(ctx context.Context, v conf.Volume, purpose string) (source, destination lun.Device, err error) {
+	id, err := s.store.Identity(ctx)
+	if err != nil {
+		return nil, nil, fmt.Errorf("volume %s: %w", v.Name, err)
+	}
+	return openUnits(ctx, s.cfg.Service, v, s.log, fmt.Sprintf("%x/%s%s", id, v.Name, purpose))
+}
+
 // openUnits opens source and destination of a volume at the same time. What could
 // be opened is given even with an error, which has one line for each side that
-// could not.
-func openUnits(ctx context.Context, service conf.Service, v conf.Volume, log logrus.FieldLogger, readOnly bool) (source, destination lun.Device, err error) {
+// could not. Without the key of their sessions they are opened beside a service that may
+// have them, for reading alone.
+func openUnits(ctx context.Context, service conf.Service, v conf.Volume, log logrus.FieldLogger, sessions string) (source, destination lun.Device, err error) {
+	readOnly := sessions == ""
 	open := func(side string, u conf.Unit) (lun.Device, error) {
-		key := v.Name + "/" + side
-		if readOnly { // beside the service, whose sessions stay
+		key := sessions + "/" + side
+		if readOnly {
 			key = ""
 		}
 		device, err := lun.Open(ctx, u.Address, lun.Options{

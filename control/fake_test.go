@@ -13,6 +13,7 @@ import (
 	"github.com/sirupsen/logrus"
 
 	"lunshift/conf"
+	"lunshift/lun"
 	"lunshift/proxy"
 	"lunshift/state"
 	"lunshift/target"
@@ -67,7 +68,8 @@ func (f *fakeVolume) Status() proxy.Status {
 	defer f.mu.Unlock()
 	return f.status
 }
-func (f *fakeVolume) Start(context.Context) error {
+func (f *fakeVolume) BreakFence(context.Context, lun.Device, lun.Device) error { return nil }
+func (f *fakeVolume) Start(context.Context, ...proxy.StartOptions) error {
 	return f.step("", "start", func(s *proxy.Status) { s.Phase = proxy.Migrating; s.Remaining = s.Size / 2 })
 }
 func (f *fakeVolume) Pause(context.Context) error {

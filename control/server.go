@@ -31,7 +31,6 @@ func (s *Service) handler() http.Handler {
 	}))
 	mux.HandleFunc("GET /v1/volumes/{name}", s.answerVolume(func(r *http.Request, e *entry) error { return nil }))
 	steps := map[string]func(context.Context, Volume) error{
-		"start":  func(ctx context.Context, v Volume) error { return v.Start(ctx) },
 		"pause":  func(ctx context.Context, v Volume) error { return v.Pause(ctx) },
 		"resume": func(ctx context.Context, v Volume) error { return v.Resume(ctx) },
 	}
@@ -44,6 +43,8 @@ func (s *Service) handler() http.Handler {
 			return step(s.running, v)
 		}))
 	}
+	mux.HandleFunc("POST /v1/volumes/{name}/start", s.answerVolume(s.start))
+	mux.HandleFunc("POST /v1/volumes/{name}/break-fence", s.answer(s.answerBreakFence))
 	mux.HandleFunc("POST /v1/volumes/{name}/cutover", s.unlessGone(s.answerVolume(s.cutover)))
 	mux.HandleFunc("POST /v1/volumes/{name}/verify", s.answer(s.verify))
 	mux.HandleFunc("POST /v1/volumes/{name}/throttle", s.answerVolume(s.throttle))
@@ -57,6 +58,18 @@ func (s *Service) handler() http.Handler {
 		return report, err
 	}))
 	return mux
+}
+
+func (s *Service) start(r *http.Request, e *entry) error {
+	var o proxy.StartOptions
+	if err := decode(r, "start", &o); err != nil {
+		return err
+	}
+	v, err := e.open()
+	if err != nil {
+		return err
+	}
+	return v.Start(s.running, o)
 }
 
 func (s *Service) throttle(r *http.Request, e *entry) error {

@@ -281,7 +281,7 @@ func (s *Service) openAll(ctx context.Context) error {
 				return nil
 			}
 			known := slices.ContainsFunc(records, func(r state.Record) bool { return r.Volume == e.conf.Name })
-			if err != nil && known && errors.Is(err, lun.ErrUnavailable) {
+			if err != nil && known && (errors.Is(err, lun.ErrUnavailable) || errors.Is(err, lun.ErrConflict)) {
 				s.log.WithError(err).Warnf("not served yet, tried again every %s", reopenInterval)
 				return nil
 			}
@@ -327,7 +327,7 @@ func (s *Service) openVolume(ctx context.Context, v conf.Volume) (_ Volume, unit
 	}
 	var source, destination lun.Device
 	if needed {
-		source, destination, err = openUnits(ctx, s.cfg.Service, v, s.log, false)
+		source, destination, err = s.openUnits(ctx, v, "")
 		units = []lun.Device{source, destination}
 		if record.Phase == removed {
 			err = s.takeAnew(record, source, destination, err)
@@ -341,6 +341,15 @@ func (s *Service) openVolume(ctx context.Context, v conf.Volume) (_ Volume, unit
 		if err != nil {
 			return nil, nil, errors.Join(err, closeUnits(units))
 		}
+	}
+	if fenced, e := proxy.HasFences(s.store, v.Name); e != nil {
+		return nil, nil, e
+	} else if fenced {
+		// For as long as it takes to give the fences up, and as far as they can be opened.
+		if source, destination, err = s.openUnits(ctx, v, ""); err != nil {
+			s.log.WithError(err).Warnf("volume %s is cut over, and its fences could not be given up", v.Name)
+		}
+		defer func() { err = errors.Join(err, closeUnits([]lun.Device{source, destination})) }()
 	}
 	volume, err := proxy.Open(ctx, proxy.Config{
 		Name: v.Name, IQN: v.IQN, LUN: v.LUN,

@@ -89,21 +89,32 @@ func (v *Volume) resumePhase(ctx context.Context) {
 	switch v.Phase() {
 	case Ready:
 		if v.cfg.Autostart {
-			if err := v.becomeMigrating(ctx); err != nil {
+			if err := v.becomeMigrating(ctx, StartOptions{}); err != nil {
 				v.fault("start", err)
 			}
 		}
 	case Migrating:
+		v.runGuard()
 		v.log.Infof("takes up the migration: %d of %d blocks are valid", v.flags.Count(state.Valid), v.info.Blocks)
 		if !v.record.Paused {
 			v.runCopier()
 		}
+	case Synced:
+		v.runGuard()
 	}
 }
 
+// StartOptions say what a start puts up with.
+type StartOptions struct {
+	// IgnoreRegistrations starts although other initiators are registered on the source
+	// or the destination: they can go on writing there.
+	IgnoreRegistrations bool `json:"ignore_registrations"`
+}
+
 // Start begins the migration: ready → migrating. In a later phase but cutover it
-// does nothing. It fails with a Refusal where Check refuses.
-func (v *Volume) Start(ctx context.Context) error {
+// does nothing. It fails with a Refusal where Check refuses, and with a FencedError where
+// others have reserved a unit or, unless told to ignore them, are registered there.
+func (v *Volume) Start(ctx context.Context, o ...StartOptions) error {
 	v.step.Lock()
 	defer v.step.Unlock()
 	if v.closed {
@@ -111,7 +122,7 @@ func (v *Volume) Start(ctx context.Context) error {
 	}
 	switch v.Phase() {
 	case Ready:
-		return v.becomeMigrating(ctx)
+		return v.becomeMigrating(ctx, append(o, StartOptions{})[0])
 	case Cutover:
 		return v.notAllowed("start", "it is done; remove the volume to use its name again")
 	}
@@ -121,7 +132,7 @@ func (v *Volume) Start(ctx context.Context) error {
 // becomeMigrating changes which side takes writes at an instant at which none is
 // under way: a write still on its way to the source would otherwise be missed by the
 // copy.
-func (v *Volume) becomeMigrating(ctx context.Context) error {
+func (v *Volume) becomeMigrating(ctx context.Context, o StartOptions) error {
 	refused, err := Check(ctx, v.cfg.Source, v.cfg.Destination, v.set().Overwrite)
 	if err != nil {
 		return v.errorf("%w", err)
@@ -129,21 +140,35 @@ func (v *Volume) becomeMigrating(ctx context.Context) error {
 	if len(refused) > 0 {
 		return v.errorf("start refused: %w", oneLine(refused))
 	}
+	if err := v.checkOthers(ctx, o.IgnoreRegistrations); err != nil {
+		return err
+	}
 	// Most of what the source has in its cache is flushed before commands are held.
 	if err := v.source.Flush(ctx); err != nil {
 		return v.errorf("start: %w", err)
+	}
+	if err := v.fence(ctx); err != nil {
+		return v.errorf("start refused: %w", err)
 	}
 	_, err = v.held(ctx, func(ctx context.Context) error {
 		if err := v.source.Flush(ctx); err != nil {
 			return err
 		}
 		now := time.Now()
-		return v.advance(ctx, Migrating, func(r *state.Record) { r.StartedAt = &now })
+		return v.advance(ctx, Migrating, func(r *state.Record) { r.StartedAt, r.Fenced = &now, true })
 	})
 	if err != nil {
+		// Where it is not known whether the start was recorded, the fences stay until the
+		// state tells.
+		if !errors.Is(err, state.ErrFailed) {
+			for _, u := range v.units() {
+				err = errors.Join(err, v.unfence(context.WithoutCancel(ctx), u))
+			}
+		}
 		return v.errorf("start: %w", err)
 	}
 	v.fault("start", nil)
+	v.runGuard()
 	if !v.record.Paused {
 		v.runCopier()
 	}
@@ -412,6 +437,9 @@ func (v *Volume) Cutover(ctx context.Context, o CutoverOptions) error {
 	case err != nil:
 		return v.errorf("cutover undone, still %s: %w", v.Phase(), err)
 	}
+	v.stopGuard()
+	released := v.release(ctx)
+	defer func() { <-released }()
 	if v.cfg.CutOver != nil {
 		v.cfg.CutOver()
 	}
@@ -473,6 +501,7 @@ func (v *Volume) Shutdown(ctx context.Context) error {
 		return nil
 	}
 	v.closed = true
+	v.stopGuard() // the fences stay
 	err := v.cfg.Target.RemoveUnit(v.cfg.IQN, v.cfg.LUN)
 	err = errors.Join(err, v.stopCopier(ctx))
 	v.gate.close()

@@ -66,6 +66,10 @@ type UnitStatus struct {
 	Thin    bool   `json:"thin"`
 	// Errors counts commands that failed since the service started.
 	Errors uint64 `json:"errors"`
+	// Fence is what keeps others from writing to the unit: "reserved" (a persistent
+	// reservation), "locked" (on this host), "none", or "lost" where somebody else holds
+	// what was held.
+	Fence string `json:"fence,omitempty"`
 }
 
 // BlockRun is a run of logical blocks as it is shown to people and scripts.

@@ -3,6 +3,7 @@ package proxy
 import (
 	"context"
 	"errors"
+	"fmt"
 	"sync"
 	"sync/atomic"
 
@@ -20,7 +21,17 @@ type unit struct {
 	down   atomic.Bool // the last command that ended found the unit gone
 	mu     sync.Mutex  // protects reason
 	reason string
+
+	fencing atomic.Value // string: what keeps others out
 }
+
+func (u *unit) fence() string {
+	s, _ := u.fencing.Load().(string)
+	return s
+}
+
+// setFence tells whether that is news.
+func (u *unit) setFence(s string) bool { return u.fencing.Swap(s) != s }
 
 // note counts a failed command and marks the unit as gone or back. It returns err
 // with the unit's role.
@@ -35,6 +46,11 @@ func (u *unit) note(err error) error {
 		return err
 	}
 	u.errors.Add(1)
+	if errors.Is(err, lun.ErrConflict) {
+		// Initiators would take RESERVATION CONFLICT for a word about a reservation of
+		// theirs, and give up. Nothing was written; they try again until it is mended.
+		err = fmt.Errorf("%w: %w", lun.ErrUnavailable, err)
+	}
 	if errors.Is(err, lun.ErrUnavailable) {
 		u.mu.Lock()
 		u.reason = err.Error()
@@ -121,7 +137,7 @@ func (u *unit) status() UnitStatus {
 	s := UnitStatus{
 		Address: u.address, State: "online", ID: info.ID,
 		Vendor: info.Vendor, Product: info.Product, Serial: info.Serial,
-		Size: info.Size(), Thin: info.Thin, Errors: u.errors.Load(),
+		Size: info.Size(), Thin: info.Thin, Errors: u.errors.Load(), Fence: u.fence(),
 	}
 	if why := u.unavailable(); why != "" {
 		s.State, s.Reason = "unavailable", why

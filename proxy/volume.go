@@ -68,6 +68,8 @@ type Config struct {
 	// CutOver, where it is set, is called once a cutover is recorded, before sessions are
 	// asked to leave. It may ask for Status.
 	CutOver func()
+	// fenceEvery is the time between looks at the fences; 0 is 30 s.
+	fenceEvery time.Duration
 
 	Store  *state.Store
 	Target *target.Server
@@ -113,6 +115,8 @@ type Volume struct {
 	faulty    atomic.Bool // faults is not empty
 	verifying atomic.Pointer[verification]
 
+	key     uint64   // of the fences
+	guard   *copying // looks after the fences; guarded by step
 	copying *copying // guarded by step
 	closed  bool     // guarded by step
 }
@@ -154,10 +158,14 @@ func Open(ctx context.Context, cfg Config) (*Volume, error) {
 	if err != nil {
 		return nil, v.errorf("read its state: %w", err)
 	}
+	if v.key, err = FenceKey(ctx, cfg.Store, cfg.Name); err != nil {
+		return nil, err
+	}
 	if found && Phase(record.Phase) == Cutover {
 		v.record = record
 		v.phase.Store(Cutover)
 		v.info = lun.Info{BlockSize: record.BlockSize, Blocks: record.Blocks}
+		v.releaseLate(ctx)
 		return v, nil
 	}
 	v.source = &unit{Device: cfg.Source, role: "source", address: cfg.SourceAddress}
@@ -184,6 +192,9 @@ func Open(ctx context.Context, cfg Config) (*Volume, error) {
 		v.before.Allocated, v.before.Surveyed = *v.record.AllocatedBytes, true
 	}
 	v.phase.Store(Phase(v.record.Phase))
+	if err := v.openFences(ctx); err != nil {
+		return nil, err
+	}
 	if err := cfg.Target.AddUnit(v.front()); err != nil {
 		return nil, v.errorf("%w", err)
 	}
@@ -338,7 +349,7 @@ func (v *Volume) degraded() (bool, string) {
 		}
 		reason += text
 	}
-	for _, kind := range []string{"start", "state", "copy"} {
+	for _, kind := range []string{"start", "state", "fence", "copy"} {
 		if text := v.faults[kind]; text != "" {
 			add(text)
 		}

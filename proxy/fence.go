@@ -1,0 +1,446 @@
+package proxy
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"strings"
+	"time"
+
+	"lunshift/lun"
+	"lunshift/state"
+)
+
+// While a volume is migrating or synced its source and destination are fenced, where
+// they have persistent reservations: nobody but this service writes to them, under
+// whatever key and name. A host that was forgotten on the old LUN is told so by a
+// RESERVATION CONFLICT, and a second lunshift is refused. The fence is taken before the
+// start is recorded, taken again when the service comes back, looked after while it runs,
+// and given up once the cutover is recorded.
+
+const (
+	// fencePrefix begins the keys of lunshift, so that one knows another: "lun".
+	fencePrefix = 0x6c756e
+	// fenceEvery is the time between two looks at the fences, fencePause the least time
+	// between them when devices ask for one.
+	fenceEvery = 30 * time.Second
+	fencePause = 200 * time.Millisecond
+	// unfenceLimit bounds giving the fences up.
+	unfenceLimit = 10 * time.Second
+)
+
+// What keeps others from writing to a unit, as UnitStatus shows it.
+const (
+	FenceReserved = "reserved" // a persistent reservation
+	FenceLocked   = "locked"   // a lock on this host, of a file or a block device
+	FenceNone     = "none"
+	FenceLost     = "lost" // somebody else has what was held
+)
+
+// FencedError says that somebody else has reserved a unit, or may write to it.
+type FencedError struct {
+	text  string
+	cause error
+}
+
+func (e *FencedError) Error() string { return e.text }
+
+// Unwrap makes errors.Is(err, lun.ErrConflict) hold.
+func (e *FencedError) Unwrap() error { return e.cause }
+
+// FenceKey is the reservation key of a volume: its own, and the same after a restart.
+func FenceKey(ctx context.Context, store *state.Store, volume string) (uint64, error) {
+	id, err := store.Identity(ctx)
+	if err != nil {
+		return 0, fmt.Errorf("volume %s: %w", volume, err)
+	}
+	return FenceKeyOf(id, volume), nil
+}
+
+// FenceKeyOf is FenceKey for the volume of a state with that identity.
+func FenceKeyOf(id state.Identity, volume string) uint64 {
+	sum := sha256.Sum256(append(append(id[:], 0), volume...))
+	return fencePrefix<<40 | binary.BigEndian.Uint64(sum[:])>>24
+}
+
+// HasFences tells whether the volume of that name is cut over and may have fences on its
+// units still. Open takes those units that can be opened and gives the fences up.
+func HasFences(store *state.Store, name string) (bool, error) {
+	r, ok, err := store.Record(name)
+	return ok && Phase(r.Phase) == Cutover && r.Fenced, err
+}
+
+func isFenceKey(key uint64) bool { return key>>40 == fencePrefix }
+
+// CheckFence gives every reason, one line each, for which a unit cannot be fenced under
+// key, or for which the fence would not keep everybody out; registered leaves out those
+// who are registered without holding a reservation. It changes nothing. A device without
+// reservations has none.
+func CheckFence(ctx context.Context, volume, role, address string, dev lun.Device, key uint64, registered bool) (refused []error, _ lun.Reservations, _ error) {
+	f, ok := dev.(lun.Fencer)
+	if !ok {
+		return nil, lun.Reservations{}, lun.ErrUnsupported
+	}
+	held, err := f.Fenced(ctx)
+	if err != nil {
+		return nil, held, err
+	}
+	if held.HeldByOther(key) {
+		refused = append(refused, fenced(volume, role, address, &lun.ReservedError{Reservations: held}))
+	}
+	if others := held.Others(key); registered && len(others) > 0 && !held.HeldByOther(key) {
+		refused = append(refused, &FencedError{fmt.Sprintf("%s %s: others are registered there and could write behind the migration's back: %s: shut these hosts down, take their registrations away (lunshift break-fence %s --yes), or let them (lunshift start %s --ignore-registrations)",
+			role, address, list(others), volume, volume), lun.ErrConflict})
+	}
+	return refused, held, nil
+}
+
+// list names registrations, each once.
+func list(all []lun.Registrant) string {
+	var texts []string
+	seen := map[string]bool{}
+	for _, x := range all {
+		text := fmt.Sprintf("key %#016x", x.Key)
+		if x.Port != "" {
+			text += " of " + x.Port
+		}
+		if !seen[text] {
+			seen[text] = true
+			texts = append(texts, text)
+		}
+	}
+	const most = 8
+	if n := len(texts); n > most {
+		texts = append(texts[:most], fmt.Sprintf("and %d more", n-most))
+	}
+	return strings.Join(texts, ", ")
+}
+
+// fenced says what to do about a reservation of somebody else; another error stays as it is.
+func fenced(volume, role, address string, err error) error {
+	var r *lun.ReservedError
+	if !errors.As(err, &r) {
+		return fmt.Errorf("%s %s: fence: %w", role, address, err)
+	}
+	who := "shut down the hosts that still use it directly, or take it from them"
+	if isFenceKey(r.Key) {
+		who = "another lunshift, with another state directory, migrates it: end that migration, or if it is gone for good take it from it"
+	}
+	return &FencedError{fmt.Sprintf("%s %s is %v: %s (lunshift break-fence %s --yes)", role, address, r, who, volume), r}
+}
+
+// units are both sides that are open.
+func (v *Volume) units() []*unit {
+	var all []*unit
+	for _, u := range []*unit{v.source, v.destination} {
+		if u != nil {
+			all = append(all, u)
+		}
+	}
+	return all
+}
+
+// openFences brings the fences into the state that the phase asks for, before initiators
+// find the volume.
+func (v *Volume) openFences(ctx context.Context) error {
+	if v.Phase() != Ready {
+		if !v.record.Fenced {
+			if err := v.save(ctx, func(r *state.Record) { r.Fenced = true }); err != nil {
+				return err
+			}
+		}
+		return v.fence(ctx)
+	}
+	for _, u := range v.units() {
+		_, held, err := CheckFence(ctx, v.cfg.Name, u.role, u.address, u.Device, v.key, false)
+		switch {
+		case errors.Is(err, lun.ErrUnsupported):
+			continue
+		case err != nil:
+			return v.errorf("%s: ask for reservations: %w", u.role, err)
+		case held.Locked:
+			u.setFence(FenceLocked)
+		case held.HeldByOther(v.key) && isFenceKey(held.Key):
+			return v.errorf("%w", fenced(v.cfg.Name, u.role, u.address, &lun.ReservedError{Reservations: held}))
+		case held.HeldByOther(v.key):
+			v.log.Warnf("%s %s is %v: writes fail there, and start is refused", u.role, u.address, &lun.ReservedError{Reservations: held})
+		case len(held.Others(v.key)) > 0:
+			v.log.Warnf("%s %s: others are registered there: %s", u.role, u.address, list(held.Others(v.key)))
+		}
+		// A start that was cut short may have left this one.
+		if err := v.unfence(ctx, u); err != nil {
+			return v.errorf("%w", err)
+		}
+	}
+	return nil
+}
+
+// fence takes both fences, or none: then what this call took is given back.
+func (v *Volume) fence(ctx context.Context) error {
+	for i, u := range v.units() {
+		err := v.fenceUnit(ctx, u)
+		if err == nil {
+			continue
+		}
+		if v.Phase() == Ready {
+			for _, taken := range v.units()[:i] {
+				err = errors.Join(err, v.unfence(context.WithoutCancel(ctx), taken))
+			}
+		}
+		return v.errorf("%w", err)
+	}
+	return nil
+}
+
+func (v *Volume) fenceUnit(ctx context.Context, u *unit) error {
+	f, ok := u.Device.(lun.Fencer)
+	err := error(lun.ErrUnsupported)
+	if ok {
+		err = f.Fence(ctx, v.key)
+	}
+	switch {
+	case err == nil:
+		if _, remote := u.Device.(lun.Reachable); remote {
+			u.setFence(FenceReserved)
+		} else {
+			u.setFence(FenceLocked)
+		}
+	case errors.Is(err, lun.ErrUnsupported):
+		if u.setFence(FenceNone) {
+			v.log.Warnf("%s %s has no persistent reservations: nothing keeps others from writing to it; take their access away at the array", u.role, u.address)
+		}
+	case errors.Is(err, lun.ErrConflict):
+		u.setFence(FenceLost)
+		return fenced(v.cfg.Name, u.role, u.address, err)
+	default:
+		return fmt.Errorf("%s %s: %w", u.role, u.address, err)
+	}
+	return nil
+}
+
+// unfence gives a fence up, whether or not it is held.
+func (v *Volume) unfence(ctx context.Context, u *unit) error {
+	f, ok := u.Device.(lun.Fencer)
+	if !ok {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, unfenceLimit)
+	defer cancel()
+	if err := f.Unfence(ctx, v.key); err != nil && !errors.Is(err, lun.ErrUnsupported) {
+		return fmt.Errorf("%s %s: its fence stays: give it up with lunshift break-fence %s --yes: %w", u.role, u.address, v.cfg.Name, err)
+	}
+	if u.fence() != FenceLocked {
+		u.setFence(FenceNone)
+	}
+	return nil
+}
+
+// checkOthers refuses a start while others may write to the units.
+func (v *Volume) checkOthers(ctx context.Context, ignore bool) error {
+	var refused []error
+	for _, u := range v.units() {
+		reasons, held, err := CheckFence(ctx, v.cfg.Name, u.role, u.address, u.Device, v.key, !ignore)
+		switch {
+		case errors.Is(err, lun.ErrUnsupported):
+			continue
+		case err != nil:
+			return v.errorf("%s: ask for reservations: %w", u.role, err)
+		}
+		refused = append(refused, reasons...)
+		if others := held.Others(v.key); ignore && len(reasons) == 0 && len(others) > 0 {
+			v.log.Warnf("%s %s: started although others are registered there, who can write behind the migration's back: %s", u.role, u.address, list(others))
+		}
+	}
+	if len(refused) == 0 {
+		return nil
+	}
+	return v.errorf("start refused: %w", &FencedError{oneLine(refused).Error(), lun.ErrConflict})
+}
+
+// runGuard begins to look after the fences; the caller holds step.
+func (v *Volume) runGuard() {
+	ctx, cancel := context.WithCancel(context.Background())
+	g := &copying{ctx, cancel, make(chan struct{})}
+	v.guard = g
+	go func() {
+		defer close(g.done)
+		defer cancel()
+		v.lookAfterFences(ctx)
+	}()
+}
+
+// stopGuard ends it; the caller holds step.
+func (v *Volume) stopGuard() {
+	if v.guard != nil {
+		v.guard.cancel()
+		<-v.guard.done
+		v.guard = nil
+	}
+}
+
+func (v *Volume) lookAfterFences(ctx context.Context) {
+	var told [2]<-chan struct{}
+	for i, u := range v.units() {
+		if f, ok := u.Device.(lun.Fencer); ok {
+			told[i] = f.Disturbed()
+		}
+	}
+	every := v.cfg.fenceEvery
+	if every == 0 {
+		every = fenceEvery
+	}
+	ticker := time.NewTicker(every)
+	defer ticker.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-ticker.C:
+		case <-told[0]:
+		case <-told[1]:
+		}
+		v.refence(ctx)
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(min(fencePause, every)):
+		}
+	}
+}
+
+// refence takes again what was lost, unless somebody else has it: that is a fault until it
+// is free. A unit that cannot be reached is shown as such, and asked once it is back.
+func (v *Volume) refence(ctx context.Context) {
+	var faults []error
+	for _, u := range v.units() {
+		if err := v.fenceUnit(ctx, u); err != nil && !errors.Is(err, lun.ErrUnavailable) {
+			faults = append(faults, err)
+		}
+	}
+	if ctx.Err() != nil {
+		return
+	}
+	if len(faults) == 0 {
+		v.fault("fence", nil)
+		return
+	}
+	v.fault("fence", oneLine(faults))
+}
+
+// release gives both fences up after the cutover was recorded. It returns once the
+// destination is free, for initiators go there next; the channel tells when the source is,
+// which may be gone for good.
+func (v *Volume) release(ctx context.Context) <-chan struct{} {
+	done := make(chan struct{})
+	errs := make([]error, 2)
+	errs[0] = v.unfence(ctx, v.destination)
+	go func() {
+		defer close(done)
+		errs[1] = v.unfence(ctx, v.source)
+		v.released(ctx, errs)
+	}()
+	return done
+}
+
+// released notes that the fences are given up, or what failed.
+func (v *Volume) released(ctx context.Context, errs []error) {
+	err := errors.Join(errs...)
+	if err == nil {
+		err = v.saveReleased(ctx)
+	}
+	if err != nil {
+		err = oneLine([]error{err})
+	}
+	v.fault("fence", err)
+}
+
+func (v *Volume) saveReleased(ctx context.Context) error {
+	released := func(r *state.Record) { r.Fenced = false }
+	if v.source != nil {
+		return v.save(ctx, released)
+	}
+	r := v.record
+	released(&r)
+	if err := v.cfg.Store.PutRecords(ctx, r); err != nil {
+		return v.errorf("write its state: %w", err)
+	}
+	v.mu.Lock()
+	v.record = r
+	v.mu.Unlock()
+	return nil
+}
+
+// releaseLate gives up the fences of a volume that was cut over just before the service
+// ended. A unit that could not be opened is nil.
+func (v *Volume) releaseLate(ctx context.Context) {
+	if !v.record.Fenced {
+		return
+	}
+	var errs []error
+	for _, u := range []*unit{
+		{Device: v.cfg.Source, role: "source", address: v.cfg.SourceAddress},
+		{Device: v.cfg.Destination, role: "destination", address: v.cfg.DestinationAddress},
+	} {
+		if u.Device == nil {
+			errs = append(errs, fmt.Errorf("%s %s could not be opened to give its fence up: do it with lunshift break-fence %s --yes once it is back", u.role, u.address, v.cfg.Name))
+			continue
+		}
+		if err := v.unfence(ctx, u); err != nil {
+			errs = append(errs, err)
+		}
+	}
+	v.released(ctx, errs)
+}
+
+// BreakFence takes every reservation and registration of others away from source and
+// destination. The fences of a volume that is migrating or synced are then its own. In
+// phase cutover the volume has no units, so both must be given.
+func (v *Volume) BreakFence(ctx context.Context, source, destination lun.Device) error {
+	v.step.Lock()
+	defer v.step.Unlock()
+	if v.closed {
+		return v.errorf("break the fence: %w", lun.ErrClosed)
+	}
+	if v.Phase() != Cutover {
+		source, destination = v.source.Device, v.destination.Device
+	}
+	v.log.Warn("takes the reservations and registrations of others away from source and destination")
+	if err := breakFences(ctx, v.cfg.Name, v.key, source, destination); err != nil {
+		return err
+	}
+	switch v.Phase() {
+	case Cutover:
+		v.released(ctx, nil)
+	case Migrating, Synced:
+		v.refence(ctx)
+	}
+	return nil
+}
+
+// BreakFence is Volume.BreakFence for a volume that is not open.
+func BreakFence(ctx context.Context, store *state.Store, volume string, source, destination lun.Device) error {
+	key, err := FenceKey(ctx, store, volume)
+	if err != nil {
+		return err
+	}
+	return breakFences(ctx, volume, key, source, destination)
+}
+
+func breakFences(ctx context.Context, volume string, key uint64, source, destination lun.Device) error {
+	var errs []error
+	for _, side := range []struct {
+		role string
+		dev  lun.Device
+	}{{"source", source}, {"destination", destination}} {
+		f, ok := side.dev.(lun.Fencer)
+		if !ok {
+			continue
+		}
+		if err := f.BreakFence(ctx, key); err != nil && !errors.Is(err, lun.ErrUnsupported) {
+			errs = append(errs, fmt.Errorf("volume %s: %s: %w", volume, side.role, err))
+		}
+	}
+	return errors.Join(errs...)
+}
