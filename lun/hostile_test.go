@@ -59,6 +59,9 @@ func TestMisconductInACommandCostsTheConnectionAndNothingElse(t *testing.T) {
 		{name: "data with a gap before it", do: func(c *fakeConn, req *iscsi.BHS) {
 			c.send(c.answer(iscsi.OpDataIn, req, func(h *iscsi.BHS) { h.SetBufferOffset(512) }), make([]byte, 512))
 		}},
+		{name: "data with the number of another", do: func(c *fakeConn, req *iscsi.BHS) {
+			c.send(c.answer(iscsi.OpDataIn, req, func(h *iscsi.BHS) { h.SetDataSN(1) }), make([]byte, 512))
+		}},
 		{name: "data twice", do: func(c *fakeConn, req *iscsi.BHS) {
 			for range 2 {
 				c.send(c.answer(iscsi.OpDataIn, req, nil), make([]byte, 512))
