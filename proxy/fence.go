@@ -142,13 +142,14 @@ func (v *Volume) units() []*unit {
 	return all
 }
 
-// openFences brings the fences into the state that the phase asks for, before initiators
-// find the volume.
-func (v *Volume) openFences(ctx context.Context) error {
-	if v.Phase() != Ready {
-		if !v.record.Fenced {
-			if err := v.save(ctx, func(r *state.Record) { r.Fenced = true }); err != nil {
-				return err
+// openFences brings the fences into the state that the record asks for, before anything is
+// written.
+func (v *Volume) openFences(ctx context.Context, r *state.Record) error {
+	if Phase(r.Phase) != Ready {
+		if !r.Fenced {
+			r.Fenced = true
+			if err := v.cfg.Store.PutRecords(ctx, *r); err != nil {
+				return v.errorf("write its state: %w", err)
 			}
 		}
 		return v.fence(ctx)
@@ -177,21 +178,24 @@ func (v *Volume) openFences(ctx context.Context) error {
 	return nil
 }
 
-// fence takes both fences, or none: then what this call took is given back.
+// fence takes both fences.
 func (v *Volume) fence(ctx context.Context) error {
-	for i, u := range v.units() {
-		err := v.fenceUnit(ctx, u)
-		if err == nil {
-			continue
+	for _, u := range v.units() {
+		if err := v.fenceUnit(ctx, u); err != nil {
+			return v.errorf("%w", err)
 		}
-		if v.Phase() == Ready {
-			for _, taken := range v.units()[:i] {
-				err = errors.Join(err, v.unfence(context.WithoutCancel(ctx), taken))
-			}
-		}
-		return v.errorf("%w", err)
 	}
 	return nil
+}
+
+// giveBack gives the fences up after a start that failed with err.
+func (v *Volume) giveBack(ctx context.Context, err error) error {
+	for _, u := range v.units() {
+		if e := v.unfence(context.WithoutCancel(ctx), u); e != nil {
+			err = fmt.Errorf("%w; %w", err, e)
+		}
+	}
+	return err
 }
 
 func (v *Volume) fenceUnit(ctx context.Context, u *unit) error {

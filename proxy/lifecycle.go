@@ -133,6 +133,9 @@ func (v *Volume) Start(ctx context.Context, o ...StartOptions) error {
 // under way: a write still on its way to the source would otherwise be missed by the
 // copy.
 func (v *Volume) becomeMigrating(ctx context.Context, o StartOptions) error {
+	if err := v.checkOthers(ctx, o.IgnoreRegistrations); err != nil {
+		return err
+	}
 	refused, err := Check(ctx, v.cfg.Source, v.cfg.Destination, v.set().Overwrite)
 	if err != nil {
 		return v.errorf("%w", err)
@@ -140,15 +143,12 @@ func (v *Volume) becomeMigrating(ctx context.Context, o StartOptions) error {
 	if len(refused) > 0 {
 		return v.errorf("start refused: %w", oneLine(refused))
 	}
-	if err := v.checkOthers(ctx, o.IgnoreRegistrations); err != nil {
-		return err
-	}
 	// Most of what the source has in its cache is flushed before commands are held.
 	if err := v.source.Flush(ctx); err != nil {
 		return v.errorf("start: %w", err)
 	}
 	if err := v.fence(ctx); err != nil {
-		return v.errorf("start refused: %w", err)
+		return v.giveBack(ctx, err)
 	}
 	_, err = v.held(ctx, func(ctx context.Context) error {
 		if err := v.source.Flush(ctx); err != nil {
@@ -161,9 +161,7 @@ func (v *Volume) becomeMigrating(ctx context.Context, o StartOptions) error {
 		// Where it is not known whether the start was recorded, the fences stay until the
 		// state tells.
 		if !errors.Is(err, state.ErrFailed) {
-			for _, u := range v.units() {
-				err = errors.Join(err, v.unfence(context.WithoutCancel(ctx), u))
-			}
+			err = v.giveBack(ctx, err)
 		}
 		return v.errorf("start: %w", err)
 	}

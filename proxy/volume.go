@@ -192,9 +192,6 @@ func Open(ctx context.Context, cfg Config) (*Volume, error) {
 		v.before.Allocated, v.before.Surveyed = *v.record.AllocatedBytes, true
 	}
 	v.phase.Store(Phase(v.record.Phase))
-	if err := v.openFences(ctx); err != nil {
-		return nil, err
-	}
 	if err := cfg.Target.AddUnit(v.front()); err != nil {
 		return nil, v.errorf("%w", err)
 	}
@@ -212,7 +209,13 @@ func (v *Volume) takeUp(ctx context.Context, r state.Record, found bool) error {
 		return &Refusal{fmt.Sprintf("volume %s: its state (phase %s) belongs to source %s (%d blocks) and destination %s, but the configuration names source %s (%d blocks) and destination %s: correct the configuration, or give the new pair another name",
 			v.cfg.Name, r.Phase, r.SourceID, r.Blocks, r.DestinationID, s.ID, s.Blocks, d.ID)}
 	}
-	if !found || Phase(r.Phase) == Ready {
+	if !found {
+		r.Phase = string(Ready)
+	}
+	if err := v.openFences(ctx, &r); err != nil {
+		return err
+	}
+	if Phase(r.Phase) == Ready {
 		// Nothing is on disk yet that hangs on the units, so the configuration
 		// counts.
 		if found {
