@@ -60,7 +60,10 @@ func TestMisconductInACommandCostsTheConnectionAndNothingElse(t *testing.T) {
 			c.send(c.answer(iscsi.OpDataIn, req, func(h *iscsi.BHS) { h.SetBufferOffset(512) }), make([]byte, 512))
 		}},
 		{name: "data with the number of another", do: func(c *fakeConn, req *iscsi.BHS) {
-			c.send(c.answer(iscsi.OpDataIn, req, func(h *iscsi.BHS) { h.SetDataSN(1) }), make([]byte, 512))
+			c.send(c.answer(iscsi.OpDataIn, req, func(h *iscsi.BHS) {
+				h.SetFlags(iscsi.FlagFinal | iscsi.FlagStatus)
+				h.SetDataSN(1)
+			}), make([]byte, req.ExpectedLength()))
 		}},
 		{name: "data twice", do: func(c *fakeConn, req *iscsi.BHS) {
 			for range 2 {

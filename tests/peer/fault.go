@@ -42,7 +42,8 @@ const (
 	// data was not asked for.
 	ShortOut
 	ShortOutUntold
-	// Misplaced: Data-In goes where it does not belong; Misnumbered: it has the number of another.
+	// Misplaced: the halves of a Data-In go to each other's place; Misnumbered: it has the
+	// number of another.
 	Misplaced
 	Misnumbered
 	// Smaller: the unit has half of its size.
@@ -409,6 +410,9 @@ func (c *faultyConn) answers() {
 		ends := h.Opcode() == iscsi.OpSCSIResponse || h.Opcode() == iscsi.OpDataIn && h.Flags()&iscsi.FlagStatus != 0
 		if t := c.task(h.ITT()); t != nil && (ends || h.Opcode() == iscsi.OpDataIn) {
 			data, d.half = c.spoil(t, h, data, ends)
+			if t.fault == Misplaced && t.answer == nil {
+				data = c.misplace(t, h, data, &d)
+			}
 			if t.answer != nil {
 				if !ends {
 					continue
@@ -425,7 +429,7 @@ func (c *faultyConn) answers() {
 				}
 			}
 		}
-		d.pdu = frame(h, r.AHS(), data)
+		d.pdu = append(d.pdu, frame(h, r.AHS(), data)...)
 		select {
 		case c.queue <- d:
 		case <-c.gone:
@@ -460,14 +464,28 @@ func (c *faultyConn) spoil(t *faultyTask, h *iscsi.BHS, data []byte, ends bool) 
 			h.SetFlags(h.Flags() | iscsi.FlagUnderflow)
 			h.SetResidual(uint32(t.cut))
 		}
-	case t.fault == Misplaced && t.expected >= 1024:
-		c.p.hits.Add(1)
-		h.SetBufferOffset((h.BufferOffset() + 512) % uint32(t.expected))
 	case t.fault == Misnumbered:
 		c.p.hits.Add(1)
 		h.SetDataSN(h.DataSN() + 1)
 	}
 	return data, false
+}
+
+// misplace makes two of a PDU that brings all data of a read: the first half of the data at
+// the place of the second, and, given back in h, the other way round.
+func (c *faultyConn) misplace(t *faultyTask, h *iscsi.BHS, data []byte, d *delivery) []byte {
+	if h.Opcode() != iscsi.OpDataIn || t.op != OpRead16 && t.op != 0x28 || len(data) != t.expected || len(data)%1024 != 0 {
+		return data
+	}
+	c.p.hits.Add(1)
+	middle := len(data) / 2
+	first := *h
+	first.SetFlags(0)
+	first.SetStatSN(0)
+	first.SetBufferOffset(uint32(middle))
+	d.pdu = frame(&first, nil, data[:middle])
+	h.SetDataSN(1)
+	return data[middle:] // at offset 0
 }
 
 // capacity notes the answer of READ CAPACITY, or makes it half as much.
