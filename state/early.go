@@ -12,13 +12,16 @@ import (
 )
 
 const (
-	// settleDelay is how long notes gather before they go into the database together. Who
-	// waits for one of them does not wait for this.
-	settleDelay = 5 * time.Millisecond
-	// settleRetry is the time between attempts while the database has no space.
-	settleRetry = 100 * time.Millisecond
+	// settleDelay is how long notes gather before they go into the database together, as
+	// its syncs and those of the journal hold each other up. Who waits for one of them does
+	// not wait for this.
+	settleDelay = 100 * time.Millisecond
+	// settleAt is how many notes do not wait for others.
+	settleAt = 1024
 	// mostEarly bounds the notes that the database does not have yet, of all volumes.
 	mostEarly = 4096
+	// wideNote is of how many regions a note is that is looked at for every block.
+	wideNote = 8
 )
 
 // note is flags that are in the journal and not in the database yet.
@@ -33,23 +36,86 @@ type note struct {
 // early are the notes of one volume, which readers see as they see its flags.
 type early struct {
 	count atomic.Int64
-	mu    sync.RWMutex // guards notes
-	notes []*note
+
+	mu    sync.RWMutex       // guards all below
+	near  map[uint64][]*note // by the regions they concern
+	wide  []*note            // those that concern many
+	shift uint               // log2 of the blocks of a region
+}
+
+// regions calls each for the regions that n concerns, and reports false for a wide note.
+func (y *early) regions(n *note, each func(g uint64)) bool {
+	count := 0
+	for _, r := range n.runs {
+		if r.Blocks > 0 {
+			count += int(min((r.end()-1)>>y.shift-r.Start>>y.shift, wideNote)) + 1
+		}
+	}
+	if count > wideNote {
+		return false
+	}
+	for _, r := range n.runs {
+		for g := r.Start >> y.shift; r.Blocks > 0 && g <= (r.end()-1)>>y.shift; g++ {
+			each(g)
+		}
+	}
+	return true
 }
 
 func (y *early) add(n *note) {
 	y.mu.Lock()
 	defer y.mu.Unlock()
-	y.notes = append(y.notes, n)
 	y.count.Add(1)
+	if !y.regions(n, func(g uint64) { y.near[g] = append(y.near[g], n) }) {
+		y.wide = append(y.wide, n)
+	}
 }
 
 // remove takes notes out that the database has; readers find the flags there by now.
-func (y *early) remove(gone map[*note]bool) {
+func (y *early) remove(gone []*note) {
 	y.mu.Lock()
 	defer y.mu.Unlock()
-	y.notes = slices.DeleteFunc(y.notes, func(n *note) bool { return gone[n] })
-	y.count.Store(int64(len(y.notes)))
+	for _, n := range gone {
+		is := func(m *note) bool { return m == n }
+		near := y.regions(n, func(g uint64) {
+			if left := slices.DeleteFunc(y.near[g], is); len(left) > 0 {
+				y.near[g] = left
+			} else {
+				delete(y.near, g)
+			}
+		})
+		if !near {
+			y.wide = slices.DeleteFunc(y.wide, is)
+		}
+	}
+	y.count.Add(-int64(len(gone)))
+}
+
+// each calls do with every note that may concern a block of r, some of them more than
+// once; mu is held.
+func (y *early) each(r Run, do func(*note)) {
+	for _, n := range y.wide {
+		do(n)
+	}
+	if r.Blocks == 0 {
+		return
+	}
+	first, last := r.Start>>y.shift, (r.end()-1)>>y.shift
+	if last-first < uint64(len(y.near)) {
+		for g := first; g <= last; g++ {
+			for _, n := range y.near[g] {
+				do(n)
+			}
+		}
+		return
+	}
+	for g, notes := range y.near {
+		if g >= first && g <= last {
+			for _, n := range notes {
+				do(n)
+			}
+		}
+	}
 }
 
 // within gives the parts of r that notes give a kind of k, in order and apart.
@@ -58,16 +124,16 @@ func (y *early) within(k Kinds, r Run) (runs []Run) {
 		return nil
 	}
 	y.mu.RLock()
-	for _, n := range y.notes {
+	y.each(r, func(n *note) {
 		if n.kinds&k == 0 {
-			continue
+			return
 		}
 		for _, m := range n.runs {
 			if start, end := max(m.Start, r.Start), min(m.end(), r.end()); start < end {
 				runs = append(runs, Run{start, end - start})
 			}
 		}
-	}
+	})
 	y.mu.RUnlock()
 	if len(runs) < 2 {
 		return runs
@@ -84,18 +150,18 @@ func (y *early) within(k Kinds, r Run) (runs []Run) {
 	return joined
 }
 
-// over gives the notes that concern a block of r.
+// over gives the notes that concern a block of r, some of them more than once.
 func (y *early) over(r Run) (notes []*note) {
 	if y.count.Load() == 0 {
 		return nil
 	}
 	y.mu.RLock()
 	defer y.mu.RUnlock()
-	for _, n := range y.notes {
+	y.each(r, func(n *note) {
 		if slices.ContainsFunc(n.runs, func(m Run) bool { return m.Start < r.end() && r.Start < m.end() }) {
 			notes = append(notes, n)
 		}
-	}
+	})
 	return notes
 }
 
@@ -218,6 +284,7 @@ type settler struct {
 	store   *Store
 	numbers atomic.Uint64 // of intents
 	wake    chan struct{} // holds a token when notes are to be settled now
+	some    chan struct{} // holds a token when there are notes again
 	closing chan struct{} // closed: what is left is settled and the settler ends
 	stopped chan struct{}
 
@@ -229,7 +296,7 @@ type settler struct {
 
 func newSettler(s *Store) *settler {
 	return &settler{
-		store: s, wake: make(chan struct{}, 1), closing: make(chan struct{}),
+		store: s, wake: make(chan struct{}, 1), some: make(chan struct{}, 1), closing: make(chan struct{}),
 		stopped: make(chan struct{}), tried: make(chan struct{}),
 	}
 }
@@ -239,10 +306,16 @@ func (t *settler) take(n *note) {
 	n.f.early.add(n)
 	t.mu.Lock()
 	t.notes = append(t.notes, n)
-	first := len(t.notes) == 1
+	count := len(t.notes)
 	t.mu.Unlock()
-	if first {
-		time.AfterFunc(settleDelay, t.now)
+	switch count {
+	case 1:
+		select {
+		case t.some <- struct{}{}:
+		default:
+		}
+	case settleAt:
+		t.now()
 	}
 }
 
@@ -310,18 +383,22 @@ func (t *settler) await(ctx context.Context, n *note) error {
 
 func (t *settler) run() {
 	defer close(t.stopped)
+	due := time.NewTimer(settleDelay)
+	defer due.Stop()
 	for closing := false; !closing; {
-		var again <-chan time.Time
-		if t.stuck() != nil {
-			again = time.After(settleRetry)
-		}
 		select {
+		case <-t.some:
+			due.Reset(settleDelay)
+			continue
 		case <-t.wake:
-		case <-again:
+		case <-due.C:
 		case <-t.closing:
 			closing = true
 		}
 		t.settle()
+		if t.stuck() != nil {
+			due.Reset(settleDelay)
+		}
 	}
 }
 
@@ -354,7 +431,7 @@ func (t *settler) settle() {
 
 	var problem error
 	var left []*note
-	gone := map[*Flags]map[*note]bool{}
+	gone := map[*Flags][]*note{}
 	for _, n := range notes {
 		err := requests[target{n.f, n.kinds}].err
 		if err != nil && !errors.Is(err, ErrForgotten) {
@@ -362,14 +439,11 @@ func (t *settler) settle() {
 			left = append(left, n)
 			continue
 		}
-		if gone[n.f] == nil {
-			gone[n.f] = map[*note]bool{}
-		}
-		gone[n.f][n] = true
+		gone[n.f] = append(gone[n.f], n)
 	}
-	for f, g := range gone {
-		f.early.remove(g)
-		for n := range g {
+	for f, notes := range gone {
+		f.early.remove(notes)
+		for _, n := range notes {
 			close(n.settled)
 			t.store.journal.release(n.entry)
 		}
@@ -381,9 +455,5 @@ func (t *settler) settle() {
 	t.notes, t.problem = append(left, t.notes...), problem
 	close(t.tried)
 	t.tried = make(chan struct{})
-	more := problem == nil && len(t.notes) > 0
 	t.mu.Unlock()
-	if more {
-		time.AfterFunc(settleDelay, t.now)
-	}
 }

@@ -32,7 +32,7 @@ import (
 // frame uint64 | length of the entries uint32 | entries.
 const (
 	slotSize     = 4 << 10
-	segmentSlots = 256
+	segmentSlots = 512
 	segmentCount = 3
 	segmentSize  = slotSize * segmentSlots
 	frameMagic   = "lsjf"

@@ -195,14 +195,14 @@ func TestDamageWithinTheJournalIsToldFromATornEnd(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	const notes = 300 // into the second segment
+	const notes = segmentSlots + 45 // into the second segment
 	for i := range uint64(notes) {
 		if _, err := f.Intend(t.Context(), Sum{Run{i, 1}, i}); err != nil {
 			t.Fatal(err)
 		}
 	}
 	dir := copyState(t, s.dir)
-	for _, i := range []int{0, 1, 57, 254, 255, 256, 299} {
+	for _, i := range []int{0, 1, 57, segmentSlots - 2, segmentSlots - 1, segmentSlots, notes - 1} {
 		c := copyState(t, dir)
 		slot := i + 1 // the first frame of an open journal is empty
 		path := filepath.Join(c, segmentName((1+slot/segmentSlots)%segmentCount))

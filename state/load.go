@@ -323,6 +323,7 @@ func newFlags(s *Store, volume string, gen uint64, g Geometry) *Flags {
 		regions: (g.Blocks-1)/g.RegionBlocks + 1,
 		words:   int((g.RegionBlocks + 63) / 64),
 	}
+	f.early.near, f.early.shift = map[uint64][]*note{}, f.shift
 	n := (f.regions + chunkRegions - 1) / chunkRegions * chunkWords
 	for i := range f.kinds {
 		f.kinds[i].all = make([]atomic.Uint64, n)
