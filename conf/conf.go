@@ -84,6 +84,10 @@ type Volume struct {
 	// VerifySample is how much of source and destination is compared before a cutover;
 	// 0 is nothing.
 	VerifySample Size
+	// Verify is VerifyOff or VerifyReadback.
+	Verify string
+	// DestinationCache is CacheAuto, CacheVolatile or CacheNonvolatile.
+	DestinationCache string
 	// Overwrite allows a destination that is not blank.
 	Overwrite bool
 	// RegionSize is the unit of copying, a power of two from 64 KiB to 64 MiB.
@@ -110,6 +114,24 @@ const (
 	ByPort = "initiator-port"
 	// ByName: the initiator name, so that it outlives a change of the ISID.
 	ByName = "initiator-name"
+)
+
+// What is done to tell that the destination took what was copied.
+const (
+	// VerifyOff: nothing beyond the checksums in memory.
+	VerifyOff = "off"
+	// VerifyReadback: what was written is read back and compared before it is flagged.
+	VerifyReadback = "readback"
+)
+
+// What the destination's cache is.
+const (
+	// CacheAuto: what the device says.
+	CacheAuto = "auto"
+	// CacheVolatile: it loses at a power loss what was not flushed.
+	CacheVolatile = "volatile"
+	// CacheNonvolatile: it does not, and is not flushed before flags are set.
+	CacheNonvolatile = "nonvolatile"
 )
 
 // Unit is one side of a volume.
@@ -156,6 +178,8 @@ func defaultVolume() Volume {
 		Sessions:      1,
 		Copy:          Copy{Depth: 8},
 		ReservationBy: ByPort,
+
+		Verify: VerifyOff, DestinationCache: CacheAuto,
 	}
 }
 

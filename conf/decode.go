@@ -161,7 +161,9 @@ func (d *decoder) volumeSettings(v *Volume, files *secretFiles, path, label stri
 		{"digests", boolean(&v.Digests)},
 		{"autostart", boolean(&v.Autostart)},
 		{"overwrite", boolean(&v.Overwrite)},
+		{"verify", oneOf(&v.Verify, VerifyOff, VerifyReadback)},
 		{"verify_sample", size(&v.VerifySample)},
+		{"destination_cache", oneOf(&v.DestinationCache, CacheAuto, CacheVolatile, CacheNonvolatile)},
 		{"region_size", all(size(&v.RegionSize), func() error { return checkRegionSize(v.RegionSize) })},
 		{"file_block_size", all(integer(&v.FileBlockSize, 512, 4096), func() error {
 			if v.FileBlockSize != 512 && v.FileBlockSize != 4096 {

@@ -136,7 +136,7 @@ func (r *VolumeReport) compareAccess(running VolumeReport) {
 			return a.Name == b.Name && a.Proof == b.Proof && a.CHAPUser == b.CHAPUser && a.TargetUser == b.TargetUser && slices.Equal(a.Networks, b.Networks)
 		})
 	if !same {
-		r.Warnings = append(r.Warnings, fmt.Sprintf("volume %s: the running service lets others in than the file says: restart the service to let the file count", r.Name))
+		r.Warnings = append(r.Warnings, fmt.Sprintf("volume %s: the running service lets others in than the file says: lunshift reload lets the file count, but for reservation_by, which needs a restart", r.Name))
 	}
 }
 

@@ -30,6 +30,8 @@ type Volume interface {
 	Wait(ctx context.Context, p proxy.Phase) error
 	Remove(ctx context.Context, instead ...state.Record) error
 	BreakFence(ctx context.Context, source, destination lun.Device) error
+	Set(s proxy.Settings) error
+	Withdraw(ctx context.Context) error
 	Shutdown(ctx context.Context) error
 }
 
@@ -53,6 +55,8 @@ const (
 	Timeout Kind = "timeout"
 	// Configuration: the service cannot start with its file as it is.
 	Configuration Kind = "configuration"
+	// RestartNeeded: it was done, but for settings that count from the next start on.
+	RestartNeeded Kind = "restart_needed"
 	// Interrupted: the caller was told to end first.
 	Interrupted Kind = "interrupted"
 )
@@ -72,6 +76,7 @@ const (
 	ExitFailed      = 1
 	ExitUsage       = 2
 	ExitPhase       = 3
+	ExitRestart     = 4
 	ExitInterrupted = 130
 )
 
@@ -85,6 +90,8 @@ func ExitCode(err error) int {
 		return ExitUsage
 	case WrongPhase:
 		return ExitPhase
+	case RestartNeeded:
+		return ExitRestart
 	case Interrupted:
 		return ExitInterrupted
 	}

@@ -156,6 +156,7 @@ func Check(ctx context.Context, cfg *conf.Config, log logrus.FieldLogger) (Check
 			running := reports[i]
 			reports[i].admit(cfg.Service, v)
 			reports[i].compareAccess(running)
+			reports[i].compareCache(v)
 			reports[i].warnFences()
 		})
 	}
@@ -236,8 +237,8 @@ func (r VolumeReport) close(v conf.Volume, units ...lun.Device) VolumeReport {
 
 // checkServed inspects a volume of the running service.
 func (s *Service) checkServed(ctx context.Context, e *entry) VolumeReport {
-	report := newReport(e.conf)
-	report.admit(s.cfg.Service, e.conf)
+	report := newReport(e.settings())
+	report.admit(s.config().Service, e.settings())
 	e.mu.Lock()
 	units, failure := e.units, e.failure
 	e.mu.Unlock()
@@ -246,11 +247,11 @@ func (s *Service) checkServed(ctx context.Context, e *entry) VolumeReport {
 		return report.refuse("%s", oneLine(failure))
 	}
 	if len(units) == 2 {
-		key, err := proxy.FenceKey(ctx, s.store, e.conf.Name)
+		key, err := proxy.FenceKey(ctx, s.store, e.name)
 		if err != nil {
 			return report.refuse("%s", oneLine(err))
 		}
-		report.inspect(ctx, e.conf, units[0], units[1], key)
+		report.inspect(ctx, e.settings(), units[0], units[1], key)
 	}
 	return report
 }
@@ -305,6 +306,19 @@ func (r *VolumeReport) inspect(ctx context.Context, v conf.Volume, source, desti
 		seconds := int64(toCopy / rate)
 		r.Estimate = &seconds
 	}
+}
+
+// compareCache warns where the destination says of its cache what the configuration does not.
+func (r *VolumeReport) compareCache(v conf.Volume) {
+	said := map[bool]string{true: conf.CacheVolatile, false: conf.CacheNonvolatile}[r.Destination.VolatileCache]
+	if !r.Destination.Open || v.DestinationCache == conf.CacheAuto || v.DestinationCache == said {
+		return
+	}
+	cost := "each first write waits for a flush that it says it does not need"
+	if v.DestinationCache == conf.CacheNonvolatile {
+		cost = "if it is right, a power loss there loses acknowledged writes"
+	}
+	r.Warnings = append(r.Warnings, fmt.Sprintf("volume %s: destination_cache = %q, but the destination says that its cache is %s: %s", v.Name, v.DestinationCache, said, cost))
 }
 
 func unitReport(address string, i lun.Info) UnitReport {

@@ -43,6 +43,12 @@ func (c *Client) Info(ctx context.Context) (ServiceInfo, error) {
 	return info, c.call(ctx, http.MethodGet, "/v1/service", nil, &info)
 }
 
+// Reload has the service read its configuration again.
+func (c *Client) Reload(ctx context.Context) (ReloadReport, error) {
+	var report ReloadReport
+	return report, c.call(ctx, http.MethodPost, "/v1/reload", nil, &report)
+}
+
 // Statuses are all volumes in the order of the configuration.
 func (c *Client) Statuses(ctx context.Context) ([]proxy.Status, error) {
 	var all []proxy.Status

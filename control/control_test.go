@@ -127,7 +127,7 @@ func TestWaitEndsWhenTheCallerGoesOrTheServiceStops(t *testing.T) {
 func TestVolumeThatIsNotOpenSaysWhy(t *testing.T) {
 	client, s := serveFakes(t)
 	e := &entry{failure: errors.New("volume db01: source: no route\nvolume db01: destination: no route"), known: proxy.Status{Name: "db01", Phase: proxy.Migrating, Degraded: true}}
-	e.conf.Name = "db01"
+	e.name, e.conf.Name = "db01", "db01"
 	s.entries = append(s.entries, e)
 	if got, err := client.Status(t.Context(), "db01"); err != nil || got.Phase != proxy.Migrating || !got.Degraded {
 		t.Errorf("status: %+v, %v", got, err)
@@ -142,7 +142,7 @@ func TestWaitBearsAVolumeThatIsNotOpenYet(t *testing.T) {
 	ctx := t.Context()
 	client, s := serveFakes(t)
 	e := &entry{failure: errors.New("no route"), known: proxy.Status{Name: "db01", Phase: proxy.Migrating}}
-	e.conf.Name = "db01"
+	e.name, e.conf.Name = "db01", "db01"
 	s.entries = append(s.entries, e)
 	if got, err := client.Wait(ctx, "db01", proxy.Migrating, 0); err != nil || got.Phase != proxy.Migrating {
 		t.Errorf("phase that is recorded: %+v, %v", got, err)

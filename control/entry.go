@@ -19,11 +19,18 @@ import (
 
 // entry is a volume of the configuration.
 type entry struct {
-	conf conf.Volume
+	name string
 
-	mu     sync.Mutex // protects what follows
-	volume Volume     // nil while it is not open
-	units  []lun.Device
+	// opening is held while the volume is opened, changed or dropped. Lock order: before mu.
+	opening sync.Mutex
+
+	mu   sync.Mutex // protects what follows
+	conf conf.Volume
+	// dropped is set once the configuration has it no more: it is not opened again.
+	dropped bool
+	giveUp  context.CancelFunc // ends an attempt to open it; nil while there is none
+	volume  Volume             // nil while it is not open
+	units   []lun.Device
 	// failure says why volume is nil, known what is told of it meanwhile.
 	failure error
 	known   proxy.Status
@@ -32,6 +39,15 @@ type entry struct {
 	unsure bool
 	// opened is closed when volume is set or removed; nil while nobody waits for it.
 	opened chan struct{}
+}
+
+func newEntry(v conf.Volume) *entry { return &entry{name: v.Name, conf: v} }
+
+// settings is the volume's part of the configuration that is in effect.
+func (e *entry) settings() conf.Volume {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return e.conf
 }
 
 // open is the volume, or an error that says why it is not served.
@@ -74,6 +90,10 @@ func (e *entry) wait(ctx context.Context, phase proxy.Phase, served bool) error 
 	for {
 		e.mu.Lock()
 		volume, recorded, gone := e.volume, e.known.Phase, e.removed && !e.unsure
+		if e.dropped {
+			e.mu.Unlock()
+			return errDropped
+		}
 		if volume == nil && e.opened == nil {
 			e.opened = make(chan struct{})
 		}
@@ -116,6 +136,66 @@ func (e *entry) remove(ctx context.Context, mark state.Record) (bool, error) {
 	return true, closeUnits(units)
 }
 
+// errDropped is of a volume that was taken out of the configuration.
+var errDropped = &Error{Unknown, "the volume was taken out of the configuration"}
+
+// change takes the settings up that count at once, from what the file has now, and gives the
+// keys of those and of the others. A volume that is not open takes all of them.
+func (e *entry) change(to conf.Volume) (changed, restart []string, err error) {
+	e.opening.Lock()
+	defer e.opening.Unlock()
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	next := to
+	if e.volume != nil && !e.removed {
+		next = e.conf
+		next.Autostart, next.Verify, next.VerifySample, next.Overwrite = to.Autostart, to.Verify, to.VerifySample, to.Overwrite
+		next.Copy, next.Initiators, next.PortalGroups, next.Redirect = to.Copy, to.Initiators, to.PortalGroups, to.Redirect
+	}
+	changed, restart = e.conf.Changes(next), next.Changes(to)
+	if len(changed) > 0 && e.volume != nil && !e.removed {
+		if err := e.volume.Set(settingsOf(next)); err != nil {
+			return nil, restart, err
+		}
+	}
+	e.conf = next
+	return changed, restart, nil
+}
+
+// drop gives the volume up unless something is being moved, which is a proxy.PhaseError.
+func (e *entry) drop(ctx context.Context) error {
+	e.mu.Lock()
+	if e.giveUp != nil {
+		e.giveUp()
+	}
+	e.mu.Unlock()
+	e.opening.Lock()
+	defer e.opening.Unlock()
+	e.mu.Lock()
+	volume, units, phase := e.volume, e.units, e.known.Phase
+	if e.removed {
+		volume, phase = nil, removed
+	}
+	e.mu.Unlock()
+	var err error
+	if volume != nil {
+		err = volume.Withdraw(ctx)
+	} else if phase == proxy.Migrating || phase == proxy.Synced {
+		err = &proxy.PhaseError{Volume: e.name, Step: "to drop it", Phase: phase}
+	}
+	if errors.Is(err, proxy.ErrPhase) {
+		return err
+	}
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.dropped, e.volume, e.units, e.failure = true, nil, nil, errDropped
+	if e.opened != nil {
+		close(e.opened)
+		e.opened = nil
+	}
+	return errors.Join(err, closeUnits(units))
+}
+
 func (e *entry) close(ctx context.Context) error {
 	e.mu.Lock()
 	defer e.mu.Unlock()
@@ -124,7 +204,7 @@ func (e *entry) close(ctx context.Context) error {
 	}
 	err := e.volume.Shutdown(ctx)
 	if err != nil {
-		err = fmt.Errorf("close volume %s: %w", e.conf.Name, err)
+		err = fmt.Errorf("close volume %s: %w", e.name, err)
 	}
 	units := e.units
 	e.units, e.volume, e.failure = nil, nil, errors.New("the service stops")
@@ -139,7 +219,7 @@ func (s *Service) openUnits(ctx context.Context, v conf.Volume, purpose string) 
 	if err != nil {
 		return nil, nil, fmt.Errorf("volume %s: %w", v.Name, err)
 	}
-	return openUnits(ctx, s.cfg.Service, v, s.log, fmt.Sprintf("%x/%s%s", id, v.Name, purpose))
+	return openUnits(ctx, s.config().Service, v, s.log, fmt.Sprintf("%x/%s%s", id, v.Name, purpose))
 }
 
 // openUnits opens source and destination of a volume at the same time. What could

@@ -97,6 +97,10 @@ func (f *fakeVolume) Cutover(_ context.Context, o proxy.CutoverOptions) error {
 func (f *fakeVolume) Remove(context.Context, ...state.Record) error {
 	return f.step(proxy.Cutover, "remove", func(*proxy.Status) {})
 }
+func (f *fakeVolume) Set(proxy.Settings) error { return nil }
+func (f *fakeVolume) Withdraw(context.Context) error {
+	return f.step("", "to drop it", func(*proxy.Status) {})
+}
 func (f *fakeVolume) Shutdown(context.Context) error { return nil }
 func (f *fakeVolume) Wait(ctx context.Context, p proxy.Phase) error {
 	for {
@@ -127,7 +131,7 @@ func serveFakes(t testing.TB, volumes ...*fakeVolume) (*Client, *Service) {
 	s.store = store
 	s.running, s.stop = context.WithCancel(context.Background())
 	for _, v := range volumes {
-		s.entries = append(s.entries, &entry{conf: conf.Volume{Name: v.status.Name}, volume: v})
+		s.entries = append(s.entries, &entry{name: v.status.Name, conf: conf.Volume{Name: v.status.Name}, volume: v})
 	}
 	path := filepath.Join(t.TempDir(), "c.sock")
 	socket, err := listenSocket(path)

@@ -95,7 +95,7 @@ func (r *VolumeReport) warnFences() {
 // breakFence takes the reservations and registrations of others away from both units, be
 // the volume served or not.
 func (s *Service) breakFence(ctx context.Context, e *entry) (report BreakReport, err error) {
-	report.Name = e.conf.Name
+	report.Name = e.name
 	e.mu.Lock()
 	volume, units := e.volume, e.units
 	e.mu.Unlock()
@@ -104,7 +104,7 @@ func (s *Service) breakFence(ctx context.Context, e *entry) (report BreakReport,
 		source, destination = units[0], units[1]
 	} else {
 		// Sessions of their own, for the volume may be opened meanwhile.
-		source, destination, err = s.openUnits(ctx, e.conf, "/break-fence")
+		source, destination, err = s.openUnits(ctx, e.settings(), "/break-fence")
 		defer func() { err = errors.Join(err, closeUnits([]lun.Device{source, destination})) }()
 		if err != nil && (source == nil && destination == nil || volume != nil) {
 			return report, err
@@ -114,12 +114,12 @@ func (s *Service) breakFence(ctx context.Context, e *entry) (report BreakReport,
 	if volume != nil {
 		err = volume.BreakFence(ctx, source, destination)
 	} else {
-		err = proxy.BreakFence(ctx, s.store, e.conf.Name, source, destination)
+		err = proxy.BreakFence(ctx, s.store, e.name, source, destination)
 	}
 	if err = errors.Join(err, unopened); err != nil {
 		return report, err
 	}
-	key, err := proxy.FenceKey(ctx, s.store, e.conf.Name)
+	key, err := proxy.FenceKey(ctx, s.store, e.name)
 	if err != nil {
 		return report, err
 	}

@@ -12,6 +12,12 @@ import (
 func NewLogger(service conf.Service, w io.Writer) *logrus.Logger {
 	log := logrus.New()
 	log.SetOutput(w)
+	setLog(log, service)
+	return log
+}
+
+// setLog has the logger log as the configuration asks for.
+func setLog(log *logrus.Logger, service conf.Service) {
 	level, err := logrus.ParseLevel(service.LogLevel)
 	if err != nil {
 		level = logrus.InfoLevel // conf lets only levels through
@@ -22,7 +28,6 @@ func NewLogger(service conf.Service, w io.Writer) *logrus.Logger {
 	} else {
 		log.SetFormatter(&logrus.TextFormatter{FullTimestamp: true, DisableColors: true})
 	}
-	return log
 }
 
 // QuietLogger writes warnings alone, for commands that have an output of their own.

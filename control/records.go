@@ -82,10 +82,10 @@ func foreign(records []state.Record, name, source, destination string) error {
 func (s *Service) gone(name string) (proxy.Status, bool) {
 	status := proxy.Status{Name: name, Phase: proxy.Cutover, Sessions: []target.SessionInfo{},
 		Source: proxy.UnitStatus{State: "released"}, Destination: proxy.UnitStatus{State: "released"}}
-	for _, e := range s.entries {
-		if e.conf.Name == name {
-			status.IQN, status.LUN = e.conf.IQN, e.conf.LUN
-			status.Source.Address, status.Destination.Address = e.conf.Source.Address, e.conf.Destination.Address
+	for _, e := range s.list() {
+		if e.name == name {
+			status.IQN, status.LUN = e.settings().IQN, e.settings().LUN
+			status.Source.Address, status.Destination.Address = e.settings().Source.Address, e.settings().Destination.Address
 			return status, e.isGone()
 		}
 	}

@@ -23,6 +23,9 @@ func (s *Service) handler() http.Handler {
 	mux.HandleFunc("GET /v1/service", s.answer(func(r *http.Request) (any, error) {
 		return s.Info(), nil
 	}))
+	mux.HandleFunc("POST /v1/reload", s.answer(func(r *http.Request) (any, error) {
+		return s.Reload(s.running)
+	}))
 	mux.HandleFunc("GET /v1/volumes", s.answer(func(r *http.Request) (any, error) {
 		return s.Statuses(), nil
 	}))
@@ -147,9 +150,9 @@ func (s *Service) wait(r *http.Request, e *entry) error {
 	case err == nil:
 		return nil
 	case s.running.Err() != nil:
-		return &Error{Failed, fmt.Sprintf("volume %s: the service stops; the wait for phase %s is over", e.conf.Name, phase)}
+		return &Error{Failed, fmt.Sprintf("volume %s: the service stops; the wait for phase %s is over", e.name, phase)}
 	case errors.Is(err, context.DeadlineExceeded):
-		text := fmt.Sprintf("volume %s: still %s after %s, not %s", e.conf.Name, e.status().Phase, r.URL.Query().Get("timeout"), phase)
+		text := fmt.Sprintf("volume %s: still %s after %s, not %s", e.name, e.status().Phase, r.URL.Query().Get("timeout"), phase)
 		if _, closed := e.open(); closed != nil {
 			text += ": " + oneLine(closed)
 		}
@@ -239,7 +242,7 @@ func (s *Service) answer(do func(*http.Request) (any, error)) http.HandlerFunc {
 
 func statusOf(kind Kind) int {
 	switch kind {
-	case Usage:
+	case Usage, Configuration:
 		return http.StatusBadRequest
 	case Unknown:
 		return http.StatusNotFound

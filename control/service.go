@@ -39,23 +39,32 @@ type Options struct {
 	// Version is shown by status and metrics.
 	Version string
 	Log     logrus.FieldLogger
+	// Reload, where it is set, has the configuration read again at each signal.
+	Reload <-chan os.Signal
 }
 
 // Service is a running lunshift: the target, the state and the volumes of one
 // configuration.
 type Service struct {
-	cfg     *conf.Config
 	version string
 	log     logrus.FieldLogger
 	since   time.Time
+	hangUp  <-chan os.Signal
 
 	socket  *socket
 	store   *state.Store
 	target  *target.Server
 	metrics net.Listener
 
-	entries []*entry
-	claims  claims
+	// reloading is held by one Reload at a time, and by release for good. Lock order: before
+	// mu and the locks of an entry.
+	reloading sync.Mutex
+	mu        sync.RWMutex // protects what follows; replaced whole, never changed in place
+	cfg       *conf.Config
+	entries   []*entry
+
+	redirecting sync.Mutex // one redirect at a time; before mu
+	claims      claims
 
 	// running ends when the service is asked to stop; steps of volumes run under it.
 	running context.Context
@@ -76,7 +85,7 @@ func LoadConfig(path string) (*conf.Config, error) {
 // array of a volume which was served before cannot be reached now: the others do
 // not wait for it, and Run tries it again and again.
 func New(ctx context.Context, cfg *conf.Config, o Options) (_ *Service, err error) {
-	s := &Service{cfg: cfg, version: o.Version, log: o.Log, since: time.Now()}
+	s := &Service{cfg: cfg, version: o.Version, log: o.Log, since: time.Now(), hangUp: o.Reload}
 	s.running, s.stop = context.WithCancel(context.Background())
 	defer func() {
 		if err != nil {
@@ -105,7 +114,7 @@ func New(ctx context.Context, cfg *conf.Config, o Options) (_ *Service, err erro
 		return nil, err
 	}
 	for _, v := range cfg.Volumes {
-		s.entries = append(s.entries, &entry{conf: v})
+		s.entries = append(s.entries, newEntry(v))
 	}
 	if err = s.openAll(ctx); err != nil {
 		return nil, err
@@ -149,6 +158,17 @@ func (s *Service) Run(ctx context.Context) error {
 		serve("metrics", metrics, s.metrics)
 	}
 	running.Go(s.reopen)
+	running.Go(func() {
+		for {
+			select {
+			case <-s.running.Done():
+				return
+			case <-s.hangUp:
+				// Logged there, and there is nobody else to tell.
+				_, _ = s.Reload(s.running)
+			}
+		}
+	})
 	s.announce()
 
 	var err error
@@ -158,14 +178,12 @@ func (s *Service) Run(ctx context.Context) error {
 	case err = <-failed: // logged by the caller, with what else goes wrong
 		s.log.Error("stopping: a part of the service failed")
 	}
-	if e := notify("STOPPING=1"); e != nil {
-		s.log.WithError(e).Warn("systemd was not told")
-	}
+	s.tell("STOPPING=1")
 	s.stop()
-	limit, cancel := context.WithTimeout(context.WithoutCancel(ctx), s.cfg.Service.ShutdownTimeout)
+	limit, cancel := context.WithTimeout(context.WithoutCancel(ctx), s.config().Service.ShutdownTimeout)
 	defer cancel()
 	if e := s.target.Shutdown(limit); errors.Is(e, context.DeadlineExceeded) {
-		err = errors.Join(err, fmt.Errorf("commands in flight did not end within shutdown_timeout (%s) and were cut off, not acknowledged", s.cfg.Service.ShutdownTimeout))
+		err = errors.Join(err, fmt.Errorf("commands in flight did not end within shutdown_timeout (%s) and were cut off, not acknowledged", s.config().Service.ShutdownTimeout))
 	} else if e != nil {
 		err = errors.Join(err, fmt.Errorf("stop the target: %w", e))
 	}
@@ -184,7 +202,7 @@ func (s *Service) Run(ctx context.Context) error {
 
 // Info is what the service says of itself.
 func (s *Service) Info() ServiceInfo {
-	info := ServiceInfo{Version: s.version, PID: os.Getpid(), Since: s.since, Config: s.cfg.Path}
+	info := ServiceInfo{Version: s.version, PID: os.Getpid(), Since: s.since, Config: s.config().Path}
 	for _, a := range s.target.Addrs() {
 		info.Portals = append(info.Portals, a.String())
 	}
@@ -197,7 +215,7 @@ func (s *Service) Info() ServiceInfo {
 // Statuses are all volumes but removed ones, in the order of the configuration.
 func (s *Service) Statuses() []proxy.Status {
 	all := []proxy.Status{}
-	for _, e := range s.entries {
+	for _, e := range s.list() {
 		if !e.isRemoved() {
 			all = append(all, e.status())
 		}
@@ -215,10 +233,11 @@ func (s *Service) Remove(ctx context.Context, name string) (RemoveReport, error)
 	if err != nil {
 		return report, err
 	}
-	if i := slices.IndexFunc(s.entries, func(e *entry) bool { return e.conf.Name == name }); i >= 0 {
+	entries := s.list()
+	if i := slices.IndexFunc(entries, func(e *entry) bool { return e.name == name }); i >= 0 {
 		report.Known = true
 		mark := state.Record{Volume: name, SourceID: record.SourceID, DestinationID: record.DestinationID, Phase: removed, CreatedAt: time.Now()}
-		report.Removed, err = s.entries[i].remove(ctx, mark)
+		report.Removed, err = entries[i].remove(ctx, mark)
 		if report.Removed {
 			s.claims.release(name)
 		}
@@ -236,9 +255,23 @@ func (s *Service) Remove(ctx context.Context, name string) (RemoveReport, error)
 	return report, err
 }
 
+// config is the configuration in effect.
+func (s *Service) config() *conf.Config {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	return s.cfg
+}
+
+// list is every volume, in the order of the configuration.
+func (s *Service) list() []*entry {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	return s.entries
+}
+
 func (s *Service) entry(name string) (*entry, error) {
-	for _, e := range s.entries {
-		if e.conf.Name == name && !e.isRemoved() {
+	for _, e := range s.list() {
+		if e.name == name && !e.isRemoved() {
 			return e, nil
 		}
 	}
@@ -247,9 +280,9 @@ func (s *Service) entry(name string) (*entry, error) {
 
 func (s *Service) unknown(name string) error {
 	names := []string{}
-	for _, e := range s.entries {
+	for _, e := range s.list() {
 		if !e.isRemoved() {
-			names = append(names, e.conf.Name)
+			names = append(names, e.name)
 		}
 	}
 	if len(names) == 0 {
@@ -265,22 +298,23 @@ func (s *Service) openAll(ctx context.Context) error {
 		return err
 	}
 	for _, r := range records {
-		configured := slices.ContainsFunc(s.cfg.Volumes, func(v conf.Volume) bool { return v.Name == r.Volume })
+		configured := slices.ContainsFunc(s.config().Volumes, func(v conf.Volume) bool { return v.Name == r.Volume })
 		if !configured && r.Phase != removed && proxy.Phase(r.Phase) != proxy.Ready {
-			s.log.Warnf("the state has volume %s in phase %s, which is not in %s: it is not served", r.Volume, r.Phase, s.cfg.Path)
+			s.log.Warnf("the state has volume %s in phase %s, which is not in %s: it is not served", r.Volume, r.Phase, s.config().Path)
 		}
 	}
-	failures := make([]error, len(s.entries))
+	entries := s.list()
+	failures := make([]error, len(entries))
 	var group errgroup.Group
 	group.SetLimit(openLimit)
-	for i, e := range s.entries {
+	for i, e := range entries {
 		group.Go(func() error {
 			err := s.openEntry(ctx, e)
 			if errors.Is(err, errRemoved) {
 				s.log.Warnf("not served: %v", err)
 				return nil
 			}
-			known := slices.ContainsFunc(records, func(r state.Record) bool { return r.Volume == e.conf.Name })
+			known := slices.ContainsFunc(records, func(r state.Record) bool { return r.Volume == e.name })
 			if err != nil && known && (errors.Is(err, lun.ErrUnavailable) || errors.Is(err, lun.ErrConflict)) {
 				s.log.WithError(err).Warnf("not served yet, tried again every %s", reopenInterval)
 				return nil
@@ -292,7 +326,7 @@ func (s *Service) openAll(ctx context.Context) error {
 	if err := group.Wait(); err != nil {
 		return err
 	}
-	for _, v := range s.cfg.Volumes {
+	for _, v := range s.config().Volumes {
 		s.redirect(v.IQN)
 	}
 	return errors.Join(failures...)
@@ -300,12 +334,28 @@ func (s *Service) openAll(ctx context.Context) error {
 
 // openEntry opens both units of a volume and takes it up from the state.
 func (s *Service) openEntry(ctx context.Context, e *entry) error {
-	volume, units, err := s.openVolume(ctx, e.conf)
+	e.opening.Lock()
+	defer e.opening.Unlock()
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	e.mu.Lock()
+	v, dropped, open := e.conf, e.dropped, e.volume != nil && !e.removed
+	e.giveUp = cancel
+	e.mu.Unlock()
+	if dropped || open {
+		return nil
+	}
+	volume, units, err := s.openVolume(ctx, v)
+	var known proxy.Status
+	if err != nil {
+		known = s.knownOf(v, err)
+	}
 	e.mu.Lock()
 	defer e.mu.Unlock()
+	e.giveUp = nil
 	e.failure, e.removed, e.unsure = err, errors.Is(err, errRemoved), errors.Is(err, errUnsure)
 	if err != nil {
-		e.known = s.knownOf(e.conf, err)
+		e.known, e.volume, e.units = known, nil, nil
 	} else {
 		e.volume, e.units = volume, units
 	}
@@ -357,6 +407,7 @@ func (s *Service) openVolume(ctx context.Context, v conf.Volume) (_ Volume, unit
 		SourceAddress: v.Source.Address, DestinationAddress: v.Destination.Address,
 		RegionSize: uint64(v.RegionSize), CopyDepth: v.Copy.Depth, CopyRate: uint64(v.Copy.Rate),
 		Overwrite: v.Overwrite, VerifySample: uint64(v.VerifySample), Autostart: v.Autostart,
+		Readback: v.Verify == conf.VerifyReadback, DestinationCache: proxy.Cache(v.DestinationCache),
 		Initiators: initiators(v), PortalGroups: v.PortalGroups, ReservationsByName: v.ReservationBy == conf.ByName,
 		Store: s.store, Target: s.target, Log: s.log, CutOver: func() { s.redirect(v.IQN) },
 	})
@@ -377,7 +428,7 @@ func (s *Service) reopen() {
 			return
 		case <-timer.C:
 		}
-		for _, e := range s.entries {
+		for _, e := range s.list() {
 			if _, err := e.open(); err == nil || e.isGone() {
 				continue
 			}
@@ -385,7 +436,10 @@ func (s *Service) reopen() {
 				s.log.WithError(err).Debug("not served yet")
 				continue
 			}
-			s.log.Infof("volume %s: its logical units are back, it is served", e.conf.Name)
+			if _, err := e.open(); err != nil {
+				continue // it was dropped meanwhile
+			}
+			s.log.Infof("volume %s: its logical units are back, it is served", e.name)
 		}
 	}
 }
@@ -393,20 +447,18 @@ func (s *Service) reopen() {
 // announce tells log and systemd that the service serves.
 func (s *Service) announce() {
 	info := s.Info()
-	fields := logrus.Fields{"portals": strings.Join(info.Portals, ","), "control": s.cfg.Service.Control}
+	fields := logrus.Fields{"portals": strings.Join(info.Portals, ","), "control": s.config().Service.Control}
 	if info.HTTP != "" {
 		fields["metrics"] = "http://" + info.HTTP + "/metrics"
 	}
-	s.log.WithFields(fields).Infof("lunshift %s serves %d of %d volume(s)", s.version, s.served(), len(s.entries))
-	if err := notify("READY=1"); err != nil {
-		s.log.WithError(err).Warn("systemd was not told")
-	}
+	s.log.WithFields(fields).Infof("lunshift %s serves %d of %d volume(s)", s.version, s.served(), len(s.list()))
+	s.tell("READY=1")
 }
 
 // served is how many volumes initiators find.
 func (s *Service) served() int {
 	n := 0
-	for _, e := range s.entries {
+	for _, e := range s.list() {
 		if v, err := e.open(); err == nil && !e.isRemoved() && v.Status().Phase != proxy.Cutover {
 			n++
 		}
@@ -420,9 +472,13 @@ func (s *Service) served() int {
 func (s *Service) release(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, closeLimit)
 	defer cancel()
-	errs := make([]error, len(s.entries))
+	// A reload that is under way ends soon, as running has ended; none begins any more.
+	s.reloading.Lock()
+	defer s.reloading.Unlock()
+	entries := s.list()
+	errs := make([]error, len(entries))
 	var group sync.WaitGroup
-	for i, e := range s.entries {
+	for i, e := range entries {
 		group.Go(func() { errs[i] = e.close(ctx) })
 	}
 	group.Wait()

@@ -492,6 +492,22 @@ func (v *Volume) Close() error { return v.Shutdown(context.Background()) }
 func (v *Volume) Shutdown(ctx context.Context) error {
 	v.step.Lock()
 	defer v.step.Unlock()
+	return v.shutdown(ctx)
+}
+
+// Withdraw is Shutdown of a volume that nobody is to serve any more. While data is being
+// moved it is refused: initiators would find the source, which is stale.
+func (v *Volume) Withdraw(ctx context.Context) error {
+	v.step.Lock()
+	defer v.step.Unlock()
+	if p := v.Phase(); p == Migrating || p == Synced {
+		return v.notAllowed("to drop it", "")
+	}
+	return v.shutdown(ctx)
+}
+
+// shutdown does what Shutdown says; the caller holds step.
+func (v *Volume) shutdown(ctx context.Context) error {
 	if v.Phase() == Cutover {
 		return nil
 	}

@@ -107,7 +107,7 @@ and the destination, and moves the first onto the second while initiators keep
 reading and writing.
 
 Exit codes: 0 done, 1 failed, 2 wrong usage (of serve also: a faulty configuration),
-3 not allowed in this phase, 130 interrupted.`,
+3 not allowed in this phase, 4 done but for what needs a restart, 130 interrupted.`,
 		SilenceUsage:      true,
 		SilenceErrors:     true,
 		CompletionOptions: cobra.CompletionOptions{HiddenDefaultCmd: true},
@@ -128,7 +128,7 @@ Exit codes: 0 done, 1 failed, 2 wrong usage (of serve also: a faulty configurati
 	flags.BoolVar(&a.json, "json", a.json, "write JSON to standard output")
 	root.MarkFlagsMutuallyExclusive("config", "control")
 	root.AddCommand(
-		a.serveCommand(), a.checkCommand(), a.startCommand(), a.statusCommand(),
+		a.serveCommand(), a.reloadCommand(), a.checkCommand(), a.startCommand(), a.statusCommand(),
 		a.pauseCommand(), a.resumeCommand(), a.throttleCommand(), a.waitCommand(),
 		a.verifyCommand(), a.cutoverCommand(), a.removeCommand(), a.breakFenceCommand(), a.demoCommand(), a.versionCommand(),
 	)
