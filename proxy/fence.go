@@ -232,7 +232,14 @@ func (v *Volume) unfence(ctx context.Context, u *unit) error {
 	}
 	ctx, cancel := context.WithTimeout(ctx, unfenceLimit)
 	defer cancel()
-	if err := f.Unfence(ctx, v.key); err != nil && !errors.Is(err, lun.ErrUnsupported) {
+	var err error
+	if d, ok := u.Device.(lun.Reachable); ok {
+		err = d.Unreachable() // nobody waits for an array that is gone
+	}
+	if err == nil {
+		err = f.Unfence(ctx, v.key)
+	}
+	if err != nil && !errors.Is(err, lun.ErrUnsupported) {
 		return fmt.Errorf("%s %s: its fence stays: give it up with lunshift break-fence %s --yes: %w", u.role, u.address, v.cfg.Name, err)
 	}
 	if u.fence() != FenceLocked {
@@ -265,13 +272,22 @@ func (v *Volume) checkOthers(ctx context.Context, ignore bool) error {
 
 // runGuard begins to look after the fences; the caller holds step.
 func (v *Volume) runGuard() {
+	v.goGuard(func(ctx context.Context) {
+		for v.untilNextLook(ctx) {
+			v.refence(ctx)
+		}
+	})
+}
+
+// goGuard has do run until it returns or stopGuard ends it; the caller holds step.
+func (v *Volume) goGuard(do func(context.Context)) {
 	ctx, cancel := context.WithCancel(context.Background())
 	g := &copying{ctx, cancel, make(chan struct{})}
 	v.guard = g
 	go func() {
 		defer close(g.done)
 		defer cancel()
-		v.lookAfterFences(ctx)
+		do(ctx)
 	}()
 }
 
@@ -284,34 +300,35 @@ func (v *Volume) stopGuard() {
 	}
 }
 
-func (v *Volume) lookAfterFences(ctx context.Context) {
+// untilNextLook waits until the fences are to be looked at; false says that ctx ended.
+func (v *Volume) untilNextLook(ctx context.Context) bool {
+	every := v.cfg.fenceEvery
+	if every == 0 {
+		every = fenceEvery
+	}
+	pause := time.NewTimer(min(fencePause, every))
+	defer pause.Stop()
+	select {
+	case <-pause.C:
+	case <-ctx.Done():
+		return false
+	}
 	var told [2]<-chan struct{}
 	for i, u := range v.units() {
 		if f, ok := u.Device.(lun.Fencer); ok {
 			told[i] = f.Disturbed()
 		}
 	}
-	every := v.cfg.fenceEvery
-	if every == 0 {
-		every = fenceEvery
+	round := time.NewTimer(every)
+	defer round.Stop()
+	select {
+	case <-round.C:
+	case <-told[0]:
+	case <-told[1]:
+	case <-ctx.Done():
+		return false
 	}
-	ticker := time.NewTicker(every)
-	defer ticker.Stop()
-	for {
-		select {
-		case <-ctx.Done():
-			return
-		case <-ticker.C:
-		case <-told[0]:
-		case <-told[1]:
-		}
-		v.refence(ctx)
-		select {
-		case <-ctx.Done():
-			return
-		case <-time.After(min(fencePause, every)):
-		}
-	}
+	return true
 }
 
 // refence takes again what was lost, unless somebody else has it: that is a fault until it
@@ -334,18 +351,40 @@ func (v *Volume) refence(ctx context.Context) {
 }
 
 // release gives both fences up after the cutover was recorded. It returns once the
-// destination is free, for initiators go there next; the channel tells when the source is,
-// which may be gone for good.
+// destination is free, for initiators go there next. The source may be gone for good, so
+// the channel is closed when that was tried once; what failed is tried again until
+// stopGuard. The caller holds step.
 func (v *Volume) release(ctx context.Context) <-chan struct{} {
-	done := make(chan struct{})
-	errs := make([]error, 2)
-	errs[0] = v.unfence(ctx, v.destination)
-	go func() {
-		defer close(done)
-		errs[1] = v.unfence(ctx, v.source)
-		v.released(ctx, errs)
-	}()
-	return done
+	err := v.unfence(ctx, v.destination)
+	tried := make(chan struct{})
+	v.goGuard(func(ctx context.Context) {
+		pending := []*unit{v.source}
+		if err != nil {
+			pending = append(pending, v.destination)
+		}
+		for first := true; ; first = false {
+			var errs []error
+			var left []*unit
+			for _, u := range pending {
+				failed := err
+				if !first || u == v.source {
+					failed = v.unfence(ctx, u)
+				}
+				if failed != nil {
+					errs, left = append(errs, failed), append(left, u)
+				}
+			}
+			pending = left
+			v.released(ctx, errs)
+			if first {
+				close(tried)
+			}
+			if len(errs) == 0 || !v.untilNextLook(ctx) {
+				return
+			}
+		}
+	})
+	return tried
 }
 
 // released notes that the fences are given up, or what failed.

@@ -437,7 +437,7 @@ func (v *Volume) Cutover(ctx context.Context, o CutoverOptions) error {
 	}
 	v.stopGuard()
 	released := v.release(ctx)
-	defer func() { <-released }()
+	defer func() { <-released }() // as far as it can be reached
 	if v.cfg.CutOver != nil {
 		v.cfg.CutOver()
 	}
@@ -478,6 +478,7 @@ func (v *Volume) Remove(ctx context.Context, instead ...state.Record) error {
 	if v.Phase() != Cutover {
 		return v.notAllowed("remove", "only a volume that is cut over can be forgotten")
 	}
+	v.stopGuard()
 	if err := v.cfg.Store.Forget(v.cfg.Name, instead...); err != nil {
 		return v.errorf("forget its state: %w", err)
 	}
@@ -508,6 +509,7 @@ func (v *Volume) Withdraw(ctx context.Context) error {
 
 // shutdown does what Shutdown says; the caller holds step.
 func (v *Volume) shutdown(ctx context.Context) error {
+	v.stopGuard() // the fences stay
 	if v.Phase() == Cutover {
 		return nil
 	}
@@ -515,7 +517,6 @@ func (v *Volume) shutdown(ctx context.Context) error {
 		return nil
 	}
 	v.closed = true
-	v.stopGuard() // the fences stay
 	err := v.cfg.Target.RemoveUnit(v.cfg.IQN, v.cfg.LUN)
 	err = errors.Join(err, v.stopCopier(ctx))
 	v.gate.close()

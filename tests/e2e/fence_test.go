@@ -263,6 +263,36 @@ func TestRegisteredHostsKeepAStartBack(t *testing.T) {
 	s.stop()
 }
 
+// TestFencesOfACutoverThatWasCutShortAreGivenUp: the service is killed when the cutover is
+// recorded and the old array, which does not answer, still fenced.
+func TestFencesOfACutoverThatWasCutShortAreGivenUp(t *testing.T) {
+	p := fencedPair(t)
+	s := newService(t, p.volume("db01"))
+	s.start()
+	s.run("start", "db01")
+	s.run("wait", "db01", "--for", "synced", "--timeout", "60s")
+	must(t, p.old.Stop())
+	ended := make(chan result, 1)
+	go func() { ended <- s.try("cutover", "db01", "--no-verify") }()
+	s.untilLog("phase cutover", 1)
+	s.kill()
+	<-ended
+	must(t, p.old.Continue())
+	if got := goesRound(t, direct(t, p.old, 1)); got != conflict {
+		t.Errorf("killed: a write to the old LUN: status %02Xh", got)
+	}
+	s.start()
+	for n, a := range []*array{p.old, p.new} {
+		if got := goesRound(t, direct(t, a, byte(2+n))); got != written {
+			t.Errorf("back again: a write to %s: status %02Xh", a.iqn, got)
+		}
+	}
+	if st := s.status("db01"); st.Phase != "cutover" || st.Degraded {
+		t.Errorf("back again: %+v", st)
+	}
+	s.stop()
+}
+
 func TestCheckWarnsOfUnitsWithoutReservations(t *testing.T) {
 	s := newService(t, files(t))
 	if r := s.try("check"); r.code != done || strings.Contains(r.stdout+r.stderr, "no persistent reservations") {
