@@ -36,7 +36,8 @@ bench: build      ## lunshift against tgtd, istgt, gotgt and qemu-img, as ratios
 	sh tests/install.sh bench
 	go run ./tests/bench -o docs/performance.md
 
-torture: tools    ## crashes in every phase, at least 200 and for DURATION, every block checked (SEED, DURATION=10m)
+torture: tools    ## arrays that misbehave for long; crashes in every phase, at least 200 and for DURATION, every block checked (SEED, DURATION=10m)
+	@LUNSHIFT_TORTURE=$(DURATION) go test -C tests/e2e -run '^TestBackEndFaults' -count 1 -timeout 1h
 	@LUNSHIFT_TORTURE=$(DURATION) LUNSHIFT_TORTURE_SEED=$(SEED) go test -C tests/torture -count 1 -timeout 24h
 
 conformance: tools build ## libiscsi's suite against lunshift in every phase and against tgtd

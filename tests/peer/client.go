@@ -1,6 +1,7 @@
 package peer
 
 import (
+	"cmp"
 	"context"
 	"encoding/binary"
 	"errors"
@@ -31,7 +32,7 @@ const (
 	verificationRead = 256 << 10
 )
 
-// Patience is how long a Host sends a command again that is not taken.
+// Patience is how long a Host sends a command again that is not taken, unless it says otherwise.
 const Patience = 30 * time.Second
 
 var (
@@ -49,6 +50,8 @@ type Host struct {
 	// Refused, unless nil, is told of each outcome after which the command is sent
 	// again, or fails. It is called by all who send.
 	Refused func(c *lun.Command)
+	// Patience is how long a command is sent again that is not taken.
+	Patience time.Duration
 }
 
 // Send sends a command until it is taken. Errors are ErrGone, ErrMiscompare, or what makes
@@ -66,7 +69,8 @@ func (h Host) Send(ctx context.Context, op, flags byte, lba uint64, blocks uint3
 		binary.BigEndian.PutUint64(c.CDB[2:], lba)
 		binary.BigEndian.PutUint32(c.CDB[10:], blocks)
 	}
-	for repeats, deadline := 0, time.Now().Add(Patience); ; repeats++ {
+	patience := cmp.Or(h.Patience, Patience)
+	for repeats, deadline := 0, time.Now().Add(patience); ; repeats++ {
 		if err := h.Do(ctx, &c); err != nil {
 			return fmt.Errorf("%w: %w", ErrGone, err)
 		}
@@ -98,7 +102,7 @@ func (h Host) Send(ctx context.Context, op, flags byte, lba uint64, blocks uint3
 			return fmt.Errorf("status %02Xh", c.Status)
 		}
 		if time.Now().After(deadline) {
-			return fmt.Errorf("%w: not taken for %v, status %02Xh", ErrGone, Patience, c.Status)
+			return fmt.Errorf("%w: not taken for %v, status %02Xh", ErrGone, patience, c.Status)
 		}
 		select {
 		case <-ctx.Done():
