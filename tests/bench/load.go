@@ -25,6 +25,7 @@ type work struct {
 	Depth      int // I/Os in flight on each session
 	Sessions   int // 0 is 1
 	Digests    bool
+	Within     uint64 // the bytes from the beginning of the unit that it keeps to; 0 is all
 }
 
 func (w work) String() string {
@@ -128,6 +129,9 @@ func burst(ctx context.Context, devs []lun.Device, w work, span time.Duration, a
 	info := devs[0].Info()
 	perIO := uint64(w.Bytes) / uint64(info.BlockSize)
 	slots := info.Blocks / perIO
+	if w.Within > 0 {
+		slots = min(slots, w.Within/uint64(w.Bytes))
+	}
 	deadline := time.Now().Add(span)
 	var mu sync.Mutex // protects all, next and fault
 	var fault error

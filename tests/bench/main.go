@@ -45,7 +45,7 @@ func run() error {
 		}
 	}
 	short := flag.Bool("short", false, "one short round of each")
-	only := flag.String("only", "", "comma-separated parts to run: target, files, perf, arrays, slow, copy")
+	only := flag.String("only", "", "comma-separated parts to run: target, files, perf, arrays, first, slow, copy")
 	dir := flag.String("dir", "/dev/shm", "where the LUNs' files are; about 3 GiB")
 	state := flag.String("state", os.TempDir(), "where lunshift's state is; a disk, as in service")
 	output := flag.String("o", "", "a Markdown file to write the tables to, between its lines <!-- bench --> and <!-- /bench -->")
@@ -78,7 +78,7 @@ func run() error {
 	for _, part := range []struct {
 		name string
 		run  func() error
-	}{{"target", b.target}, {"files", b.files}, {"perf", b.perf}, {"arrays", b.arrays}, {"slow", b.slowArrays}, {"copy", b.copies}} {
+	}{{"target", b.target}, {"files", b.files}, {"perf", b.perf}, {"arrays", b.arrays}, {"first", b.firstWrites}, {"slow", b.slowArrays}, {"copy", b.copies}} {
 		if *only != "" && !strings.Contains(","+*only+",", ","+part.name+",") {
 			continue
 		}

@@ -257,24 +257,10 @@ func (b *bench) arrays() error {
 	if err := measure(first, shallow[2:], a.new, a.pids[1]); err != nil {
 		return err
 	}
-	if err := b.writeAll(a.through.unit); err != nil {
+	if err := b.fill(a.through.unit, unitSize); err != nil {
 		return err
 	}
 	return measure("synced, rewrites", shallow, a.new, a.pids[1])
-}
-
-// writeAll writes every block of a unit once.
-func (b *bench) writeAll(unit peer.LUN) error {
-	shell, err := unit.Shell(b.ctx)
-	if err != nil {
-		return err
-	}
-	for at := uint64(0); at < unitSize; at += mib {
-		if _, err := shell.Do(b.ctx, peer.Write(0x55, at, mib)); err != nil {
-			return errors.Join(err, shell.Close())
-		}
-	}
-	return shell.Close()
 }
 
 // slowArrays is the same with arrays of a disk's latency.

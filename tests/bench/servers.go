@@ -140,8 +140,9 @@ type gateway struct {
 
 const volumeName = "bench"
 
-// serve runs lunshift on a volume from source to destination, in phase ready.
-func (b *bench) serve(source, destination string) (*gateway, error) {
+// serve runs lunshift on a volume from source to destination, in phase ready, with more
+// lines in its table.
+func (b *bench) serve(source, destination string, more ...string) (*gateway, error) {
 	dir, err := b.subdir()
 	if err != nil {
 		return nil, err
@@ -154,8 +155,8 @@ func (b *bench) serve(source, destination string) (*gateway, error) {
 	const iqn = "iqn.2026-11.net.example.bench:lunshift"
 	text := fmt.Sprintf("[service]\nportals = [%q]\ncontrol = %q\nhttp = \"\"\nstate = %q\nlog_level = \"warn\"\n\n"+
 		"[service.limits]\nconnections = 2000\nconnections_per_address = 2000\nsessions_per_volume = 2000\n\n"+
-		"[[volume]]\nname = %q\niqn = %q\nlun = 1\nsource = %q\ndestination = %q\noverwrite = true\n",
-		portal, filepath.Join(dir, "control.sock"), filepath.Join(dir, "state"), volumeName, iqn, source, destination)
+		"[[volume]]\nname = %q\niqn = %q\nlun = 1\nsource = %q\ndestination = %q\noverwrite = true\n%s\n",
+		portal, filepath.Join(dir, "control.sock"), filepath.Join(dir, "state"), volumeName, iqn, source, destination, strings.Join(more, "\n"))
 	g := &gateway{b: b, config: filepath.Join(dir, "lunshift.toml")}
 	if err := os.WriteFile(g.config, []byte(text), 0o600); err != nil {
 		return nil, err
