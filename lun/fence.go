@@ -191,7 +191,7 @@ func (r *remote) Fence(ctx context.Context, key uint64) error {
 		r.fence.key.Store(old)
 	}
 	if errors.Is(err, ErrConflict) {
-		// What was registered before somebody else was faster does not stay.
+		// What was registered before it showed that somebody else was faster does not stay.
 		if e := r.drop(context.WithoutCancel(ctx), key); e != nil {
 			err = fmt.Errorf("%w; the registration under key %#016x stays: %w", err, key, e)
 		}
@@ -292,9 +292,7 @@ func (r *remote) take(ctx context.Context, key uint64, clean bool) (err error) {
 	}
 	switch {
 	case held.Type == 0:
-		if err = n.reserve(ctx, key); err == nil && clean {
-			err = n.preempt(ctx, key, key, false)
-		}
+		err = n.reserve(ctx, key)
 	case clean || held.Type != prWriteExclusiveRO:
 		err = n.preempt(ctx, key, key, false)
 	}

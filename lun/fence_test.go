@@ -142,9 +142,10 @@ func writes(t *testing.T, s *peer.Session) byte {
 }
 
 // reserveOut is a PERSISTENT RESERVE OUT of a host.
-func reserveOut(t *testing.T, s *peer.Session, action, kind byte, key, newKey uint64) {
+func reserveOut(t *testing.T, s *peer.Session, action, kind byte, key, newKey uint64, flags ...byte) {
 	t.Helper()
 	list := make([]byte, 24)
+	copy(list[20:], flags)
 	for i := range 8 {
 		list[i], list[8+i] = byte(key>>(56-8*i)), byte(newKey>>(56-8*i))
 	}
@@ -239,6 +240,71 @@ func TestFenceOfAnotherIsRefusedAndLeftAlone(t *testing.T) {
 		fine(t, err)
 		if held.Key != ourKey || len(held.Registrants) != 2 {
 			t.Errorf("after the second was refused: %+v", held)
+		}
+	})
+}
+
+// TestOfTwoFencesAtOnceOneIsTaken, and nothing of the other stays. Caught: a fence that
+// stays registered after it lost the race.
+func TestOfTwoFencesAtOnceOneIsTaken(t *testing.T) {
+	onArrays(t, func(t *testing.T, a fenced) {
+		devices, fences, keys := [2]lun.Device{}, [2]lun.Fencer{}, [2]uint64{ourKey, otherKey}
+		for i := range 2 {
+			devices[i], fences[i] = a.open(t, fmt.Sprint(i), 2)
+		}
+		raced := 0
+		for range 20 {
+			var errs [2]error
+			var group sync.WaitGroup
+			for i := range 2 {
+				group.Go(func() { errs[i] = fences[i].Fence(t.Context(), keys[i]) })
+			}
+			group.Wait()
+			won := 0
+			if errs[0] != nil {
+				won = 1
+			}
+			if errs[won] != nil || !errors.Is(errs[1-won], lun.ErrConflict) {
+				t.Fatalf("fences at once: %v", errs)
+			}
+			held, err := fences[won].Fenced(t.Context())
+			fine(t, err)
+			if held.Key != keys[won] || len(held.Others(keys[won])) > 0 {
+				t.Fatalf("%x won: %+v", keys[won], held)
+			}
+			if err := devices[1-won].WriteAt(t.Context(), make([]byte, 512), 0); !errors.Is(err, lun.ErrConflict) {
+				t.Errorf("a write of the other: %v", err)
+			}
+			raced += won
+			fine(t, fences[won].Unfence(t.Context(), keys[won]))
+		}
+		t.Logf("the second won %d times", raced)
+	})
+}
+
+// TestReturningSessionDoesNotJoinAnothersReservation, which would let it write. Caught: a
+// session that registers whoever holds the reservation.
+func TestReturningSessionDoesNotJoinAnothersReservation(t *testing.T) {
+	onArrays(t, func(t *testing.T, a fenced) {
+		if !a.persists {
+			t.Skip("the array forgets its reservations")
+		}
+		dev, f := a.open(t, "a/source", 2)
+		fine(t, f.Fence(t.Context(), ourKey))
+		const register, preempt, theirs, persist = 0, 4, 0xbad, 1
+		thief := a.host(t, 1)
+		reserveOut(t, thief, register, 0, 0, theirs, persist)
+		reserveOut(t, thief, preempt, 5, theirs, ourKey)
+		a.restart(t)
+		for range 4 {
+			if err := dev.WriteAt(t.Context(), make([]byte, 512), 0); !errors.Is(err, lun.ErrConflict) {
+				t.Fatalf("a write of a returning session: %v", err)
+			}
+		}
+		held, err := f.Fenced(t.Context())
+		fine(t, err)
+		if held.Key != theirs || len(held.Registrants) != 1 {
+			t.Errorf("held: %+v", held)
 		}
 	})
 }
