@@ -32,7 +32,8 @@ type backEndFault struct {
 }
 
 var shortFaults = []backEndFault{
-	{what: "gone for 1 s", fault: peer.Silent, lasts: time.Second},
+	{what: "gone for 1 s", fault: peer.Gone, lasts: time.Second},
+	{what: "silent for 1 s", fault: peer.Silent, lasts: time.Second},
 	{what: "refusing connections for 1 s", fault: peer.Refusing, lasts: time.Second},
 	{what: "BUSY for 1 s", fault: peer.Busy, lasts: time.Second},
 	{what: "TASK SET FULL for 1 s", fault: peer.TaskSetFull, lasts: time.Second},
@@ -46,7 +47,8 @@ var shortFaults = []backEndFault{
 	{what: "data at a wrong offset", fault: peer.Misplaced, lasts: time.Second},
 	{what: "data with a wrong number", fault: peer.Misnumbered, lasts: time.Second},
 	{what: "half the size for 1 s", fault: peer.Smaller, lasts: time.Second, refused: true},
-	{what: "gone for ever", fault: peer.Silent, impatient: true},
+	{what: "gone for ever", fault: peer.Gone, impatient: true},
+	{what: "silent for ever, then all comes late", fault: peer.Silent, impatient: true},
 	{what: "refusing connections for ever", fault: peer.Refusing, impatient: true},
 	{what: "BUSY for ever", fault: peer.Busy, impatient: true},
 	{what: "TASK SET FULL for ever", fault: peer.TaskSetFull, impatient: true},
@@ -54,13 +56,13 @@ var shortFaults = []backEndFault{
 
 // The long ones are for `make torture`.
 var longFaults = []backEndFault{
-	{what: "gone for 30 s", fault: peer.Silent, lasts: 30 * time.Second},
+	{what: "gone for 30 s", fault: peer.Gone, lasts: 30 * time.Second},
 	{what: "refusing connections for 30 s", fault: peer.Refusing, lasts: 30 * time.Second},
 	{what: "BUSY for 30 s", fault: peer.Busy, lasts: 30 * time.Second},
 	{what: "connection reset in mid-transfer for 30 s", fault: peer.Cutting, lasts: 30 * time.Second},
 	{what: "1 s per command for 30 s", fault: peer.Slow, lasts: 30 * time.Second},
 	{what: "half the size for 30 s", fault: peer.Smaller, lasts: 30 * time.Second, refused: true},
-	{what: "gone for 30 times io_timeout", fault: peer.Silent, lasts: 30 * time.Second, impatient: true},
+	{what: "gone for 30 times io_timeout", fault: peer.Gone, lasts: 30 * time.Second, impatient: true},
 	{what: "BUSY for 30 times io_timeout", fault: peer.Busy, lasts: 30 * time.Second, impatient: true},
 }
 
@@ -193,21 +195,24 @@ func (v *faultyVolume) live(t *testing.T) {
 	defer stop()
 	hosts := []peer.Host{v.dial("a"), v.dial("b")}
 	const share = beyond / faultyClients
-	for i := range faultyClients {
-		v.clients = append(v.clients, v.newClient(i, uint64(i)*share, share))
-	}
-	if v.fault == peer.BadBlock && v.side == "destination" {
-		c := v.newClient(faultyClients, badLBA-10, 20)
-		c.MayFail = badBlock
+	work := func(c *peer.Client) {
+		h := hosts[len(v.clients)%len(hosts)]
 		v.clients = append(v.clients, c)
+		running.Go(func() { c.Run(ctx, load, h) })
 	}
-	for i, c := range v.clients {
-		running.Go(func() { c.Run(ctx, load, hosts[i%len(hosts)]) })
+	for i := range faultyClients {
+		work(v.newClient(i, uint64(i)*share, share))
 	}
 	v.progress("before the fault", 10)
 
 	// The copier meets the fault at full speed.
 	v.strike(hosts[0], true, func() {
+		if v.fault == peer.BadBlock && v.side == "destination" {
+			// Its first writes of blocks meet the fault.
+			c := v.newClient(faultyClients, badLBA-10, 20)
+			c.MayFail = badBlock
+			work(c)
+		}
 		_, err := v.client.Throttle(ctx, v.name, 0)
 		must(t, err)
 	})

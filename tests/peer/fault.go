@@ -21,6 +21,8 @@ const (
 	// Silent: nothing comes through, either way, and no connection is refused. What was
 	// sent meanwhile comes when it is over, as TCP has it.
 	Silent
+	// Gone: the same, but what was sent meanwhile never comes.
+	Gone
 	// Refusing: connections are reset, new ones at once.
 	Refusing
 	// BadBlock: one block gives MEDIUM ERROR; of the writes that touch it every other one is
@@ -237,7 +239,7 @@ func (c *faultyConn) reset() {
 func (c *faultyConn) heard() bool {
 	for counted := false; ; counted = true {
 		f, _, over := c.p.now()
-		if f != Silent {
+		if f != Silent && f != Gone {
 			return true
 		}
 		if !counted {
@@ -246,6 +248,10 @@ func (c *faultyConn) heard() bool {
 		select {
 		case <-over:
 		case <-c.gone:
+			return false
+		}
+		if f == Gone {
+			c.reset()
 			return false
 		}
 	}
