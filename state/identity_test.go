@@ -19,16 +19,19 @@ func TestIdentityStaysAndIsTheStatesOwn(t *testing.T) {
 	}
 	dir := t.TempDir()
 	s := open(dir)
-	ids := make([]Identity, 8)
+	ids := make([]Identity, 32)
 	var group sync.WaitGroup
+	begin := make(chan struct{})
 	for i := range ids {
 		group.Go(func() {
+			<-begin
 			var err error
 			if ids[i], err = s.Identity(t.Context()); err != nil {
 				t.Error(err)
 			}
 		})
 	}
+	close(begin)
 	group.Wait()
 	for _, id := range ids {
 		if id != ids[0] || id == (Identity{}) {
