@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -55,6 +56,8 @@ type journal struct {
 	stuck func() error
 	// kick has the entries leave now.
 	kick func()
+
+	journaled, frames atomic.Uint64 // Stats
 
 	freed chan struct{} // holds a token when a segment was released
 	// synced, of tests, is called with the name of a segment that was synced.
@@ -186,6 +189,8 @@ func (j *journal) write(batch []*appending, size int) error {
 	if err := j.put(content, slots); err != nil {
 		return err
 	}
+	j.frames.Add(1)
+	j.journaled.Add(uint64(len(batch)))
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	for _, a := range batch {

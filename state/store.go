@@ -344,6 +344,8 @@ type Stats struct {
 	Commits, Requests uint64
 	// Failures counts transactions that failed.
 	Failures uint64
+	// Journaled counts what was put into the journal, Frames the syncs that took.
+	Journaled, Frames uint64
 	// FlagsSet counts the blocks of any kind whose flag was newly set.
 	FlagsSet uint64
 	// BitmapBytes is about how many bytes the bitmaps in memory take now, BitmapReads how
@@ -365,6 +367,7 @@ type Histogram struct {
 func (s *Store) Stats() Stats {
 	st := s.stats.snapshot()
 	st.BitmapBytes, st.BitmapReads = s.bitmaps.memory(), s.bitmaps.reads.Load()
+	st.Journaled, st.Frames = s.journal.journaled.Load(), s.journal.frames.Load()
 	return st
 }
 

@@ -80,6 +80,17 @@ func (m *Memory) Reopen() *Memory {
 	return m
 }
 
+// Clone is another device with what this one holds now, and with its identity.
+func (m *Memory) Clone() *Memory {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	c := &Memory{info: m.info, blocks: maps.Clone(m.blocks), counts: map[Op]int{}, resets: m.resets}
+	if c.stable = c.blocks; m.info.VolatileCache {
+		c.stable = maps.Clone(m.stable)
+	}
+	return c
+}
+
 // Allocated is how many blocks have storage.
 func (m *Memory) Allocated() uint64 {
 	m.mu.Lock()

@@ -1,0 +1,180 @@
+package proxy
+
+import (
+	"context"
+	"errors"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"lunshift/lun"
+	"lunshift/lun/luntest"
+	"lunshift/state"
+	"lunshift/target"
+)
+
+// stillRig is a rig whose copier stands still, and whose volume has started.
+func stillRig(t *testing.T) (*rig, *Volume) {
+	r := newRig(t, 1024)
+	fill(t, r.source, lun.Extent{Blocks: 1024}, 1)
+	must(t, r.source.Flush(t.Context()))
+	v := r.open(t)
+	must(t, v.Throttle(t.Context(), 1))
+	must(t, v.Start(t.Context()))
+	return r, v
+}
+
+// killed gives the rig as it is after the service was killed now; the old one goes on, on
+// devices of its own.
+func (r *rig) killed(t *testing.T) *rig {
+	t.Helper()
+	to := filepath.Join(t.TempDir(), "state")
+	if out, err := exec.Command("cp", "-r", "--sparse=always", r.dir, to).CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	os.Remove(filepath.Join(to, "badger", "LOCK"))
+	return &rig{dir: to, source: r.source.Clone(), destination: r.destination.Clone()}
+}
+
+// journaled waits until the state has taken n entries into its journal since before.
+func (r *rig) journaled(t *testing.T, before, n uint64) {
+	t.Helper()
+	for end := time.Now().Add(30 * time.Second); r.store.Stats().Journaled < before+n; time.Sleep(time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatal("nothing was journaled")
+		}
+	}
+}
+
+// At each instant of a first write a kill leaves the block as it was or as it was written,
+// and what was acknowledged stays. Caught: believing every intent shows garbage before the
+// write; believing none loses what was acknowledged.
+func TestAKillAtEachInstantOfAFirstWrite(t *testing.T) {
+	e := lun.Extent{Start: 500, Blocks: 3}
+	dirty := func(v *Volume) bool { return v.flags.All(state.Valid|state.Dirty, run(e)) }
+	for _, c := range []struct {
+		name   string
+		at     luntest.Op // where the kill comes; "" is after the answer
+		power  bool       // the destination loses its cache with it
+		expect uint64
+	}{
+		{"before the destination has it", luntest.Write, false, 1},
+		{"before it is flushed", luntest.Flush, false, 2},
+		{"before it is flushed, and the destination's power fails", luntest.Flush, true, 1},
+		{"after the answer", "", false, 2},
+		{"after the answer, and the destination's power fails", "", true, 2},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			r, v := stillRig(t)
+			defer r.close(t)
+			var after *rig
+			var armed atomic.Bool
+			before := r.store.Stats().Journaled
+			r.destination.Before = func(_ context.Context, op luntest.Op, _ lun.Extent) error {
+				if op == c.at && armed.CompareAndSwap(true, false) {
+					r.journaled(t, before, 1)
+					after = r.killed(t)
+				}
+				return nil
+			}
+			armed.Store(c.at != "")
+			fill(t, v, e, 2)
+			if c.at == "" {
+				after = r.killed(t)
+			}
+			if c.power {
+				after.destination.PowerLoss()
+			}
+			w := after.open(t)
+			defer after.close(t)
+			expect(t, w, e, c.expect)
+			if dirty(w) != (c.expect == 2) {
+				t.Fatalf("valid and dirty: %v", dirty(w))
+			}
+			expect(t, w, lun.Extent{Start: 497, Blocks: 3}, 1)
+			fill(t, w, e, 3)
+			after = after.killed(t)
+			w = after.open(t)
+			defer after.close(t)
+			expect(t, w, e, 3)
+		})
+	}
+}
+
+// Caught: without the wait for the flags of the first write its intent no longer matches
+// after the kill, and the acknowledged rewrite is gone.
+func TestARewriteRightAfterAFirstWriteSurvivesAKill(t *testing.T) {
+	r, v := stillRig(t)
+	defer r.close(t)
+	for i := range lun.LBA(20) {
+		fill(t, v, lun.Extent{Start: 100 + 8*i, Blocks: 8}, 2)
+		fill(t, v, lun.Extent{Start: 102 + 8*i, Blocks: 2}, 3)
+	}
+	after := r.killed(t)
+	w := after.open(t)
+	defer after.close(t)
+	for i := range lun.LBA(20) {
+		expect(t, w, lun.Extent{Start: 100 + 8*i, Blocks: 2}, 2)
+		expect(t, w, lun.Extent{Start: 102 + 8*i, Blocks: 2}, 3)
+		expect(t, w, lun.Extent{Start: 104 + 8*i, Blocks: 4}, 2)
+	}
+}
+
+// Caught: without the withdrawal the write that was answered with an error shows after the
+// restart.
+func TestAFirstWriteThatFailedDoesNotShowAfterAKill(t *testing.T) {
+	r, v := stillRig(t)
+	defer r.close(t)
+	broken := errors.New("flush broken")
+	var failing atomic.Bool
+	failing.Store(true)
+	r.destination.Before = func(_ context.Context, op luntest.Op, _ lun.Extent) error {
+		if op == luntest.Flush && failing.Load() {
+			return broken
+		}
+		return nil
+	}
+	e := lun.Extent{Start: 300, Blocks: 2}
+	if err := v.WriteAt(t.Context(), stamps(e, 2), e.Start); !errors.Is(err, broken) {
+		t.Fatal(err)
+	}
+	failing.Store(false)
+	expect(t, v, e, 1)
+	after := r.killed(t)
+	w := after.open(t)
+	defer after.close(t)
+	expect(t, w, e, 1)
+}
+
+// Nobody can tell whether a write was finished while the destination cannot be read there.
+func TestAVolumeIsNotServedWhileItsLastWritesCannotBeRead(t *testing.T) {
+	r, v := stillRig(t)
+	defer r.close(t)
+	e := lun.Extent{Start: 300, Blocks: 2}
+	fill(t, v, e, 2)
+	after := r.killed(t)
+	bad := &lun.SenseError{Key: 0x3, ASC: 0x11, LBA: 301, Valid: true}
+	after.destination.Before = func(_ context.Context, op luntest.Op, b lun.Extent) error {
+		if op == luntest.Read && !b.Intersect(e).Empty() {
+			return bad
+		}
+		return nil
+	}
+	store, err := state.Open(after.dir, state.Options{Log: quiet()})
+	must(t, err)
+	front, err := target.New(target.Config{Log: quiet()})
+	must(t, err)
+	cfg := v.cfg
+	cfg.Source, cfg.Destination, cfg.Store, cfg.Target = after.source, after.destination, store, front
+	if _, err := Open(t.Context(), cfg); !errors.Is(err, lun.ErrUnavailable) || !errors.Is(err, bad) {
+		t.Fatal(err)
+	}
+	must(t, store.Close())
+	after.destination.Before = nil
+	w := after.open(t)
+	defer after.close(t)
+	expect(t, w, e, 2)
+}
