@@ -160,11 +160,14 @@ func (b *bench) iscsiPerf(unit peer.LUN, seconds int) (rate, ios float64, err er
 	return rate, rate * min(time.Since(began).Seconds(), float64(seconds)), nil
 }
 
-// twoArrays are an old and a new LUN and the way to them through lunshift.
+// twoArrays are an old LUN and the way through lunshift to it and to a new one.
 type twoArrays struct {
-	through  *gateway
-	old, new peer.LUN
-	pids     [2]int // of the old and the new array
+	through *gateway
+	old     peer.LUN
+	// beside is another LUN of the new array: from the start on nobody but lunshift
+	// writes to the two that are migrated.
+	beside peer.LUN
+	pids   [2]int // of the old and the new array
 }
 
 const (
@@ -178,12 +181,17 @@ func (b *bench) migration(from, to string) (*twoArrays, error) {
 	if err != nil {
 		return nil, err
 	}
-	new, err := b.tgtd(newIQN, true, to)
+	beside, err := b.file("beside.img", unitSize, 0)
 	if err != nil {
 		return nil, err
 	}
-	a := &twoArrays{old: old.LUN(oldIQN, 1), new: new.LUN(newIQN, 1), pids: [2]int{old.PID(), new.PID()}}
-	a.through, err = b.serve(a.old.URL(), a.new.URL())
+	b.atEnd(func() error { return os.Remove(beside) })
+	new, err := b.tgtd(newIQN, true, to, beside)
+	if err != nil {
+		return nil, err
+	}
+	a := &twoArrays{old: old.LUN(oldIQN, 1), beside: new.LUN(newIQN, 2), pids: [2]int{old.PID(), new.PID()}}
+	a.through, err = b.serve(a.old.URL(), new.LUN(newIQN, 1).URL())
 	return a, err
 }
 
@@ -254,13 +262,16 @@ func (b *bench) arrays() error {
 	}
 	// The first write to a block after start is answered once its flag is on stable
 	// storage; later ones need none.
-	if err := measure(first, shallow[2:], a.new, a.pids[1]); err != nil {
+	if err := b.fill(a.beside, unitSize); err != nil {
+		return err
+	}
+	if err := measure(first, shallow[2:], a.beside, a.pids[1]); err != nil {
 		return err
 	}
 	if err := b.fill(a.through.unit, unitSize); err != nil {
 		return err
 	}
-	return measure("synced, rewrites", shallow, a.new, a.pids[1])
+	return measure("synced, rewrites", shallow, a.beside, a.pids[1])
 }
 
 // slowArrays is the same with arrays of a disk's latency.
