@@ -310,7 +310,7 @@ func TestReturningSessionDoesNotJoinAnothersReservation(t *testing.T) {
 }
 
 // TestFenceOutlivesAKilledProcess: the process that comes back has the key and the session
-// key of the one before.
+// key of the one before. Caught: registrations of dead sessions that stay.
 func TestFenceOutlivesAKilledProcess(t *testing.T) {
 	onArrays(t, func(t *testing.T, a fenced) {
 		dev, f := a.open(t, "a/source", 2)

@@ -21,7 +21,7 @@ type fenceArray struct {
 	key        uint64     // of the reservation
 	registered map[uint64]string
 	fail       error
-	calls      []string
+	failing    string // the call that fails
 }
 
 // fencePort is one service's way to an array.
@@ -38,9 +38,11 @@ func newFenceArray(blocks uint64) *fenceArray {
 func (a *fenceArray) do(what string, change func() error) error {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	a.calls = append(a.calls, what)
 	if a.fail != nil {
 		return a.fail
+	}
+	if a.failing == what {
+		return lun.ErrUnavailable
 	}
 	return change()
 }
@@ -228,8 +230,7 @@ func TestFencesAreHeldFromStartToCutover(t *testing.T) {
 	r.close(t)
 }
 
-// TestStartThatFailsHoldsNoFence. Caught: a start that gives back only what it took on the
-// destination.
+// TestStartThatFailsHoldsNoFence. Caught: a start that gives nothing back.
 func TestStartThatFailsHoldsNoFence(t *testing.T) {
 	for _, c := range []struct {
 		name string
@@ -260,6 +261,18 @@ func TestStartThatFailsHoldsNoFence(t *testing.T) {
 			r.close(t)
 		})
 	}
+	t.Run("the destination goes away", func(t *testing.T) {
+		r := newFencedRig(t)
+		v := r.open(t)
+		r.to.mu.Lock()
+		r.to.failing = "fence"
+		r.to.mu.Unlock()
+		if err := v.Start(t.Context()); !errors.Is(err, lun.ErrUnavailable) || v.Phase() != Ready {
+			t.Errorf("start: %v, phase %s", err, v.Phase())
+		}
+		r.wants(t, "start failed", false)
+		r.close(t)
+	})
 	t.Run("the record cannot be written", func(t *testing.T) {
 		r := newFencedRig(t)
 		v := r.open(t)
@@ -361,7 +374,8 @@ func TestLostFenceIsAFaultUntilItIsFree(t *testing.T) {
 	r.close(t)
 }
 
-// TestDisturbedFenceIsLookedAfterAtOnce rather than at the next round.
+// TestDisturbedFenceIsLookedAfterAtOnce rather than at the next round. Caught: a guard that
+// does not listen to the destination.
 func TestDisturbedFenceIsLookedAfterAtOnce(t *testing.T) {
 	r := newFencedRig(t)
 	r.cfg.fenceEvery = time.Hour
@@ -399,6 +413,7 @@ func TestFencesThatOutliveTheCutoverAreGivenUpLater(t *testing.T) {
 }
 
 // TestFenceOfAStartThatWasCutShortIsGivenUp: killed between the fences and the record.
+// Caught: an Open in phase ready that gives up nothing.
 func TestFenceOfAStartThatWasCutShortIsGivenUp(t *testing.T) {
 	r := newFencedRig(t)
 	v := r.open(t)

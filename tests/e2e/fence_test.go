@@ -264,7 +264,8 @@ func TestRegisteredHostsKeepAStartBack(t *testing.T) {
 }
 
 // TestFencesOfACutoverThatWasCutShortAreGivenUp: the service is killed when the cutover is
-// recorded and the old array, which does not answer, still fenced.
+// recorded and the old array, which does not answer, still fenced. Caught: an Open that
+// gives up nothing after the cutover.
 func TestFencesOfACutoverThatWasCutShortAreGivenUp(t *testing.T) {
 	p := fencedPair(t)
 	s := newService(t, p.volume("db01"))
