@@ -57,7 +57,7 @@ type Service struct {
 	LoginTimeout time.Duration
 	// IOTimeout is how long a command waits for an array that went away, 1 s to 1 h.
 	IOTimeout time.Duration
-	// ShutdownTimeout is how long a stop waits for commands in flight, 1 s to 10 min.
+	// ShutdownTimeout is how long a stop may take in all, 1 s to 10 min.
 	ShutdownTimeout time.Duration
 	Limits          Limits
 	// Discovery is what an initiator proves before it sees any target name; its zero

@@ -256,15 +256,18 @@ func openUnits(ctx context.Context, service conf.Service, v conf.Volume, log log
 	return source, destination, errors.Join(sourceErr, destinationErr)
 }
 
-// closeUnits closes the units that are open; the others are nil.
+// closeUnits closes the units that are open, at the same time, as an array that hangs takes
+// its time; the others are nil.
 func closeUnits(units []lun.Device) error {
-	var err error
-	for _, u := range units {
+	errs := make([]error, len(units))
+	var group sync.WaitGroup
+	for i, u := range units {
 		if u != nil {
-			err = errors.Join(err, u.Close())
+			group.Go(func() { errs[i] = u.Close() })
 		}
 	}
-	return err
+	group.Wait()
+	return errors.Join(errs...)
 }
 
 // claims tells which volume has which logical unit. Two addresses may lead to one

@@ -29,9 +29,14 @@ const (
 	// reopenInterval is the time between attempts at a volume whose array cannot
 	// be reached.
 	reopenInterval = 5 * time.Second
-	// closeLimit is how long a volume may take to come to rest once the target
-	// takes no more commands.
+	// closeLimit is how long a volume may take to come to rest where the service does not
+	// start.
 	closeLimit = 10 * time.Second
+	// Of shutdown_timeout restTime, but not more than half, is kept for what follows on the
+	// commands in flight: their aborts, the flags and the progress, and of it the last
+	// logoutTime, but not more than a quarter, for the logouts.
+	restTime   = 8 * time.Second
+	logoutTime = 2500 * time.Millisecond
 )
 
 // Options are what a Service needs beside its configuration.
@@ -90,7 +95,9 @@ func New(ctx context.Context, cfg *conf.Config, o Options) (_ *Service, err erro
 	defer func() {
 		if err != nil {
 			s.stop()
-			err = errors.Join(err, s.release(context.WithoutCancel(ctx)))
+			ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), closeLimit)
+			defer cancel()
+			err = errors.Join(err, s.release(ctx))
 		}
 	}()
 	if s.socket, err = listenSocket(cfg.Service.Control); err != nil {
@@ -180,24 +187,44 @@ func (s *Service) Run(ctx context.Context) error {
 	}
 	s.tell("STOPPING=1")
 	s.stop()
-	limit, cancel := context.WithTimeout(context.WithoutCancel(ctx), s.config().Service.ShutdownTimeout)
-	defer cancel()
-	if e := s.target.Shutdown(limit); errors.Is(e, context.DeadlineExceeded) {
-		err = errors.Join(err, fmt.Errorf("commands in flight did not end within shutdown_timeout (%s) and were cut off, not acknowledged", s.config().Service.ShutdownTimeout))
-	} else if e != nil {
-		err = errors.Join(err, fmt.Errorf("stop the target: %w", e))
+	all := s.config().Service.ShutdownTimeout
+	over := time.NewTimer(all)
+	defer over.Stop()
+	ended := make(chan error, 1)
+	go func() { ended <- s.shutDown(context.WithoutCancel(ctx), all, servers, &running) }()
+	select {
+	case e := <-ended:
+		err = errors.Join(err, e)
+	case <-over.C:
+		// Whoever called ends the process, which is as safe as a kill.
+		err = errors.Join(err, fmt.Errorf("the stop did not end within shutdown_timeout (%s): an array hangs; sessions are left as they are, and nothing that was acknowledged is lost", all))
 	}
-	for _, server := range servers {
-		if e := server.Shutdown(limit); e != nil {
-			err = errors.Join(err, e, server.Close())
-		}
-	}
-	running.Wait()
-	err = errors.Join(err, s.release(context.WithoutCancel(ctx)))
 	if err == nil {
 		s.log.Info("stopped")
 	}
 	return err
+}
+
+// shutDown brings all to rest within so much time, as far as arrays let it.
+func (s *Service) shutDown(ctx context.Context, all time.Duration, servers []*http.Server, running *sync.WaitGroup) error {
+	rest := min(restTime, all/2)
+	drain, cancel := context.WithTimeout(ctx, all-rest)
+	defer cancel()
+	ctx, cancel = context.WithTimeout(ctx, all-min(logoutTime, all/4))
+	defer cancel()
+	var err error
+	if e := s.target.Shutdown(drain); errors.Is(e, context.DeadlineExceeded) {
+		err = fmt.Errorf("commands in flight did not end within %s and were cut off, not acknowledged (shutdown_timeout is %s)", all-rest, all)
+	} else if e != nil {
+		err = fmt.Errorf("stop the target: %w", e)
+	}
+	for _, server := range servers {
+		if e := server.Shutdown(ctx); e != nil {
+			err = errors.Join(err, e, server.Close())
+		}
+	}
+	running.Wait()
+	return errors.Join(err, s.release(ctx))
 }
 
 // Info is what the service says of itself.
@@ -466,12 +493,10 @@ func (s *Service) served() int {
 	return n
 }
 
-// release gives everything up that New took, in the reverse order. Volumes have
-// closeLimit each, whatever the others do: one whose array hangs keeps no other
-// from writing its progress down.
+// release gives everything up that New took, in the reverse order. Volumes come to rest
+// until ctx ends, whatever the others do: one whose array hangs keeps no other from
+// writing its progress down. Then the arrays are logged out of, and the state is closed.
 func (s *Service) release(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(ctx, closeLimit)
-	defer cancel()
 	// A reload that is under way ends soon, as running has ended; none begins any more.
 	s.reloading.Lock()
 	defer s.reloading.Unlock()

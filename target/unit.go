@@ -18,7 +18,7 @@ import (
 type unit struct {
 	Unit
 	// rules are what of Unit may change: its Initiators and PortalGroups are not looked at.
-	rules atomic.Pointer[rules]
+	rules  atomic.Pointer[rules]
 	node   *node
 	info   lun.Info
 	shift  uint       // log2 of the block length

@@ -1,8 +1,11 @@
 package main
 
 import (
+	"errors"
+
 	"github.com/spf13/cobra"
 
+	"lunshift/conf"
 	"lunshift/control"
 )
 
@@ -19,6 +22,10 @@ is still served that the file has no more, 4 when settings count only after a re
 		Args: cobra.NoArgs,
 		RunE: func(c *cobra.Command, _ []string) error {
 			client, err := a.client()
+			var faults conf.Faults
+			if errors.As(err, &faults) {
+				return &control.Error{Kind: control.Configuration, Message: err.Error()}
+			}
 			if err != nil {
 				return err
 			}
