@@ -19,6 +19,7 @@ import (
 // stillRig is a rig whose copier stands still, and whose volume has started.
 func stillRig(t *testing.T) (*rig, *Volume) {
 	r := newRig(t, 1024)
+	r.settleDelay = time.Hour // so that the journal has what a kill leaves
 	fill(t, r.source, lun.Extent{Blocks: 1024}, 1)
 	must(t, r.source.Flush(t.Context()))
 	v := r.open(t)

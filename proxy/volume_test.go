@@ -33,7 +33,8 @@ type rig struct {
 	dir                 string
 	source, destination *luntest.Memory
 	cfg                 Config
-	bitmapMemory        uint64 // state.Options.BitmapMemory
+	bitmapMemory        uint64        // state.Options.BitmapMemory
+	settleDelay         time.Duration // state.Options.SettleDelay
 	store               *state.Store
 	vol                 *Volume
 }
@@ -60,7 +61,7 @@ type fataler interface {
 
 func (r *rig) open(t fataler) *Volume {
 	t.Helper()
-	store, err := state.Open(r.dir, state.Options{Log: quiet(), BitmapMemory: r.bitmapMemory})
+	store, err := state.Open(r.dir, state.Options{Log: quiet(), BitmapMemory: r.bitmapMemory, SettleDelay: r.settleDelay})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -282,6 +282,7 @@ func (f *Flags) Await(ctx context.Context, r Run) error {
 // settler takes notes from the journal into the database, many at a time.
 type settler struct {
 	store   *Store
+	delay   time.Duration
 	numbers atomic.Uint64 // of intents
 	wake    chan struct{} // holds a token when notes are to be settled now
 	some    chan struct{} // holds a token when there are notes again
@@ -294,9 +295,9 @@ type settler struct {
 	tried   chan struct{} // closed and replaced after each attempt
 }
 
-func newSettler(s *Store) *settler {
+func newSettler(s *Store, delay time.Duration) *settler {
 	return &settler{
-		store: s, wake: make(chan struct{}, 1), some: make(chan struct{}, 1), closing: make(chan struct{}),
+		store: s, delay: cmp.Or(delay, settleDelay), wake: make(chan struct{}, 1), some: make(chan struct{}, 1), closing: make(chan struct{}),
 		stopped: make(chan struct{}), tried: make(chan struct{}),
 	}
 }
@@ -383,12 +384,12 @@ func (t *settler) await(ctx context.Context, n *note) error {
 
 func (t *settler) run() {
 	defer close(t.stopped)
-	due := time.NewTimer(settleDelay)
+	due := time.NewTimer(t.delay)
 	defer due.Stop()
 	for closing := false; !closing; {
 		select {
 		case <-t.some:
-			due.Reset(settleDelay)
+			due.Reset(t.delay)
 			continue
 		case <-t.wake:
 		case <-due.C:
@@ -397,7 +398,7 @@ func (t *settler) run() {
 		}
 		t.settle()
 		if t.stuck() != nil {
-			due.Reset(settleDelay)
+			due.Reset(t.delay)
 		}
 	}
 }

@@ -85,6 +85,9 @@ type Options struct {
 	// all volumes together, in bytes; 0 is 64 MiB. The rest is read from the
 	// directory when it is asked for.
 	BitmapMemory uint64
+	// SettleDelay is how long what is journaled gathers before it goes into the database
+	// together; 0 is 100 ms.
+	SettleDelay time.Duration
 }
 
 // Store is an open state directory. All methods may be called concurrently.
@@ -202,7 +205,7 @@ func Open(dir string, opts Options) (_ *Store, err error) {
 		journal: journal,
 	}
 	s.freeMin.Store(minFree)
-	s.settler = newSettler(s)
+	s.settler = newSettler(s, opts.SettleDelay)
 	journal.free = s.checkFree
 	journal.stuck, journal.kick = s.settler.stuck, s.settler.now
 	c, err := newCommitter(s)
