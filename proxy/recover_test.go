@@ -22,8 +22,13 @@ func stillRig(t *testing.T) (*rig, *Volume) {
 	r.settleDelay = time.Hour // so that the journal has what a kill leaves
 	fill(t, r.source, lun.Extent{Blocks: 1024}, 1)
 	must(t, r.source.Flush(t.Context()))
+	r.source.Before = func(ctx context.Context, op luntest.Op, e lun.Extent) error {
+		if op == luntest.Read && e.Blocks > 16 { // the copier's
+			<-ctx.Done()
+		}
+		return ctx.Err()
+	}
 	v := r.open(t)
-	must(t, v.Throttle(t.Context(), 1))
 	must(t, v.Start(t.Context()))
 	return r, v
 }
@@ -37,7 +42,9 @@ func (r *rig) killed(t *testing.T) *rig {
 		t.Fatalf("%v: %s", err, out)
 	}
 	os.Remove(filepath.Join(to, "badger", "LOCK"))
-	return &rig{dir: to, source: r.source.Clone(), destination: r.destination.Clone()}
+	after := &rig{dir: to, source: r.source.Clone(), destination: r.destination.Clone(), settleDelay: r.settleDelay}
+	after.source.Before = r.source.Before
+	return after
 }
 
 // journaled waits until the state has taken n entries into its journal since before.
