@@ -20,8 +20,8 @@ import (
 // its address, and stops the cutover, through a crash as well, until somebody says that it
 // may be lost; then it reads as zeroes and all others are there.
 //
-// Caught: a copier that takes a block with MEDIUM ERROR for zeroes; a list of bad blocks that
-// is not kept over a restart.
+// Caught: a copier that takes a block with MEDIUM ERROR for one that was read; a cutover that
+// gives it up without being told; a list of bad blocks that is not kept over a restart.
 func TestUnreadableSourceBlockStopsTheCutoverUntilItIsAccepted(t *testing.T) {
 	peer.Need(t, "tgtd", "tgtadm")
 	ctx := t.Context()

@@ -19,7 +19,7 @@ type Fault int
 const (
 	Sound Fault = iota
 	// Silent: nothing comes through, either way, and no connection is refused. What was
-	// sent meanwhile comes when it is over, as TCP has it.
+	// sent meanwhile comes when it is over, as TCP has it, commands a while after new logins.
 	Silent
 	// Gone: the same, but what was sent meanwhile never comes.
 	Gone
@@ -51,6 +51,9 @@ const (
 	// Smaller: the unit has half of its size.
 	Smaller
 )
+
+// lateness is how long after Silent comes what was held back, but for logins.
+const lateness = 500 * time.Millisecond
 
 // slowness is what Slow adds to each command.
 const slowness = time.Second
@@ -235,24 +238,25 @@ func (c *faultyConn) reset() {
 	c.close()
 }
 
-// heard waits while the portal is silent; false says that it is not worth waiting.
-func (c *faultyConn) heard() bool {
-	for counted := false; ; counted = true {
+// heard waits while the portal is silent, and tells whether it was; not ok says that the
+// connection is gone.
+func (c *faultyConn) heard() (held, ok bool) {
+	for ; ; held = true {
 		f, _, over := c.p.now()
 		if f != Silent && f != Gone {
-			return true
+			return held, true
 		}
-		if !counted {
+		if !held {
 			c.p.hits.Add(1)
 		}
 		select {
 		case <-over:
 		case <-c.gone:
-			return false
+			return held, false
 		}
 		if f == Gone {
 			c.reset()
-			return false
+			return held, false
 		}
 	}
 }
@@ -263,8 +267,15 @@ func (c *faultyConn) requests() {
 	r.MaxData = 16 << 20
 	for {
 		h, data, err := next(r)
-		if err != nil || !c.heard() {
+		if err != nil {
 			return
+		}
+		held, ok := c.heard()
+		if !ok {
+			return
+		}
+		if held && h.Opcode() != iscsi.OpLoginRequest {
+			time.Sleep(lateness)
 		}
 		switch h.Opcode() {
 		case iscsi.OpSCSICommand:
@@ -557,7 +568,7 @@ func (c *faultyConn) deliver() {
 				return
 			}
 		}
-		if !c.heard() || d.pdu == nil {
+		if _, ok := c.heard(); !ok || d.pdu == nil {
 			return
 		}
 		if d.half {
