@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"strings"
 
 	"lunshift/conf"
 	"lunshift/lun"
@@ -86,8 +87,11 @@ func (r *VolumeReport) warnFences() {
 		role string
 		unit UnitReport
 	}{{"source", r.Source}, {"destination", r.Destination}} {
-		if side.unit.Fence.Means == "none" {
+		switch fence := side.unit.Fence; {
+		case fence.Means == "none":
 			r.Warnings = append(r.Warnings, fmt.Sprintf("volume %s: the %s has no persistent reservations: nothing keeps a host from writing to it behind the migration's back; take the access of all others away at the array", r.Name, side.role))
+		case fence.Means == "lock" && !strings.HasPrefix(side.unit.ID, "file:"):
+			r.Warnings = append(r.Warnings, fmt.Sprintf("volume %s: the %s is a block device, which is locked on this host alone: take the access of all other hosts away at the array", r.Name, side.role))
 		}
 	}
 }

@@ -65,6 +65,9 @@ func (n nexus) in(ctx context.Context, action byte) ([]byte, error) {
 		if length+8 <= uint64(len(p)) {
 			return p[8 : 8+length], nil
 		}
+		if len(p) < room {
+			return nil, fmt.Errorf("PERSISTENT RESERVE IN answered %d of %d bytes", len(p)-8, length)
+		}
 		if room == 0xffff {
 			return p[8:], nil // there is no more room in the CDB
 		}
@@ -75,8 +78,11 @@ func (n nexus) in(ctx context.Context, action byte) ([]byte, error) {
 // held is the reservation, without the registrants.
 func (n nexus) held(ctx context.Context) (Reservations, error) {
 	p, err := n.in(ctx, prReadReservation)
-	if err != nil || len(p) < 16 {
+	if err != nil || len(p) == 0 {
 		return Reservations{}, err
+	}
+	if len(p) < 16 {
+		return Reservations{}, fmt.Errorf("READ RESERVATION answered %d bytes", len(p))
 	}
 	return Reservations{Key: binary.BigEndian.Uint64(p), Type: p[13] & 0xf}, nil
 }
