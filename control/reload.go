@@ -267,7 +267,7 @@ func (s *Service) openSome(ctx context.Context, entries []*entry) []error {
 // waitsFor tells whether a volume that could not be opened is kept and tried again: its
 // migration was begun, and its array is away; or it was removed.
 func (s *Service) waitsFor(e *entry, err error) bool {
-	if errors.Is(err, errRemoved) {
+	if errors.Is(err, errRemoved) || isUnknown(err) {
 		return true
 	}
 	_, known, failure := s.store.Record(e.name)

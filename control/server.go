@@ -48,6 +48,7 @@ func (s *Service) handler() http.Handler {
 	}
 	mux.HandleFunc("POST /v1/volumes/{name}/start", s.answerVolume(s.start))
 	mux.HandleFunc("POST /v1/volumes/{name}/break-fence", s.answer(s.answerBreakFence))
+	mux.HandleFunc("POST /v1/volumes/{name}/adopt", s.answer(s.answerAdopt))
 	mux.HandleFunc("POST /v1/volumes/{name}/cutover", s.unlessGone(s.answerVolume(s.cutover)))
 	mux.HandleFunc("POST /v1/volumes/{name}/verify", s.answer(s.verify))
 	mux.HandleFunc("POST /v1/volumes/{name}/throttle", s.answerVolume(s.throttle))

@@ -341,6 +341,10 @@ func (s *Service) openAll(ctx context.Context) error {
 				s.log.Warnf("not served: %v", err)
 				return nil
 			}
+			if isUnknown(err) {
+				s.log.WithError(err).Error("not served")
+				return nil
+			}
 			known := slices.ContainsFunc(records, func(r state.Record) bool { return r.Volume == e.name })
 			if err != nil && known && (errors.Is(err, lun.ErrUnavailable) || errors.Is(err, lun.ErrConflict)) {
 				s.log.WithError(err).Warnf("not served yet, tried again every %s", reopenInterval)
@@ -360,7 +364,7 @@ func (s *Service) openAll(ctx context.Context) error {
 }
 
 // openEntry opens both units of a volume and takes it up from the state.
-func (s *Service) openEntry(ctx context.Context, e *entry) error {
+func (s *Service) openEntry(ctx context.Context, e *entry, a ...*adoption) error {
 	e.opening.Lock()
 	defer e.opening.Unlock()
 	ctx, cancel := context.WithCancel(ctx)
@@ -372,7 +376,7 @@ func (s *Service) openEntry(ctx context.Context, e *entry) error {
 	if dropped || open {
 		return nil
 	}
-	volume, units, err := s.openVolume(ctx, v)
+	volume, units, err := s.openVolume(ctx, v, e, a...)
 	var known proxy.Status
 	if err != nil {
 		known = s.knownOf(v, err)
@@ -393,7 +397,7 @@ func (s *Service) openEntry(ctx context.Context, e *entry) error {
 	return err
 }
 
-func (s *Service) openVolume(ctx context.Context, v conf.Volume) (_ Volume, units []lun.Device, err error) {
+func (s *Service) openVolume(ctx context.Context, v conf.Volume, e *entry, a ...*adoption) (_ Volume, units []lun.Device, err error) {
 	needed, err := proxy.NeedsUnits(s.store, v.Name)
 	if err != nil {
 		return nil, nil, fmt.Errorf("volume %s: %w", v.Name, err)
@@ -428,7 +432,7 @@ func (s *Service) openVolume(ctx context.Context, v conf.Volume) (_ Volume, unit
 		}
 		defer func() { err = errors.Join(err, closeUnits([]lun.Device{source, destination})) }()
 	}
-	volume, err := proxy.Open(ctx, proxy.Config{
+	cfg := proxy.Config{
 		Name: v.Name, IQN: v.IQN, LUN: v.LUN,
 		Source: source, Destination: destination,
 		SourceAddress: v.Source.Address, DestinationAddress: v.Destination.Address,
@@ -437,7 +441,14 @@ func (s *Service) openVolume(ctx context.Context, v conf.Volume) (_ Volume, unit
 		Readback: v.Verify == conf.VerifyReadback, DestinationCache: proxy.Cache(v.DestinationCache),
 		Initiators: initiators(v), PortalGroups: v.PortalGroups, ReservationsByName: v.ReservationBy == conf.ByName,
 		Store: s.store, Target: s.target, Log: s.log, CutOver: func() { s.redirect(v.IQN) },
-	})
+	}
+	var volume *proxy.Volume
+	if needed {
+		err = s.adopt(ctx, cfg, e, a...)
+	}
+	if err == nil {
+		volume, err = proxy.Open(ctx, cfg)
+	}
 	if err != nil {
 		s.claims.release(v.Name)
 		return nil, nil, errors.Join(err, closeUnits(units))
@@ -456,7 +467,7 @@ func (s *Service) reopen() {
 		case <-timer.C:
 		}
 		for _, e := range s.list() {
-			if _, err := e.open(); err == nil || e.isGone() {
+			if _, err := e.open(); err == nil || e.isGone() || e.isUnknown() {
 				continue
 			}
 			if err := s.openEntry(s.running, e); err != nil {

@@ -218,15 +218,14 @@ func (v *Volume) takeUp(ctx context.Context, r state.Record, found bool) error {
 	if Phase(r.Phase) == Ready {
 		// Nothing is on disk yet that hangs on the units, so the configuration
 		// counts.
-		if found {
-			// The initiators' reservations stay with the unit that they know.
-			renew := v.cfg.Store.Renew
-			if r.SourceID != s.ID {
-				renew = v.cfg.Store.Forget
-			}
-			if err := renew(v.cfg.Name); err != nil {
-				return v.errorf("renew its state: %w", err)
-			}
+		// A rebuild that was cut short leaves flags without a record. The initiators'
+		// reservations stay with the unit that they know.
+		renew := v.cfg.Store.Renew
+		if found && r.SourceID != s.ID {
+			renew = v.cfg.Store.Forget
+		}
+		if err := renew(v.cfg.Name); err != nil {
+			return v.errorf("renew its state: %w", err)
 		}
 		rate := r.RateLimit
 		r = state.Record{

@@ -1,0 +1,71 @@
+package main
+
+import (
+	"fmt"
+
+	"github.com/spf13/cobra"
+
+	"lunshift/conf"
+	"lunshift/control"
+	"lunshift/proxy"
+)
+
+func (a *app) adoptCommand() *cobra.Command {
+	var o proxy.AdoptOptions
+	var rate, zeroes, different string
+	command := &cobra.Command{
+		Use:   "adopt VOLUME (--new | --rebuild)",
+		Short: "Say what a volume is that the state does not know",
+		Long: `Say what a volume is that is not served because the state knows nothing of it while its
+destination holds data. Either no migration of it was ever begun (--new): the source is
+served. Or one was, and its state is lost: the source is stale, and --rebuild compares every
+block of both LUNs to make the flags anew. Prefer to put the state directory back.
+
+--rebuild takes equal blocks for copied. Blocks that differ and hold data on the
+destination are taken from there, as initiators wrote them (--different=source takes the
+source; with overwrite = true this must be said, for they may be older than the migration).
+Blocks that are zero on the destination alone were never copied, or initiators zeroed them:
+nobody can tell, so --zeroes=source or --zeroes=destination must say. Without an answer that is needed the
+places are listed, nothing changes, and the exit code is 1. Where the migration had been synced,
+--was-synced takes everything from the destination without comparing.
+
+The volume is served once all is done; it is then migrating. Interrupted, the rebuild ends
+and leaves nothing. It changes neither LUN.`,
+		Args: cobra.ExactArgs(1),
+		RunE: func(c *cobra.Command, args []string) error {
+			size, err := conf.ParseSize(rate)
+			if err != nil {
+				return control.Usagef("--rate: %v", err)
+			}
+			o.Rate, o.Zeroes, o.Different = uint64(size), proxy.Side(zeroes), proxy.Side(different)
+			if err := o.Check(); err != nil {
+				return control.Usagef("%v", err)
+			}
+			client, err := a.client()
+			if err != nil {
+				return err
+			}
+			report, err := client.Adopt(c.Context(), args[0], o)
+			if err != nil {
+				return err
+			}
+			if a.json {
+				err, a.reported = a.print(report), true
+			} else {
+				err = control.WriteAdopt(a.stdout, report)
+			}
+			if err == nil && report.Rebuild != nil && report.Rebuild.Undecided != "" {
+				err = &control.Error{Kind: control.Failed, Message: fmt.Sprintf("volume %s is not served: %s", args[0], report.Rebuild.Undecided)}
+			}
+			return err
+		},
+	}
+	flags := command.Flags()
+	flags.BoolVar(&o.New, "new", false, "no migration of it was begun")
+	flags.BoolVar(&o.Rebuild, "rebuild", false, "a migration was begun and its state is lost: make its flags anew by comparing both LUNs")
+	flags.BoolVar(&o.WasSynced, "was-synced", false, "with --rebuild: the migration was synced, so everything is on the destination")
+	flags.StringVar(&zeroes, "zeroes", "", "with --rebuild: `SIDE`, source or destination, of blocks that are zero on the destination alone")
+	flags.StringVar(&different, "different", "", "with --rebuild: `SIDE`, source or destination, of blocks that differ otherwise")
+	flags.StringVar(&rate, "rate", "0", "with --rebuild: bytes per second read of each side at most, such as 200MiB; 0 is no limit")
+	return command
+}
