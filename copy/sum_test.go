@@ -152,8 +152,8 @@ func (w *sumWorld) faulted() {
 	}
 }
 
-// Caught: without the check before the write the destination holds the scribble, at the
-// first run; the same where a region's sums are taken at the write and not at the read.
+// Caught: without the check before the write the destination holds the scribble, and as well
+// where the checksums are taken at the write and not at the read: at the first run each.
 func TestABufferScribbledBetweenReadAndWriteIsCopiedAgain(t *testing.T) {
 	for _, data := range []bool{true, false} {
 		w := newSumWorld(t)

@@ -18,8 +18,9 @@ func (i *initiator) named(t *testing.T, addr, name string, isid byte) *initiator
 	return i
 }
 
-// Caught: with the rules swapped and the sessions not told to look again, a session that was
-// let in to a second unit does not see it, and one that was shut out goes on writing.
+// Caught at the first run each: with the rules replaced and the sessions not made to look
+// again, one that was shut out of a unit goes on with it; with nobody dropped, who is not
+// admitted to any unit keeps the session.
 func TestAdmitChangesWhoSeesAUnitAndDisturbsNobodyElse(t *testing.T) {
 	const stays, leaves, comes = "iqn.2026-11.net.example:stays", "iqn.2026-11.net.example:leaves", "iqn.2026-11.net.example:comes"
 	list := func(names ...string) (all []Initiator) {
@@ -68,8 +69,10 @@ func TestAdmitChangesWhoSeesAUnitAndDisturbsNobodyElse(t *testing.T) {
 	}
 	a.good(tur, nil, 0)
 	a.lun = 1
-	if r := a.do(tur, nil, 0); r.status == 0 {
-		t.Error("a unit that admits the session no more takes its command")
+	for range 2 { // the first might be a unit attention
+		if r := a.do(tur, nil, 0); r.status == 0 {
+			t.Error("a unit that admits the session no more takes its command")
+		}
 	}
 	for _, bad := range []error{
 		s.Admit(iqn, 9, nil, nil), s.Admit(iqn, 0, nil, []uint16{0}), s.Admit(iqn, 0, []Initiator{{Name: ""}}, nil),

@@ -30,8 +30,9 @@ func notices(t *testing.T) (path string, next func() string) {
 	}
 }
 
-// Caught: with the volume's unit taken off and put back at each reload its sessions are new
-// ones; without RELOADING=1 systemd would take the reload for done at once.
+// Caught at the first run: without RELOADING=1 systemd would take the reload for done at once.
+// (Volumes that are opened anew by a reload are seen by control's
+// TestReloadLeavesSessionsOfOtherVolumesAlone.)
 func TestReloadUnderLoadAddsAVolumeAndTouchesNoOther(t *testing.T) {
 	path, notice := notices(t)
 	s, b, _, _ := stopping(t, "20s", "1MiB", "NOTIFY_SOCKET="+path)
