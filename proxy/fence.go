@@ -291,12 +291,19 @@ func (v *Volume) goGuard(do func(context.Context)) {
 	}()
 }
 
-// stopGuard ends it; the caller holds step.
-func (v *Volume) stopGuard() {
-	if v.guard != nil {
-		v.guard.cancel()
-		<-v.guard.done
+// stopGuard ends it and waits for it, or returns ctx's error when that ends first: an array
+// that hangs may hold it up for a moment. The caller holds step.
+func (v *Volume) stopGuard(ctx context.Context) error {
+	if v.guard == nil {
+		return nil
+	}
+	v.guard.cancel()
+	select {
+	case <-v.guard.done:
 		v.guard = nil
+		return nil
+	case <-ctx.Done():
+		return v.errorf("who looks after the fences did not stop: %w", ctx.Err())
 	}
 }
 

@@ -435,7 +435,9 @@ func (v *Volume) Cutover(ctx context.Context, o CutoverOptions) error {
 	case err != nil:
 		return v.errorf("cutover undone, still %s: %w", v.Phase(), err)
 	}
-	v.stopGuard()
+	if err := v.stopGuard(ctx); err != nil {
+		return v.errorf("cut over, but the fences stay until the service is started again: %w", err)
+	}
 	released := v.release(ctx)
 	defer func() { <-released }() // as far as it can be reached
 	if v.cfg.CutOver != nil {
@@ -478,7 +480,9 @@ func (v *Volume) Remove(ctx context.Context, instead ...state.Record) error {
 	if v.Phase() != Cutover {
 		return v.notAllowed("remove", "only a volume that is cut over can be forgotten")
 	}
-	v.stopGuard()
+	if err := v.stopGuard(ctx); err != nil {
+		return err
+	}
 	if err := v.cfg.Store.Forget(v.cfg.Name, instead...); err != nil {
 		return v.errorf("forget its state: %w", err)
 	}
@@ -509,15 +513,15 @@ func (v *Volume) Withdraw(ctx context.Context) error {
 
 // shutdown does what Shutdown says; the caller holds step.
 func (v *Volume) shutdown(ctx context.Context) error {
-	v.stopGuard() // the fences stay
+	err := v.stopGuard(ctx) // the fences stay
 	if v.Phase() == Cutover {
-		return nil
+		return err
 	}
 	if v.closed {
 		return nil
 	}
 	v.closed = true
-	err := v.cfg.Target.RemoveUnit(v.cfg.IQN, v.cfg.LUN)
+	err = errors.Join(err, v.cfg.Target.RemoveUnit(v.cfg.IQN, v.cfg.LUN))
 	err = errors.Join(err, v.stopCopier(ctx))
 	v.gate.close()
 	if held := v.gate.hold(ctx); held != nil {
