@@ -126,7 +126,7 @@ func fenced(volume, role, address string, err error) error {
 	}
 	who := "shut down the hosts that still use it directly, or take it from them"
 	if isFenceKey(r.Key) {
-		who = "another lunshift, with another state directory, migrates it: end that migration, or if it is gone for good take it from it"
+		who = "another lunshift, or this one before its state directory was lost, migrates it: end that migration there, or if it is gone for good take it from it"
 	}
 	return &FencedError{fmt.Sprintf("%s %s is %v: %s (lunshift break-fence %s --yes)", role, address, r, who, volume), r}
 }
