@@ -80,6 +80,8 @@ func TestBusyDeviceAndUnitAttentionAreBorne(t *testing.T) {
 		func(c *fakeConn, h *iscsi.BHS) { c.check(h, senseUnitAttention, 0x3f, 0x0e) },
 		func(c *fakeConn, h *iscsi.BHS) { c.check(h, senseAborted, 0x47, 0) },
 		func(c *fakeConn, h *iscsi.BHS) { c.check(h, senseNotReady, 0x04, 0x01) },
+		func(c *fakeConn, h *iscsi.BHS) { c.check(h, senseNotReady, 0x04, 0x00) },
+		func(c *fakeConn, h *iscsi.BHS) { c.check(h, senseNotReady, 0x04, 0x0b) },
 		func(c *fakeConn, h *iscsi.BHS) { c.status(h, statusTaskAborted) },
 	}
 	var n atomic.Int32

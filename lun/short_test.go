@@ -4,6 +4,7 @@ import (
 	"errors"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"lunshift/iscsi"
 )
@@ -76,6 +77,30 @@ func TestWhatWasNotDoneWholeIsAskedForAgain(t *testing.T) {
 				t.Errorf("%d commands came in all", n)
 			}
 		})
+	}
+}
+
+// Caught: the sense handed up, on which Linux fails a command at once.
+func TestUnitThatStaysAwayIsUnavailableAfterTheTimeout(t *testing.T) {
+	f := newFakeTarget(t)
+	dev := f.open(Options{IOTimeout: 300 * time.Millisecond})
+	var came atomic.Int32
+	f.bend(func(c *fakeConn, h *iscsi.BHS, _ []byte) bool {
+		if h.Opcode() != iscsi.OpSCSICommand || h.CDB()[0] != opRead16 {
+			return false
+		}
+		came.Add(1)
+		c.check(h, senseNotReady, 0x04, 0x0c) // TARGET PORT IN UNAVAILABLE STATE
+		return true
+	})
+	began := time.Now()
+	err := dev.ReadAt(t.Context(), make([]byte, 512), 5)
+	var sense *SenseError
+	if !errors.Is(err, ErrUnavailable) || errors.As(err, &sense) {
+		t.Errorf("%v", err)
+	}
+	if waited := time.Since(began); waited < 300*time.Millisecond || came.Load() < 4 || came.Load() > 30 {
+		t.Errorf("%d commands in %v", came.Load(), waited)
 	}
 }
 

@@ -124,9 +124,10 @@ func (r *remote) judge(c *Command) error {
 			return &repeat{repeatAttention, sense}
 		case sense.Key == senseAborted:
 			return &repeat{repeatAborted, sense}
-		case sense.Key == senseNotReady && sense.ASC == 0x04 && (sense.ASCQ == 0x01 || sense.ASCQ == 0x0a):
-			// BECOMING READY, and the transitions of asymmetric access
-			return &repeat{repeatBusy, sense}
+		case sense.Key == senseNotReady && sense.ASC == 0x04 && sense.ASCQ != 0x02 && sense.ASCQ != 0x03:
+			// All that comes by itself, a controller that takes over among it (SPC-4
+			// 5.15); on some of these initiators give up at once, so they do not get it.
+			return &repeat{repeatBusy, fmt.Errorf("the device is not ready: %v", sense)}
 		case sense.Key == senseRecovered:
 			return c.whole()
 		case sense.Key == senseIllegalRequest && sense.ASC == 0x21:
