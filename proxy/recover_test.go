@@ -22,14 +22,21 @@ func stillRig(t *testing.T) (*rig, *Volume) {
 	r.settleDelay = time.Hour // so that the journal has what a kill leaves
 	fill(t, r.source, lun.Extent{Blocks: 1024}, 1)
 	must(t, r.source.Flush(t.Context()))
+	var still atomic.Int32
 	r.source.Before = func(ctx context.Context, op luntest.Op, e lun.Extent) error {
 		if op == luntest.Read && e.Blocks > 16 { // the copier's
+			still.Add(1)
 			<-ctx.Done()
 		}
 		return ctx.Err()
 	}
 	v := r.open(t)
 	must(t, v.Start(t.Context()))
+	for end := time.Now().Add(30 * time.Second); still.Load() < copyDepth; time.Sleep(time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatal("the copier does not read")
+		}
+	}
 	return r, v
 }
 

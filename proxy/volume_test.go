@@ -26,6 +26,7 @@ import (
 const (
 	testBlock  = 512
 	testRegion = 64 << 10 // bytes
+	copyDepth  = 4
 )
 
 // rig is a volume over two memory devices and a real store.
@@ -76,7 +77,7 @@ func (r *rig) open(t fataler) *Volume {
 	if cfg.RegionSize == 0 {
 		cfg.RegionSize = testRegion
 	}
-	cfg.CopyDepth = 4
+	cfg.CopyDepth = copyDepth
 	cfg.Store, cfg.Target, cfg.Log = store, tgt, quiet()
 	if r.vol, err = Open(context.Background(), cfg); err != nil {
 		store.Close()
