@@ -15,6 +15,7 @@ const (
 	blankSample  = 64 << 10  // bytes at each place between
 	blankSamples = 128       // evenly spaced places between
 	blankStep    = 256 << 10 // bytes a read
+	blankExtents = 128       // allocated extents, of devices that tell, at whose beginning
 )
 
 // Check gives every reason for which a migration from source to destination is
@@ -43,7 +44,7 @@ func Check(ctx context.Context, source, destination lun.Device, overwrite bool) 
 		return refused, fmt.Errorf("look whether the destination is blank: %w", err)
 	}
 	if dirty {
-		refuse("destination is not blank: it holds data near byte %d (LBA %d): name a blank LUN, or set overwrite = true if its content may go",
+		refuse("destination is not blank: it holds data near byte %d (LBA %d): name a blank LUN, or set overwrite = true if its content may go; if a migration was begun and its state is lost, see lunshift adopt --rebuild",
 			uint64(at)*uint64(d.BlockSize), at)
 	}
 	return refused, nil
@@ -76,11 +77,42 @@ func findData(ctx context.Context, dev lun.Device) (at lun.LBA, found bool, err 
 	for i := range uint64(blankSamples) {
 		g.Go(func() error { return look(gctx, size/(blankSamples+1)*(i+1), blankSample) })
 	}
+	g.Go(func() error { return eachAllocated(gctx, dev, look) })
 	err = g.Wait()
 	if at, ok := err.(dataAt); ok {
 		return lun.LBA(at), true, nil
 	}
 	return 0, false, err
+}
+
+// eachAllocated has look read the beginning of the first extents that dev has storage for,
+// where it tells.
+func eachAllocated(ctx context.Context, dev lun.Device, look func(ctx context.Context, from, length uint64) error) error {
+	info := dev.Info()
+	if !info.ReportsAllocation {
+		return nil
+	}
+	looked := 0
+	for at, asked := lun.LBA(0), 0; uint64(at) < info.Blocks && looked < blankExtents && asked < 8*blankExtents; asked++ {
+		extents, err := dev.Extents(ctx, lun.Extent{Start: at, Blocks: info.Blocks - uint64(at)})
+		if err != nil {
+			return err
+		}
+		next := at
+		for _, e := range extents {
+			if next = e.End(); e.Allocated && looked < blankExtents {
+				looked++
+				if err := look(ctx, uint64(e.Start)*uint64(info.BlockSize), min(info.Bytes(e.Extent), blankSample)); err != nil {
+					return err
+				}
+			}
+		}
+		if next <= at {
+			return nil
+		}
+		at = next
+	}
+	return nil
 }
 
 // dataAt is where data was found; it travels as an error so that the other

@@ -10,6 +10,8 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+
+	"golang.org/x/sys/unix"
 )
 
 const (
@@ -153,8 +155,17 @@ func (h *head) journaled(frame uint64) error {
 	return h.write()
 }
 
+// write fails as well where the file is no longer in any directory: what is written to a
+// state that was removed is lost with the process.
 func (h *head) write() error {
 	b := h.encode()
+	var st unix.Stat_t
+	if err := unix.Fstat(int(h.file.Fd()), &st); err != nil {
+		return fmt.Errorf("stat %s: %w", headName, err)
+	}
+	if st.Nlink == 0 {
+		return errRemoved(h.dir)
+	}
 	if _, err := h.file.WriteAt(b[:], 0); err != nil {
 		return fmt.Errorf("write %s: %w", headName, reason(err))
 	}

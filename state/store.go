@@ -289,13 +289,22 @@ func (s *Store) shut(settled bool) error {
 	<-s.stopped
 	s.reading.Lock()
 	defer s.reading.Unlock()
-	err := s.db.Close()
-	if err != nil {
-		err = fmt.Errorf("state directory %s: close: %w", s.dir, err)
-	}
+	err := s.closeDatabase()
 	// What is stuck in the journal is taken over at the next Open.
 	clean := settled && err == nil && problem == nil
 	return errors.Join(err, s.journal.close(clean), s.head.close(), s.lock.release())
+}
+
+// closeDatabase leaves the database open where its directory was removed: it would try
+// for ever to write its tables there.
+func (s *Store) closeDatabase() error {
+	if _, err := os.Stat(filepath.Join(s.dir, badgerDir)); errors.Is(err, fs.ErrNotExist) {
+		return errRemoved(s.dir)
+	}
+	if err := s.db.Close(); err != nil {
+		return fmt.Errorf("state directory %s: close: %w", s.dir, err)
+	}
+	return nil
 }
 
 // Forget removes the record, the flags and the reservations of a volume; Flags of it
