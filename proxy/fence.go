@@ -75,9 +75,8 @@ func HasFences(store *state.Store, name string) (bool, error) {
 func isFenceKey(key uint64) bool { return key>>40 == fencePrefix }
 
 // CheckFence gives every reason, one line each, for which a unit cannot be fenced under
-// key, or for which the fence would not keep everybody out; registered leaves out those
-// who are registered without holding a reservation. It changes nothing. A device without
-// reservations has none.
+// key; with registered also those for which the fence would not keep everybody out. It
+// changes nothing. ErrUnsupported where the device has no reservations.
 func CheckFence(ctx context.Context, volume, role, address string, dev lun.Device, key uint64, registered bool) (refused []error, _ lun.Reservations, _ error) {
 	f, ok := dev.(lun.Fencer)
 	if !ok {
