@@ -244,7 +244,11 @@ func (f *Flags) journal(ctx context.Context, e *entry) error {
 	if f.gone.Load() {
 		return ErrForgotten
 	}
+	// A withdrawal leaves less to be settled, not more.
 	if e.kind != withdrawEntry {
+		if err := f.store.checkFree(); err != nil {
+			return err
+		}
 		if err := f.store.settler.room(ctx); err != nil {
 			return err
 		}

@@ -50,8 +50,6 @@ func segmentName(i int) string { return fmt.Sprintf("journal.%d", i) }
 // Open and Close.
 type journal struct {
 	head *head
-	// free fails where too little space is left to settle what is appended.
-	free func() error
 	// stuck is why entries do not leave the journal at the moment, nil while they do.
 	stuck func() error
 	// kick has the entries leave now.
@@ -71,6 +69,7 @@ type journal struct {
 	buffer   []byte
 
 	mu      sync.Mutex // guards all below
+	idle    *sync.Cond // signalled when nobody leads any more
 	waiting []*appending
 	led     bool
 	failed  error
@@ -144,6 +143,7 @@ func (j *journal) append(e *entry) error {
 		j.waiting[0].turn <- true
 	} else {
 		j.waiting, j.led = nil, false
+		j.idle.Broadcast()
 	}
 	return err
 }
@@ -173,9 +173,6 @@ func (j *journal) release(e *entry) {
 
 // write appends a frame of the batch, size bytes long.
 func (j *journal) write(batch []*appending, size int) error {
-	if err := j.free(); err != nil {
-		return err
-	}
 	slots := (size + slotSize - 1) / slotSize
 	if j.segments[j.current].next+slots > segmentSlots {
 		if err := j.turnOver(); err != nil {
@@ -340,6 +337,7 @@ func createJournal(dir string) error {
 // first. Nothing may be appended before begin.
 func openJournal(dir string, head *head) (_ *journal, entries [][]byte, err error) {
 	j := &journal{head: head, freed: make(chan struct{}, 1)}
+	j.idle = sync.NewCond(&j.mu)
 	defer func() {
 		if err != nil {
 			j.closeFiles()
@@ -467,14 +465,10 @@ func (j *journal) close(clean bool) error {
 // shut refuses appending from here on and waits for what is under way.
 func (j *journal) shut() {
 	j.mu.Lock()
+	defer j.mu.Unlock()
 	j.closed = true
-	led := j.led
-	j.mu.Unlock()
-	for led {
-		time.Sleep(time.Millisecond)
-		j.mu.Lock()
-		led = j.led
-		j.mu.Unlock()
+	for j.led {
+		j.idle.Wait()
 	}
 }
 

@@ -157,7 +157,14 @@ func TestNotesFailWhileTheDatabaseHasNoSpace(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	under, err := f.Intend(ctx, Sum{Run: Run{800, 8}})
+	if err != nil {
+		t.Fatal(err)
+	}
 	s.freeMin.Store(1 << 62)
+	if err := under.Withdraw(); err != nil {
+		t.Fatal(err)
+	}
 	if err := f.Note(ctx, Valid, Run{8, 8}); !errors.Is(err, ErrNoSpace) {
 		t.Fatal(err)
 	}

@@ -206,7 +206,6 @@ func Open(dir string, opts Options) (_ *Store, err error) {
 	}
 	s.freeMin.Store(minFree)
 	s.settler = newSettler(s, opts.SettleDelay)
-	journal.free = s.checkFree
 	journal.stuck, journal.kick = s.settler.stuck, s.settler.now
 	c, err := newCommitter(s)
 	if err != nil {
