@@ -163,8 +163,11 @@ func TestSecondServiceOnOnePairIsRefused(t *testing.T) {
 	}
 	second.fails(failed, []string{"db01", "not served"}, "start", "db01")
 	second.stop()
+	// One that never saw the pair: what lies on the destination is reason enough.
 	third := newService(t, p.volume("db01"))
-	third.serveFails("db01", "another lunshift", "break-fence")
+	third.start()
+	third.fails(failed, []string{"db01", "not served"}, "start", "db01")
+	third.stop()
 	if r := third.try("check"); r.code != failed || !strings.Contains(r.stdout+r.stderr, "another lunshift") {
 		t.Errorf("check of the third: exit code %d: %s%s", r.code, r.stdout, r.stderr)
 	}
