@@ -142,7 +142,20 @@ var errDropped = &Error{Unknown, "the volume was taken out of the configuration"
 // change takes the settings up that count at once, from what the file has now, and gives the
 // keys of those and of the others. A volume that is not open takes all of them.
 func (e *entry) change(to conf.Volume) (changed, restart []string, err error) {
-	e.opening.Lock()
+	e.mu.Lock()
+	same, rebuilt := len(e.conf.Changes(to)) == 0, isUnknown(e.failure)
+	if !same && !rebuilt && e.giveUp != nil {
+		e.giveUp() // by the old settings
+	}
+	e.mu.Unlock()
+	switch {
+	case same: // nothing to wait for
+		return nil, nil, nil
+	case !rebuilt:
+		e.opening.Lock()
+	case !e.opening.TryLock(): // a rebuild takes its time, and is not to be lost
+		return nil, nil, fmt.Errorf("volume %s: it is being adopted; reload again when that is over", e.name)
+	}
 	defer e.opening.Unlock()
 	e.mu.Lock()
 	defer e.mu.Unlock()

@@ -210,6 +210,16 @@ func TestReloadGoesOnWithoutAVolumeThatCannotBeOpened(t *testing.T) {
 	if report = f.reload(r); !slices.Equal(report.Added, []string{"b"}) || report.Err() != nil {
 		t.Errorf("report %+v", report)
 	}
+	// One that nobody knows is there to be adopted.
+	f.add("e", "")
+	unitFile(t, f.dir, "e.new", 8<<20, 1<<20)
+	if report = f.reload(r); len(report.Added) != 0 || len(report.Failed) != 1 || !strings.Contains(r.phases(t), "e ready") {
+		t.Errorf("report %+v, volumes %s", report, r.phases(t))
+	}
+	f.add("e", "copy = { depth = 2 }\n")
+	if report = f.reload(r); !slices.Equal(report.Changed, []string{"volume[e].copy.depth"}) || len(report.Failed) != 1 {
+		t.Errorf("report %+v", report)
+	}
 }
 
 // Caught: with every volume dropped and opened anew the session is another one, at the first
