@@ -236,7 +236,7 @@ func (c *committer) commit(ops []op, atomic bool) (err error) {
 		return c.failed
 	}
 	if err := c.checkFree(); err != nil {
-		return fmt.Errorf("state directory %s: %w", c.dir, err)
+		return err
 	}
 	for rest := ops; len(rest) > 0; {
 		var some bool

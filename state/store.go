@@ -238,7 +238,12 @@ func (s *Store) takeOver(entries [][]byte) error {
 }
 
 // checkFree fails with ErrNoSpace where too little is left to commit safely.
-func (s *Store) checkFree() error { return checkFree(s.dir, s.freeMin.Load()+s.tables.Load()) }
+func (s *Store) checkFree() error {
+	if err := checkFree(s.dir, s.freeMin.Load()+s.tables.Load()); err != nil {
+		return fmt.Errorf("state directory %s: %w", s.dir, err)
+	}
+	return nil
+}
 
 func openBadger(dir string, log logrus.FieldLogger) (db *badger.DB, err error) {
 	defer func() {
