@@ -33,7 +33,7 @@ type collector struct {
 	build, phase                             *prometheus.Desc
 	volume                                   []volumeMetric
 	unitUp, unitErrors                       *prometheus.Desc
-	commits, requests, failures, flags, sync *prometheus.Desc
+	commits, requests, failures, journaled, frames, flags, sync *prometheus.Desc
 }
 
 // volumeMetric is one number of a volume's status.
@@ -81,6 +81,8 @@ func newCollector(version string, statuses func() []proxy.Status, stats func() s
 		commits:    desc("state_commits_total", "Synced transactions of the state."),
 		requests:   desc("state_requests_total", "Requests that these transactions served."),
 		failures:   desc("state_failures_total", "Transactions of the state that failed."),
+		journaled:  desc("state_journal_entries_total", "First writes whose flags the journal took."),
+		frames:     desc("state_journal_syncs_total", "Syncs of the journal that they took."),
 		flags:      desc("state_flags_set_total", "Flags of logical blocks that were set."),
 		sync:       desc("state_commit_seconds", "Time of a transaction of the state, its sync included."),
 	}
@@ -88,7 +90,7 @@ func newCollector(version string, statuses func() []proxy.Status, stats func() s
 
 // Describe implements prometheus.Collector.
 func (c *collector) Describe(ch chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{c.build, c.phase, c.unitUp, c.unitErrors, c.commits, c.requests, c.failures, c.flags, c.sync} {
+	for _, d := range []*prometheus.Desc{c.build, c.phase, c.unitUp, c.unitErrors, c.commits, c.requests, c.failures, c.journaled, c.frames, c.flags, c.sync} {
 		ch <- d
 	}
 	for _, m := range c.volume {
@@ -118,6 +120,8 @@ func (c *collector) Collect(ch chan<- prometheus.Metric) {
 	send(c.commits, prometheus.CounterValue, float64(stats.Commits))
 	send(c.requests, prometheus.CounterValue, float64(stats.Requests))
 	send(c.failures, prometheus.CounterValue, float64(stats.Failures))
+	send(c.journaled, prometheus.CounterValue, float64(stats.Journaled))
+	send(c.frames, prometheus.CounterValue, float64(stats.Frames))
 	send(c.flags, prometheus.CounterValue, float64(stats.FlagsSet))
 	buckets, count := make(map[float64]uint64, len(stats.Latency.Bounds)), uint64(0)
 	for i, n := range stats.Latency.Counts {
