@@ -209,7 +209,7 @@ func (v *faultyVolume) live(t *testing.T) {
 		running.Go(func() { c.Run(ctx, load, h) })
 	}
 	span := uint64(share)
-	if v.fault == peer.Silent {
+	if v.fault == peer.Silent && v.side == "destination" {
 		span = 24 // so that what comes late finds something newer
 	}
 	for i := range faultyClients {
@@ -389,7 +389,14 @@ func (v *faultyVolume) strike(host peer.Host, harm bool, during func()) {
 	if harm {
 		v.until("the fault", func() bool { return v.portal.Hits() > 0 })
 	}
+	var probe sync.WaitGroup
 	if harm && v.impatient {
+		probe.Go(func() { // of a block that nobody has written, so that it is on the source
+			p := make([]byte, 512)
+			if err := host.Send(t.Context(), peer.OpRead16, 0, badLBA, 1, nil, p); err != nil || !v.o.Holds(p, badLBA, peer.Original) {
+				t.Errorf("read of block %d: %v", badLBA, err)
+			}
+		})
 		v.until("a refusal", func() bool {
 			v.mu.Lock()
 			defer v.mu.Unlock()
@@ -402,6 +409,7 @@ func (v *faultyVolume) strike(host peer.Host, harm bool, during func()) {
 	}
 	hits := v.portal.Hits()
 	v.portal.End()
+	probe.Wait()
 	v.settle()
 	was := v.outcomes()
 	for what := range was {
