@@ -30,9 +30,9 @@ type collector struct {
 	statuses func() []proxy.Status
 	stats    func() state.Stats
 
-	build, phase                             *prometheus.Desc
-	volume                                   []volumeMetric
-	unitUp, unitErrors                       *prometheus.Desc
+	build, phase                                                *prometheus.Desc
+	volume                                                      []volumeMetric
+	unitUp, unitErrors                                          *prometheus.Desc
 	commits, requests, failures, journaled, frames, flags, sync *prometheus.Desc
 }
 
