@@ -434,7 +434,7 @@ func TestThickDestinationOfLargeBlocksIsOverwrittenWhole(t *testing.T) {
 		}
 	}
 	v := openWith(t, source, destination)
-	v.cfg.Overwrite = true
+	v.settings.Overwrite = true
 	must(t, v.Start(ctx))
 	must(t, v.WriteAt(ctx, pattern(5), 100))
 	waitFor(t, v, Synced)
