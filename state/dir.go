@@ -270,7 +270,7 @@ func checkFree(dir string, need uint64) error {
 		return fmt.Errorf("free space: %w", err)
 	}
 	if free := st.Bavail * uint64(st.Bsize); free < need {
-		return fmt.Errorf("%w: %d MiB free, %d MiB needed: free some", ErrNoSpace, free>>20, need>>20)
+		return fmt.Errorf("%w: %d MiB free, %d MiB needed on the file system of %s: free some", ErrNoSpace, free>>20, need>>20, dir)
 	}
 	return nil
 }

@@ -170,12 +170,23 @@ func (b *bench) serve(source, destination string, more ...string) (*gateway, err
 	for deadline := time.Now().Add(20 * time.Second); ; time.Sleep(20 * time.Millisecond) {
 		err := g.command("status")
 		if err == nil {
-			return g, nil
+			return g, g.adopt()
 		}
 		if time.Now().After(deadline) {
 			return nil, fmt.Errorf("lunshift does not answer: %w", err)
 		}
 	}
+}
+
+// adopt says that the volume is new, where its destination holds data.
+func (g *gateway) adopt() error {
+	err := g.command("adopt", volumeName, "--new")
+	var exit *exec.ExitError
+	const known = 3 // the state knows it: the destination is blank
+	if errors.As(err, &exit) && exit.ExitCode() == known {
+		return nil
+	}
+	return err
 }
 
 // command runs one lunshift command against the gateway.

@@ -87,6 +87,7 @@ func TestMigrationThatCannotBeRightIsRefused(t *testing.T) {
 		s := newService(t, volume{name: "db01", source: source, destination: to.unit(3).URL(), more: "overwrite = true\n"})
 		s.run("check")
 		s.start()
+		s.run("adopt", "db01", "--new")
 		s.run("start", "db01")
 		s.run("cutover", "db01", "--wait")
 		s.stop()
