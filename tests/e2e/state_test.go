@@ -38,7 +38,8 @@ func (s *service) notServed(name string, words ...string) {
 // A migration whose state is lost is refused until it is rebuilt, whatever the
 // configuration says, and ends with every acknowledged block on the destination.
 //
-// Caught: a volume that the state does not know served in phase ready.
+// Caught: a volume that the state does not know opened all the same (here the fences of the
+// lost state keep it from being served; of files, TestStateRemovedUnderARunningService sees it).
 func TestLostStateIsRefusedAndRebuilt(t *testing.T) {
 	peer.Need(t, "tgtd", "tgtadm")
 	ctx := t.Context()
