@@ -39,7 +39,7 @@ func (s *service) notServed(name string, words ...string) {
 // configuration says, and ends with every acknowledged block on the destination.
 //
 // Caught: a volume that the state does not know opened all the same (here the fences of the
-// lost state keep it from being served; of files, TestStateRemovedUnderARunningService sees it).
+// lost state keep it from being served; of files, TestFirstUseOfADestinationThatIsNotBlank sees it).
 func TestLostStateIsRefusedAndRebuilt(t *testing.T) {
 	peer.Need(t, "tgtd", "tgtadm")
 	ctx := t.Context()
