@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"sync"
 
 	"lunshift/failpoint"
 	"lunshift/lun"
@@ -96,7 +97,8 @@ func (v *Volume) stateError(ctx context.Context, err error) error {
 }
 
 // writeIntended is a first write that does not wait for its flags: what the fresh blocks
-// are going to hold is made durable while they are written. After a crash the destination
+// are going to hold is made durable while they are written and flushed, or before where
+// there is nothing to flush. After a crash the destination
 // itself tells whether it has them (recover).
 func (v *Volume) writeIntended(ctx context.Context, e lun.Extent, fresh []state.Run, content []byte, do func(*unit) error) error {
 	bs := uint64(v.info.BlockSize)
@@ -106,14 +108,14 @@ func (v *Volume) writeIntended(ctx context.Context, e lun.Extent, fresh []state.
 		sums[i] = state.SumOf(r, content[at:at+r.Blocks*bs])
 	}
 	type outcome struct {
-		intent *state.Intent
+		intent intent
 		err    error
 	}
 	intended := make(chan outcome, 1)
 	go func() {
-		intent, err := v.flags.Intend(ctx, sums...)
+		i, err := v.flags.Intend(ctx, sums...)
 		failpoint.Here("write.intended")
-		intended <- outcome{intent, err}
+		intended <- outcome{i, err}
 	}()
 	err := v.writeStable(ctx, true, do)
 	if err == nil {
