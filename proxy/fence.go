@@ -51,7 +51,9 @@ func (e *FencedError) Error() string { return e.text }
 func (e *FencedError) Unwrap() error { return e.cause }
 
 // FenceKey is the reservation key of a volume: its own, and the same after a restart.
-func FenceKey(ctx context.Context, store *state.Store, volume string) (uint64, error) {
+func FenceKey(ctx context.Context, store interface {
+	Identity(context.Context) (state.Identity, error)
+}, volume string) (uint64, error) {
 	id, err := store.Identity(ctx)
 	if err != nil {
 		return 0, fmt.Errorf("volume %s: %w", volume, err)
@@ -147,7 +149,7 @@ func (v *Volume) openFences(ctx context.Context, r *state.Record) error {
 	if Phase(r.Phase) != Ready {
 		if !r.Fenced {
 			r.Fenced = true
-			if err := v.cfg.Store.PutRecords(ctx, *r); err != nil {
+			if err := v.store.PutRecords(ctx, *r); err != nil {
 				return v.errorf("write its state: %w", err)
 			}
 		}
@@ -412,7 +414,7 @@ func (v *Volume) saveReleased(ctx context.Context) error {
 	}
 	r := v.record
 	released(&r)
-	if err := v.cfg.Store.PutRecords(ctx, r); err != nil {
+	if err := v.store.PutRecords(ctx, r); err != nil {
 		return v.errorf("write its state: %w", err)
 	}
 	v.mu.Lock()

@@ -97,3 +97,20 @@ func (g *gate) release() {
 	close(g.held)
 	g.held, g.drained = nil, nil
 }
+
+// turn is a mutex that is held over writes to the state: who waits for it can give up.
+type turn chan struct{}
+
+func newTurn() turn { return make(turn, 1) }
+
+// take returns nil once the caller has the turn, which it must give back, or ctx's error.
+func (t turn) take(ctx context.Context) error {
+	select {
+	case t <- struct{}{}:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+func (t turn) give() { <-t }

@@ -85,8 +85,10 @@ func (l *ledger) Commit(ctx context.Context, copied []copier.Copied) error {
 			done = append(done, c.Extent)
 		}
 	}
-	l.commits.Lock()
-	defer l.commits.Unlock()
+	if err := l.commits.take(ctx); err != nil {
+		return err
+	}
+	defer l.commits.give()
 	l.mu.Lock()
 	for _, e := range slices.Concat(l.suspects, l.writing) {
 		done = lun.Subtract(done, e)

@@ -483,7 +483,7 @@ func (v *Volume) Remove(ctx context.Context, instead ...state.Record) error {
 	if err := v.stopGuard(ctx); err != nil {
 		return err
 	}
-	if err := v.cfg.Store.Forget(v.cfg.Name, instead...); err != nil {
+	if err := v.store.Forget(v.cfg.Name, instead...); err != nil {
 		return v.errorf("forget its state: %w", err)
 	}
 	return nil

@@ -2,14 +2,12 @@ package proxy
 
 import (
 	"context"
-
-	"lunshift/state"
 )
 
 // reservations keeps the persistent reservations of a volume's initiators in the state,
 // under the volume's name: they are the same in every phase.
 type reservations struct {
-	store  *state.Store
+	store  store
 	volume string
 }
 

@@ -70,6 +70,8 @@ type Config struct {
 	CutOver func()
 	// fenceEvery is the time between looks at the fences; 0 is 30 s.
 	fenceEvery time.Duration
+	// store takes the place of Store in tests.
+	store store
 
 	Store  *state.Store
 	Target *target.Server
@@ -84,7 +86,8 @@ type Volume struct {
 	source, destination *unit // nil in phase cutover after a restart
 	destinationFlush    *flusher
 	info                lun.Info
-	flags               *state.Flags
+	store               store
+	flags               flags
 	copier              *copier.Copier
 	before              copier.Progress // what earlier runs of the service did
 	throttle            *copier.Throttle
@@ -93,7 +96,7 @@ type Volume struct {
 	step    sync.Mutex    // one step of the lifecycle at a time
 	gate    gate          // every command of an initiator passes it
 	writes  lun.RangeLock // held over each change of blocks, whoever makes it
-	commits sync.Mutex    // held while flags of copied blocks are committed
+	commits turn          // held while flags of copied blocks, or the record, are committed
 
 	phase atomic.Value // Phase; assigned in lifecycle.go only
 
@@ -149,16 +152,21 @@ func Open(ctx context.Context, cfg Config) (*Volume, error) {
 	v := &Volume{
 		cfg:      cfg,
 		log:      cfg.Log.WithField("volume", cfg.Name),
+		store:    cfg.store,
+		commits:  newTurn(),
 		throttle: copier.NewThrottle(cfg.CopyRate),
 		changed:  make(chan struct{}),
 		faults:   make(map[string]string),
 		settings: cfg.settings(),
 	}
-	record, found, err := cfg.Store.Record(cfg.Name)
+	if v.store == nil {
+		v.store = stored{cfg.Store}
+	}
+	record, found, err := v.store.Record(cfg.Name)
 	if err != nil {
 		return nil, v.errorf("read its state: %w", err)
 	}
-	if v.key, err = FenceKey(ctx, cfg.Store, cfg.Name); err != nil {
+	if v.key, err = FenceKey(ctx, v.store, cfg.Name); err != nil {
 		return nil, err
 	}
 	if found && Phase(record.Phase) == Cutover {
@@ -220,9 +228,9 @@ func (v *Volume) takeUp(ctx context.Context, r state.Record, found bool) error {
 		// counts.
 		// A rebuild that was cut short leaves flags without a record. The initiators'
 		// reservations stay with the unit that they know.
-		renew := v.cfg.Store.Renew
+		renew := v.store.Renew
 		if found && r.SourceID != s.ID {
-			renew = v.cfg.Store.Forget
+			renew = v.store.Forget
 		}
 		if err := renew(v.cfg.Name); err != nil {
 			return v.errorf("renew its state: %w", err)
@@ -235,7 +243,7 @@ func (v *Volume) takeUp(ctx context.Context, r state.Record, found bool) error {
 			Phase:        string(Ready), Paused: r.Paused, RateLimit: rate, CreatedAt: time.Now(),
 		}
 	}
-	flags, err := v.cfg.Store.Flags(v.cfg.Name, state.Geometry{Blocks: r.Blocks, RegionBlocks: r.RegionBlocks})
+	flags, err := v.store.Flags(v.cfg.Name, state.Geometry{Blocks: r.Blocks, RegionBlocks: r.RegionBlocks})
 	if err != nil {
 		return v.errorf("load its flags: %w", err)
 	}
@@ -244,7 +252,7 @@ func (v *Volume) takeUp(ctx context.Context, r state.Record, found bool) error {
 		return err
 	}
 	if Phase(r.Phase) == Ready {
-		if err := v.cfg.Store.PutRecords(ctx, r); err != nil {
+		if err := v.store.PutRecords(ctx, r); err != nil {
 			return v.errorf("write its state: %w", err)
 		}
 	}
@@ -282,7 +290,7 @@ func (v *Volume) front() target.Unit {
 
 		Initiators: v.cfg.Initiators, PortalGroups: v.cfg.PortalGroups,
 		ReservationsByName: v.cfg.ReservationsByName,
-		Reservations:       reservations{v.cfg.Store, v.cfg.Name},
+		Reservations:       reservations{v.store, v.cfg.Name},
 	}
 }
 
@@ -409,8 +417,11 @@ func (v *Volume) rate() uint64 {
 // save writes the record as change leaves it, and keeps it once it is on stable
 // storage.
 func (v *Volume) save(ctx context.Context, change func(*state.Record)) error {
-	v.commits.Lock() // one save at a time, so that the last one on disk is the last one made
-	defer v.commits.Unlock()
+	// One save at a time, so that the last one on disk is the last one made.
+	if err := v.commits.take(ctx); err != nil {
+		return err
+	}
+	defer v.commits.give()
 	v.mu.Lock()
 	r := v.record
 	v.mu.Unlock()
@@ -421,7 +432,7 @@ func (v *Volume) save(ctx context.Context, change func(*state.Record)) error {
 	}
 	r.InitiatorWrittenBytes = v.flags.Count(state.Dirty) * uint64(v.info.BlockSize)
 	change(&r)
-	if err := v.cfg.Store.PutRecords(ctx, r); err != nil {
+	if err := v.store.PutRecords(ctx, r); err != nil {
 		err = v.errorf("write its state: %w", err)
 		if ctx.Err() == nil {
 			v.fault("state", err)

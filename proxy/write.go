@@ -107,27 +107,29 @@ func (v *Volume) writeIntended(ctx context.Context, e lun.Extent, fresh []state.
 		at := (r.Start - uint64(e.Start)) * bs
 		sums[i] = state.SumOf(r, content[at:at+r.Blocks*bs])
 	}
-	type outcome struct {
-		intent intent
-		err    error
-	}
-	intended := make(chan outcome, 1)
-	go func() {
-		i, err := v.flags.Intend(ctx, sums...)
+	var made intent
+	var refused error
+	intend := func() {
+		made, refused = v.flags.Intend(ctx, sums...)
 		failpoint.Here("write.intended")
-		intended <- outcome{i, err}
-	}()
+	}
+	var intending sync.WaitGroup
+	if v.destination.Info().VolatileCache {
+		intending.Go(intend)
+	} else if intend(); refused != nil { // to write takes less than to hand this over
+		return v.stateError(ctx, refused)
+	}
 	err := v.writeStable(ctx, true, do)
 	if err == nil {
 		failpoint.Here("write.stable")
 	}
-	got := <-intended
-	if err = errors.Join(err, v.stateError(ctx, got.err)); err == nil {
-		got.intent.Keep()
+	intending.Wait()
+	if err = errors.Join(err, v.stateError(ctx, refused)); err == nil {
+		made.Keep()
 		return nil
 	}
-	if got.intent != nil {
-		err = errors.Join(err, v.stateError(ctx, got.intent.Withdraw()))
+	if made != nil {
+		err = errors.Join(err, v.stateError(ctx, made.Withdraw()))
 	}
 	return err
 }
