@@ -83,8 +83,10 @@ func (c *Copier) read(ctx context.Context, buf *buffer, need []lun.Extent) (bad 
 		c.clear(buf, lun.Extent{Start: at, Blocks: uint64(r.whole.Start - at)})
 		err := c.readRun(ctx, buf, r.whole)
 		if err != nil && (len(r.parts) > 1 || unreadable(err)) && ctx.Err() == nil {
-			// What nobody needs may be what cannot be read.
+			// What nobody needs may be what cannot be read. What lies between the parts has no
+			// storage, and is not in the buffer now.
 			err = nil
+			c.clear(buf, r.whole)
 			for _, part := range r.parts {
 				var lost []lun.Extent
 				if lost, err = c.salvage(ctx, buf, part); err != nil {
