@@ -154,6 +154,7 @@ func (v *Volume) becomeMigrating(ctx context.Context, o StartOptions) error {
 		if err := v.source.Flush(ctx); err != nil {
 			return err
 		}
+		v.sourceFlushed.Store(true)
 		now := time.Now()
 		return v.advance(ctx, Migrating, func(r *state.Record) { r.StartedAt, r.Fenced = &now, true })
 	})

@@ -93,7 +93,9 @@ func (v *Volume) Update(ctx context.Context, e lun.Extent, modify func([]byte) e
 }
 
 // Flush implements lun.Device. From the start on no write goes to the source, and
-// the start itself flushed it.
+// the start itself flushed it. Only where the state failed, so that nobody knew whether the
+// start was recorded, did writes go there until the service was started again: the first
+// flush of one that takes up a migration is of both.
 func (v *Volume) Flush(ctx context.Context) error {
 	if err := v.enter(ctx, lun.Extent{}); err != nil {
 		return err
@@ -104,8 +106,23 @@ func (v *Volume) Flush(ctx context.Context) error {
 		return v.source.Flush(ctx)
 	case Cutover:
 		return errRetired
+	case Migrating:
+		if !v.sourceFlushed.Load() {
+			if err := v.source.Flush(ctx); err != nil {
+				return err
+			}
+			v.sourceFlushed.Store(true)
+		}
 	}
 	return v.destinationFlush.Flush(ctx)
+}
+
+// Resets implements lun.Resetter: it counts the losses of either side's cache.
+func (v *Volume) Resets() uint64 {
+	if v.source == nil {
+		return 0
+	}
+	return v.source.Resets() + v.destination.Resets()
 }
 
 // Extents implements lun.Device: each block's status is that of the side it is

@@ -99,6 +99,8 @@ type Volume struct {
 	commits turn          // held while flags of copied blocks, or the record, are committed
 
 	phase atomic.Value // Phase; assigned in lifecycle.go only
+	// sourceFlushed: the source has nothing in its cache that was written before the start.
+	sourceFlushed atomic.Bool
 
 	setting sync.Mutex // one Set at a time; before mu
 
