@@ -3,6 +3,7 @@ package target
 import (
 	"bytes"
 	"encoding/binary"
+	"fmt"
 
 	"lunshift/iscsi"
 	"lunshift/lun"
@@ -98,13 +99,41 @@ func write(t *task) error {
 	if t.want == 0 {
 		return nil
 	}
-	if err := t.u.Device.WriteAt(t, t.out, lun.LBA(t.lba)); err != nil {
-		return err
-	}
+	put := func() error { return t.u.Device.WriteAt(t, t.out, lun.LBA(t.lba)) }
 	if t.cdb[0] != 0x0a && t.cdb[1]&fua != 0 {
-		return t.settle()
+		return t.stable(put)
 	}
-	return nil
+	return put()
+}
+
+// mostRepeats is how often one command is done again because the unit lost its cache.
+const mostRepeats = 5
+
+// stable has do write, and returns once that is on stable storage. A unit that lost
+// its cache between the two (lun.Resetter) completes the flush all the same; then both are
+// done again.
+func (t *task) stable(do func() error) error {
+	for range mostRepeats {
+		era := t.resets()
+		if err := do(); err != nil {
+			return err
+		}
+		if err := t.settle(); err != nil {
+			return err
+		}
+		if t.resets() == era {
+			return nil
+		}
+	}
+	return fmt.Errorf("the unit lost its cache %d times during one command: %w", mostRepeats, lun.ErrUnavailable)
+}
+
+// resets counts the occasions on which the unit may have lost its cache.
+func (t *task) resets() uint64 {
+	if d, ok := t.u.Device.(lun.Resetter); ok {
+		return d.Resets()
+	}
+	return 0
 }
 
 // settle puts what was written on stable storage, where it is not already.
@@ -127,11 +156,10 @@ func decodeWriteVerify(t *task) error {
 
 // writeVerify is WRITE AND VERIFY: the blocks are on the medium and were compared.
 func writeVerify(t *task) error {
-	if err := write(t); err != nil {
-		return err
-	}
-	if err := t.settle(); err != nil {
-		return err
+	if t.want > 0 {
+		if err := t.stable(func() error { return t.u.Device.WriteAt(t, t.out, lun.LBA(t.lba)) }); err != nil {
+			return err
+		}
 	}
 	t.blocks = uint64(t.want) >> t.u.shift
 	return t.compare(t.out)
@@ -236,6 +264,7 @@ func compareAndWrite(t *task) error {
 		return nil
 	}
 	expect, data := t.out[:t.want/2], t.out[t.want/2:]
+	era := t.resets()
 	err := t.u.Device.Update(t, t.extent(), func(blocks []byte) error {
 		if at := differ(blocks, expect); at >= 0 {
 			return miscompare(at)
@@ -246,8 +275,14 @@ func compareAndWrite(t *task) error {
 	if err != nil {
 		return err
 	}
-	if t.cdb[1]&fua != 0 {
-		return t.settle()
+	if t.cdb[1]&fua == 0 {
+		return nil
+	}
+	if err := t.settle(); err != nil {
+		return err
+	}
+	if t.resets() != era { // it cannot be done again: another write may have come between
+		return fmt.Errorf("the unit lost its cache during the command: %w", lun.ErrUnavailable)
 	}
 	return nil
 }
@@ -262,6 +297,13 @@ func synchronizeCache(t *task) error { return t.u.Device.Flush(t) }
 // write of the block comes between. As between the blocks of a WRITE, a write of another
 // command may come between two runs of blocks.
 func orWrite(t *task) error {
+	if t.want > 0 && t.cdb[1]&fua != 0 {
+		return t.stable(t.or)
+	}
+	return t.or()
+}
+
+func (t *task) or() error {
 	bs := uint64(t.u.info.BlockSize)
 	for out, at := t.out[:t.want], t.lba; len(out) > 0; {
 		n := min(len(out), chunk)
@@ -277,9 +319,6 @@ func orWrite(t *task) error {
 			return err
 		}
 		out, at = out[n:], at+e.Blocks
-	}
-	if t.want > 0 && t.cdb[1]&fua != 0 {
-		return t.settle()
 	}
 	return nil
 }

@@ -1,6 +1,7 @@
 package luntest
 
 import (
+	"bytes"
 	"context"
 	"fmt"
 	"maps"
@@ -57,12 +58,34 @@ func NewThinMemory(blockSize uint32, blocks uint64) *Memory {
 	return NewMemory(lun.Info{BlockSize: blockSize, Blocks: blocks, Thin: true, UnmapZeroes: true, ReportsAllocation: true, VolatileCache: true})
 }
 
-// PowerLoss drops what was not flushed.
-func (m *Memory) PowerLoss() {
+// PowerLoss drops what was not flushed, but for the blocks that kept, if given, is true
+// of: they had reached the medium by chance. It gives how many were dropped.
+func (m *Memory) PowerLoss(kept ...func(lun.LBA) bool) (dropped int) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	m.blocks = maps.Clone(m.stable)
+	after := maps.Clone(m.stable)
+	had := maps.Clone(m.blocks)
+	for at := range m.stable {
+		if _, ok := had[at]; !ok {
+			had[at] = nil // unmapped
+		}
+	}
+	for at, p := range had {
+		if bytes.Equal(p, m.stable[at]) {
+			continue
+		}
+		switch {
+		case len(kept) == 0 || !kept[0](at):
+			dropped++
+		case p == nil:
+			delete(after, at)
+		default:
+			after[at] = p
+		}
+	}
+	m.blocks, m.stable = after, maps.Clone(after)
 	m.resets++
+	return dropped
 }
 
 // Resets implements lun.Resetter: it counts the power losses.

@@ -128,6 +128,9 @@ type Client struct {
 	// FirstStable, unless nil, tells that nobody but initiators makes the block at lba
 	// valid, so that its first write is durable when it is acknowledged.
 	FirstStable func(lba uint64) bool
+	// Losses, unless nil, counts the power losses of the destination: a command during
+	// which one came tells nothing of the content.
+	Losses func() uint64
 	// MayFail, unless nil, tells with which errors a command may end; its blocks then may
 	// hold what it wrote or what was there before, and the client goes on.
 	MayFail func(err error) bool
@@ -204,8 +207,12 @@ func (c *Client) step(ctx context.Context, h Host) error {
 		c.Oracle.Fill(p, lba, v)
 		return c.change(lba, cells, v, false, func() error { return h.Send(ctx, opWriteSame16, flags, lba, uint32(n), p, nil) })
 	case kind < 90:
+		losses := c.losses()
 		if err := h.Send(ctx, opSyncCache16, 0, 0, 0, nil, nil); err != nil {
 			return err
+		}
+		if c.losses() != losses {
+			return nil // as on any disk, what the cache lost is not flushed
 		}
 		own := c.Oracle.Cells[c.From : c.From+c.Blocks]
 		for i := range own {
@@ -234,8 +241,12 @@ func (c *Client) change(lba uint64, cells []Cell, v Value, durable bool, do func
 
 func (c *Client) read(ctx context.Context, h Host, lba, n uint64) error {
 	p := make([]byte, n*uint64(c.Oracle.BlockSize))
+	losses := c.losses()
 	if err := h.Send(ctx, OpRead16, 0, lba, uint32(n), nil, p); err != nil {
 		return err
+	}
+	if c.losses() != losses {
+		return nil // it may have been read before or after
 	}
 	c.Reads.Add(int64(n))
 	if wrong := c.Oracle.Check(p, lba, false, 4); len(wrong) > 0 {
@@ -277,6 +288,13 @@ func (c *Client) compareAndWrite(ctx context.Context, h Host, lba, n uint64) err
 	// The connection was lost, or the write had failed, and the command sent again met
 	// its own outcome.
 	return c.read(ctx, h, lba, n)
+}
+
+func (c *Client) losses() uint64 {
+	if c.Losses == nil {
+		return 0
+	}
+	return c.Losses()
 }
 
 func (c *Client) next() Value {
