@@ -34,6 +34,13 @@ const volatileIQN = "iqn.2001-04.com.example:volatile"
 
 func newVolatileArray(t *testing.T, blocks uint64) *volatileArray {
 	a := &volatileArray{t: t, unit: luntest.NewThinMemory(512, blocks), portal: "127.0.0.1:0"}
+	// Flushes take a while, so that losses come between a write and its flush.
+	a.unit.Before = func(_ context.Context, op luntest.Op, _ lun.Extent) error {
+		if op == luntest.Flush {
+			time.Sleep(time.Duration(rand.IntN(4)) * time.Millisecond)
+		}
+		return nil
+	}
 	a.on()
 	t.Cleanup(a.off)
 	return a
