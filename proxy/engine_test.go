@@ -53,6 +53,7 @@ type engine struct {
 	last                Phase // saved
 	failed              bool  // the state refuses everything until the next life
 	quiet               bool  // no faults any more
+	sourceLost          bool  // what was written to the source while nobody knew of the start
 
 	registers [engineBlocks]*register
 	clients   [engineClients]*engineCommand
@@ -287,11 +288,28 @@ func (x *engine) open() {
 				x.fail("open: %v", err)
 			}
 			x.vol = v
+			x.checkCopies()
 			return
 		default:
 		}
 		if !x.proceed() {
 			time.Sleep(time.Millisecond)
+		}
+	}
+}
+
+// checkCopies wants every block that is not dirty as it is on the source: verify takes
+// another for a wrong copy.
+func (x *engine) checkCopies() {
+	if p := x.phaseSaved(); p == Ready || p == Cutover || x.sourceLost || x.violation != nil {
+		return
+	}
+	f := (*engineFlags)(x.state)
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for at := range uint64(engineBlocks) {
+		if f.has(0, at) && !f.has(1, at) && x.destination.now[at] != x.source.now[at] {
+			x.fail("block %d is flagged as a copy of version %d, and has version %d", at, x.source.now[at], x.destination.now[at])
 		}
 	}
 }
@@ -429,6 +447,9 @@ func (x *engine) powerLoss(both bool) {
 	defer x.mu.Unlock()
 	x.destination.powerLoss()
 	if both {
+		for _, old := range x.source.cached {
+			x.sourceLost = x.sourceLost || len(old) > 0 && x.phaseSaved() != Ready
+		}
 		x.source.powerLoss()
 	}
 	if both || x.phaseSaved() != Ready {
