@@ -288,16 +288,21 @@ func (j *journal) put(entries [][]byte, slots int) error {
 		return fmt.Errorf("write %s: %w", filepath.Base(in.file.Name()), reason(err))
 	}
 	failpoint.Here("journal.written")
-	if err := fdatasync(in.file); err != nil {
+	if err := j.sync(in.file); err != nil {
 		return fmt.Errorf("sync %s: %w", filepath.Base(in.file.Name()), reason(err))
-	}
-	if j.synced != nil {
-		j.synced(in.file.Name())
 	}
 	failpoint.Here("journal.synced")
 	in.next += slots
 	j.number++
 	return j.head.journaled(j.number)
+}
+
+func (j *journal) sync(file *os.File) error {
+	err := fdatasync(file)
+	if err == nil && j.synced != nil {
+		j.synced(file.Name())
+	}
+	return err
 }
 
 func fdatasync(file *os.File) error {

@@ -59,11 +59,8 @@ var (
 func startVolume(ctx context.Context, s *service) { s.client.Start(ctx, volumeName) }
 func unthrottle(ctx context.Context, s *service)  { s.client.Throttle(ctx, volumeName, 0) }
 
-// cutOver leaves the comparison of a sample out: a crash between a first write and its
-// flag, just when a copy of the block is flagged, leaves a block that differs though no
-// promise is broken (docs/reliability.md).
 func cutOver(ctx context.Context, s *service) {
-	s.client.Cutover(ctx, volumeName, proxy.CutoverOptions{NoVerify: true})
+	s.client.Cutover(ctx, volumeName, proxy.CutoverOptions{})
 }
 
 // sum is what a test did.
