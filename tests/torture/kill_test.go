@@ -357,6 +357,12 @@ func TestKillsLoseNoAcknowledgedWrite(t *testing.T) {
 
 // tell is the summary, one line, on standard output too in the long tier.
 func tell(t *testing.T, r tier, sum sum) {
+	whole.Lock()
+	whole.sum.cycles += sum.cycles
+	whole.sum.acked += sum.acked
+	whole.sum.readBack += sum.readBack
+	whole.sum.violations += sum.violations
+	whole.Unlock()
 	line := fmt.Sprintf("torture: seed %d: %v", r.seed, sum)
 	t.Log(line)
 	names := make([]string, 0, len(sum.crashes))

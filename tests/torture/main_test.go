@@ -7,6 +7,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strconv"
+	"sync"
 	"testing"
 	"time"
 )
@@ -14,10 +15,20 @@ import (
 // program is the lunshift that all tests run: as it ships, but with failpoints.
 var program string
 
+// whole is what all tests of a run did together.
+var whole struct {
+	sync.Mutex // guards the rest
+	sum        sum
+	seed       uint64
+}
+
 // TestMain builds it. LUNSHIFT_TORTURE_BINARY names another one, which must have been
-// built with the tag failpoint.
+// built with the tag failpoint. The long tier ends with one line for the whole run.
 func TestMain(m *testing.M) {
-	os.Exit(func() int {
+	os.Exit(func() (code int) {
+		if os.Getenv("LUNSHIFT_TORTURE") != "" {
+			defer func() { fmt.Printf("torture, the whole run: seed %d: %v\n", whole.seed, whole.sum) }()
+		}
 		if program = os.Getenv("LUNSHIFT_TORTURE_BINARY"); program != "" {
 			return m.Run()
 		}
@@ -50,17 +61,22 @@ type tier struct {
 // LUNSHIFT_TORTURE asks for it by a duration. LUNSHIFT_TORTURE_SEED sets the seed.
 func tierOf(t *testing.T, short, long int) tier {
 	t.Helper()
-	r := tier{seed: rand.Uint64() >> 1, cycles: short}
+	r := tier{cycles: short}
 	if text := os.Getenv("LUNSHIFT_TORTURE"); text != "" {
 		d, err := time.ParseDuration(text)
 		must(t, err)
 		r.cycles, r.lasts = long, d
 	}
+	whole.Lock()
+	defer whole.Unlock()
 	if text := os.Getenv("LUNSHIFT_TORTURE_SEED"); text != "" {
 		seed, err := strconv.ParseUint(text, 10, 64)
 		must(t, err)
-		r.seed = seed
+		whole.seed = seed
+	} else if whole.seed == 0 {
+		whole.seed = rand.Uint64()>>1 | 1
 	}
+	r.seed = whole.seed
 	t.Logf("seed %d", r.seed)
 	return r
 }
