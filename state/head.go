@@ -69,6 +69,8 @@ func openHead(dir string) (*head, error) {
 	switch {
 	case err != nil && err != io.EOF:
 		err = fmt.Errorf("state directory %s: %w", dir, err)
+	case (n < len(headMagic) || string(b[:len(headMagic)]) != headMagic) && holdsState(dir):
+		err = damaged(dir, fmt.Errorf("%s begins with something else", headName))
 	case n < len(headMagic) || string(b[:len(headMagic)]) != headMagic:
 		err = fmt.Errorf("state directory %s: %w: its %s is not one of lunshift's: name another directory", dir, ErrForeign, headName)
 	case n < headSizeOf1:
@@ -87,6 +89,16 @@ func openHead(dir string) (*head, error) {
 	}
 	file.Close()
 	return nil, err
+}
+
+// holdsState tells whether the directory has what goes with a head.
+func holdsState(dir string) bool {
+	for _, name := range []string{badgerDir, segmentName(0)} {
+		if _, err := os.Lstat(filepath.Join(dir, name)); err == nil {
+			return true
+		}
+	}
+	return false
 }
 
 // create writes the head anew, in the newest version, in the place of what is there.

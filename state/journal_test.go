@@ -300,3 +300,27 @@ func TestStateOfVersion1IsTakenUp(t *testing.T) {
 		t.Fatal(err)
 	}
 }
+
+// Caught: without the look at what is beside it, the advice was to name another directory.
+func TestAHeadWithADamagedBeginningIsDamageBesideAState(t *testing.T) {
+	dir, _ := written(t, true)
+	path := filepath.Join(dir, headName)
+	b, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	b[0] ^= 1
+	if err := os.WriteFile(path, b, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := Open(dir, Options{}); !errors.Is(err, ErrCorrupt) {
+		t.Fatal(err)
+	}
+	alone := t.TempDir()
+	if err := os.WriteFile(filepath.Join(alone, headName), b, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := Open(alone, Options{}); !errors.Is(err, ErrForeign) {
+		t.Fatal(err)
+	}
+}
