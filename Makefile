@@ -39,6 +39,7 @@ bench: build      ## lunshift against tgtd, istgt, gotgt and qemu-img, as ratios
 torture: tools    ## arrays that misbehave for long; crashes in every phase, at least 200 and for DURATION, every block checked (SEED, DURATION=10m)
 	@LUNSHIFT_TORTURE=$(DURATION) go test -C tests/e2e -run '^TestBackEndFaults' -count 1 -timeout 1h
 	@LUNSHIFT_TORTURE=$(DURATION) LUNSHIFT_TORTURE_SEED=$(SEED) go test -C tests/torture -count 1 -timeout 24h
+	LUNSHIFT_ENGINE=$(DURATION) go test -count 1 -v -timeout 24h -run '^TestVolumeIsOneArrayInEvery' ./proxy
 
 conformance: tools build ## libiscsi's suite against lunshift in every phase and against tgtd
 	go run ./tests/conformance
