@@ -363,6 +363,8 @@ func TestWaitForNoSuchPhaseFails(t *testing.T) {
 
 // Without its flags on stable storage a write is not acknowledged; reads go on, and the
 // volume says what is wrong.
+//
+// Caught: the error of the journal dropped.
 func TestWriteFailsWhenTheStateCannotBeWritten(t *testing.T) {
 	r := newRig(t, 1024)
 	fill(t, r.source, lun.Extent{Blocks: 1024}, 1)

@@ -25,6 +25,7 @@ func synced(t *testing.T, r *rig, blocks uint64) *Volume {
 	return v
 }
 
+// Caught: contents that are not compared.
 func TestVerifyFindsWhatWasChangedBehindTheVolumesBack(t *testing.T) {
 	const blocks = 4096
 	r := newRig(t, blocks)
@@ -63,6 +64,8 @@ func TestVerifyFindsWhatWasChangedBehindTheVolumesBack(t *testing.T) {
 
 // Without the second look at the flags this finds differences within a second: a write
 // may come between the first and the reads.
+//
+// Caught: blocks that initiators wrote are not left out.
 func TestVerifyUnderLoadHasNoFalseAlarms(t *testing.T) {
 	const blocks = 4096
 	r := newRig(t, blocks)

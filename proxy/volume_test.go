@@ -335,6 +335,8 @@ func TestAWriteInFlightAtStartIsNotMissedByTheCopy(t *testing.T) {
 //
 // A write that fails after it reached the destination must not show up later
 // through the flags of a copy made before it.
+//
+// Caught: failed writes that are not kept from the commit of a copy.
 func TestFailedWriteDoesNotSurfaceThroughAnEarlierCopy(t *testing.T) {
 	r := newRig(t, 128) // one region
 	all := lun.Extent{Blocks: 128}

@@ -148,6 +148,7 @@ func TestInterruptedForgetIsFinishedAtOpen(t *testing.T) {
 	}
 }
 
+// Caught: a directory that is not locked.
 func TestSecondOpenIsRefusedWithThePid(t *testing.T) {
 	s := open(t, t.TempDir())
 	_, err := Open(s.dir, Options{})

@@ -91,6 +91,10 @@ func (a *volatileArray) url() string { return fmt.Sprintf("iscsi://%s/%s/0", a.p
 // it held when it was last made durable (its first write, a write with FUA, a SYNCHRONIZE
 // CACHE) or anything written since; nothing else. In a part of the cycles lunshift is killed
 // at the same instant.
+//
+// Caught: no flush of first writes, and no look at the cache that was lost between a first
+// write and its flush, in the first run; between copies and theirs, in the second; between
+// a write with FUA and its own, in the third.
 func TestPowerLossOfTheDestinationLosesNothingThatWasDurable(t *testing.T) {
 	r := tierOf(t, 10, 200)
 	sum := sum{crashes: map[string]int{}}
@@ -134,8 +138,8 @@ func volatileLife(t *testing.T, rng *rand.Rand, sum *sum) {
 		l.lose("synced")
 	}
 	l.sum.acked += l.acks.Load()
-	if a.lost < 50 {
-		t.Errorf("%d blocks were lost, hardly a power loss", a.lost)
+	if a.lost == 0 {
+		t.Error("no block was lost, which is no power loss")
 	}
 	t.Logf("%d blocks lost", a.lost)
 }

@@ -38,8 +38,10 @@ type stage struct {
 // Points of each persist step, write step and copy step.
 var (
 	statePoints = []string{"state.begin", "state.written", "state.synced", "state.noted"}
-	writePoints = []string{"write.dirty", "write.unflushed", "write.stable", "write.flagged"}
-	copyPoints  = []string{"copy.written", "copy.stable", "copy.flagged"}
+	// The journal takes what first writes wait for.
+	journalPoints = []string{"journal.begin", "journal.written", "journal.synced"}
+	writePoints   = []string{"write.dirty", "write.intended", "write.unflushed", "write.stable", "write.flagged"}
+	copyPoints    = []string{"copy.written", "copy.stable", "copy.flagged"}
 )
 
 func phasePoints(from, to proxy.Phase) []string {
@@ -49,9 +51,9 @@ func phasePoints(from, to proxy.Phase) []string {
 var (
 	inReady     = stage{name: "ready"}
 	atStart     = stage{"start", slices.Concat(phasePoints(proxy.Ready, proxy.Migrating), statePoints), startVolume}
-	inMigrating = stage{"migrating", slices.Concat(statePoints, writePoints, copyPoints), nil}
+	inMigrating = stage{"migrating", slices.Concat(statePoints, journalPoints, writePoints, copyPoints), nil}
 	atSynced    = stage{"becoming synced", slices.Concat(phasePoints(proxy.Migrating, proxy.Synced), statePoints, copyPoints), unthrottle}
-	inSynced    = stage{"synced", slices.Concat(statePoints, []string{"write.dirty"}), nil}
+	inSynced    = stage{"synced", slices.Concat(statePoints, journalPoints, []string{"write.dirty"}), nil}
 	atCutover   = stage{"cutover", slices.Concat(phasePoints(proxy.Synced, proxy.Cutover), statePoints), cutOver}
 )
 
