@@ -267,7 +267,8 @@ func (s *Service) openSome(ctx context.Context, entries []*entry) []error {
 // waitsFor tells whether a volume that could not be opened is kept and tried again: its
 // migration was begun, and its array is away; or it was removed.
 func (s *Service) waitsFor(e *entry, err error) bool {
-	if errors.Is(err, errRemoved) || isUnknown(err) {
+	// Who holds the logical units is sent away by break-fence, which needs this service.
+	if errors.Is(err, errRemoved) || isUnknown(err) || errors.Is(err, lun.ErrConflict) {
 		return true
 	}
 	_, known, failure := s.store.Record(e.name)

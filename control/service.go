@@ -346,7 +346,7 @@ func (s *Service) openAll(ctx context.Context) error {
 				return nil
 			}
 			known := slices.ContainsFunc(records, func(r state.Record) bool { return r.Volume == e.name })
-			if err != nil && known && (errors.Is(err, lun.ErrUnavailable) || errors.Is(err, lun.ErrConflict)) {
+			if errors.Is(err, lun.ErrConflict) || known && errors.Is(err, lun.ErrUnavailable) {
 				s.log.WithError(err).Warnf("not served yet, tried again every %s", reopenInterval)
 				return nil
 			}

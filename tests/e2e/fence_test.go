@@ -7,6 +7,7 @@ import (
 	"os"
 	"strings"
 	"testing"
+	"time"
 
 	"lunshift/iscsi"
 	"lunshift/tests/peer"
@@ -183,6 +184,29 @@ func TestSecondServiceOnOnePairIsRefused(t *testing.T) {
 	first.logLacks("iSCSI session lost")
 	first.stop()
 	m.sameAs(p.destinationPath)
+}
+
+// The reservations of a state that is lost are there while the destination still looks blank.
+// Caught: the service did not start, and break-fence needs it.
+func TestFencesOfALostStateCanBeBroken(t *testing.T) {
+	p := fencedPair(t)
+	s := newService(t, p.volume("db01"))
+	const registrantsOnly, key = 5, 0x6c756e0000000001 // Write Exclusive; the key of a lunshift
+	for n, a := range []*array{p.old, p.new} {
+		i := direct(t, a, byte(n+20))
+		reserveOut(t, i, register, 0, 0, key, 0)
+		reserveOut(t, i, reserve, registrantsOnly, key, 0, 0)
+	}
+	s.start()
+	s.fails(failed, []string{"db01", "not served"}, "start", "db01")
+	s.run("break-fence", "db01", "--yes")
+	for deadline := time.Now().Add(time.Minute); s.try("start", "db01").code != 0; time.Sleep(100 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatal("the volume is not served though nobody holds its units any more")
+		}
+	}
+	s.run("wait", "db01", "--for", "synced", "--timeout", "60s")
+	s.stop()
 }
 
 // TestBreakFenceTakesOverFromAServiceThatIsGone, and the service that comes back after all

@@ -269,7 +269,7 @@ func TestStateThatIsNotForThisServiceIsRefused(t *testing.T) {
 	must(t, os.WriteFile(head, newer, 0o600))
 	s.serveFails(s.state, "version 99", "newer")
 	must(t, os.WriteFile(head, []byte("somebody else's file, and long enough"), 0o600))
-	s.serveFails(s.state, "HEAD", "another directory")
+	s.serveFails(s.state, "HEAD", "damaged") // for a state lies beside it
 	must(t, os.Remove(head))
 	s.serveFails(s.state, "HEAD", "missing")
 	must(t, os.WriteFile(head, good, 0o600))
