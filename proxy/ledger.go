@@ -2,6 +2,7 @@ package proxy
 
 import (
 	"context"
+	"errors"
 	"slices"
 
 	copier "lunshift/copy"
@@ -37,15 +38,20 @@ func (l *ledger) Invalid(e lun.Extent) ([]lun.Extent, error) {
 	if err := l.flags.Await(context.Background(), run(e)); err != nil {
 		return nil, err
 	}
+	return (*Volume)(l).invalid(e)
+}
+
+// invalid gives the runs of e that are not valid, in rising order.
+func (v *Volume) invalid(e lun.Extent) ([]lun.Extent, error) {
 	var runs []lun.Extent
-	err := l.flags.Runs(state.Valid, run(e), func(r state.Run, valid bool) bool {
+	err := v.flags.Runs(state.Valid, run(e), func(r state.Run, valid bool) bool {
 		if !valid {
 			runs = append(runs, extent(r))
 		}
 		return true
 	})
 	if err != nil {
-		return nil, (*Volume)(l).unknown(err)
+		return nil, v.unknown(err)
 	}
 	return runs, nil
 }
@@ -101,12 +107,14 @@ func (l *ledger) Commit(ctx context.Context, copied []copier.Copied) error {
 		l.committing = nil
 		close(l.committed)
 	}()
-	runs := make([]state.Run, len(done))
-	for i, e := range done {
-		runs[i] = run(e)
-	}
 	failpoint.Here("copy.stable")
-	err := l.flags.Set(ctx, state.Valid, runs...)
+	err := l.flags.Set(ctx, state.Valid, runs(done)...)
 	failpoint.Here("copy.flagged")
+	if errors.Is(err, state.ErrFailed) {
+		// The database may have them all the same, and show it after a restart.
+		l.mu.Lock()
+		l.unsure = err
+		l.mu.Unlock()
+	}
 	return err
 }

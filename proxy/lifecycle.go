@@ -256,6 +256,12 @@ func (v *Volume) copy(ctx context.Context) {
 // becomeSynced follows from every block being valid; nothing changes for
 // initiators.
 func (v *Volume) becomeSynced(ctx context.Context) error {
+	if err := v.flags.Await(ctx, run(v.info.All())); err != nil {
+		return v.stateError(ctx, err)
+	}
+	if region, _, missing := v.flags.Missing(state.Valid, 0); missing {
+		return v.errorf("not synced: blocks of region %d are not valid", region)
+	}
 	now := time.Now()
 	// Before the phase shows: whatever kept the copy from its end is over.
 	v.fault("copy", nil)

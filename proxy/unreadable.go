@@ -42,7 +42,7 @@ func (v *Volume) unreadable() []lun.Extent {
 	v.mu.Unlock()
 	var left []lun.Extent
 	for _, r := range known {
-		invalid, err := (*ledger)(v).Invalid(extent(r))
+		invalid, err := v.invalid(extent(r))
 		if err != nil { // shown by the volume; what is not known counts as not read
 			invalid = []lun.Extent{extent(r)}
 		}
@@ -54,11 +54,26 @@ func (v *Volume) unreadable() []lun.Extent {
 // onlyUnreadable tells whether all that keeps the volume from being synced is what the
 // source cannot read.
 func (v *Volume) onlyUnreadable() bool {
-	var blocks uint64
-	for _, e := range v.unreadable() {
-		blocks += e.Blocks
+	lost, any := v.unreadable(), false
+	size := v.copier.RegionBlocks
+	for from := uint64(0); ; {
+		region, _, missing := v.flags.Missing(state.Valid, from)
+		if !missing {
+			return any
+		}
+		left, err := v.invalid(lun.Extent{Start: lun.LBA(region * size), Blocks: size}.Intersect(v.info.All()))
+		if err != nil {
+			return false
+		}
+		any = any || len(left) > 0
+		for _, e := range lost {
+			left = lun.Subtract(left, e)
+		}
+		if len(left) > 0 {
+			return false
+		}
+		from = region + 1
 	}
-	return blocks > 0 && blocks == v.info.Blocks-v.flags.Count(state.Valid)
 }
 
 // acceptUnreadable gives up what the source cannot read: the blocks read as zeroes

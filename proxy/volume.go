@@ -114,6 +114,7 @@ type Volume struct {
 	// they are.
 	committing []lun.Extent
 	committed  chan struct{}
+	unsure     error // why it is not known what of them is flagged; then no block is made valid any more
 	faults     map[string]string
 	samples    []sample
 

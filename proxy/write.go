@@ -156,10 +156,15 @@ func (v *Volume) writeStable(ctx context.Context, stable bool, do func(*unit) er
 }
 
 // mark keeps copies of e that were made before from being flagged: their blocks are about
-// to be written. It waits for a commit that flags them just now.
+// to be written. It waits for a commit that flags them just now, and fails once the outcome
+// of one is not known: what is written then might be valid and not dirty after a restart.
 func (v *Volume) mark(ctx context.Context, e lun.Extent) error {
 	for {
 		v.mu.Lock()
+		if err := v.unsure; err != nil {
+			v.mu.Unlock()
+			return err
+		}
 		if !slices.ContainsFunc(v.committing, func(c lun.Extent) bool { return !c.Intersect(e).Empty() }) {
 			v.writing = append(v.writing, e)
 			v.mu.Unlock()

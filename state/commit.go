@@ -251,6 +251,7 @@ func (c *committer) commit(ops []op, atomic bool) (err error) {
 		}
 		c.failed = fmt.Errorf("state directory %s: %w: %w: restart the service when the disk is in order", c.dir, ErrFailed, err)
 		c.log.Errorf("state: %v", c.failed)
+		c.journal.fail(c.failed)
 		return c.failed
 	}
 	return nil

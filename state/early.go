@@ -124,6 +124,12 @@ func (y *early) within(k Kinds, r Run) (runs []Run) {
 		return nil
 	}
 	y.mu.RLock()
+	defer y.mu.RUnlock()
+	return y.joined(k, r)
+}
+
+// joined is within; mu is held.
+func (y *early) joined(k Kinds, r Run) (runs []Run) {
 	y.each(r, func(n *note) {
 		if n.kinds&k == 0 {
 			return
@@ -134,20 +140,19 @@ func (y *early) within(k Kinds, r Run) (runs []Run) {
 			}
 		}
 	})
-	y.mu.RUnlock()
 	if len(runs) < 2 {
 		return runs
 	}
 	slices.SortFunc(runs, func(a, b Run) int { return cmp.Compare(a.Start, b.Start) })
-	joined := runs[:1]
+	apart := runs[:1]
 	for _, m := range runs[1:] {
-		if last := &joined[len(joined)-1]; m.Start <= last.end() {
+		if last := &apart[len(apart)-1]; m.Start <= last.end() {
 			last.Blocks = max(last.end(), m.end()) - last.Start
 		} else {
-			joined = append(joined, m)
+			apart = append(apart, m)
 		}
 	}
-	return joined
+	return apart
 }
 
 // over gives the notes that concern a block of r, some of them more than once.
@@ -185,7 +190,7 @@ func (f *Flags) Note(ctx context.Context, k Kinds, runs ...Run) error {
 	if err := f.journal(ctx, e); err != nil {
 		return wrap(f.volume, "note flags", err)
 	}
-	f.store.settler.take(&note{f: f, kinds: k, runs: runs, entry: e, settled: make(chan struct{})})
+	f.store.settler.take(&note{f: f, kinds: k, runs: slices.Clone(runs), entry: e, settled: make(chan struct{})})
 	return nil
 }
 
@@ -214,7 +219,11 @@ func (f *Flags) Intend(ctx context.Context, sums ...Sum) (*Intent, error) {
 	if err := f.checkRuns(Valid|Dirty, i.entry.runs()); err != nil {
 		return nil, err
 	}
+	if err := f.store.journal.admit(ctx, i.entry); err != nil {
+		return nil, wrap(f.volume, "intend a write", err)
+	}
 	if err := f.journal(ctx, i.entry); err != nil {
+		f.store.journal.keep(i.entry)
 		return nil, wrap(f.volume, "intend a write", err)
 	}
 	return i, nil
@@ -223,17 +232,26 @@ func (f *Flags) Intend(ctx context.Context, sums ...Sum) (*Intent, error) {
 // Keep says that the destination has the content on stable storage: from its return on
 // the blocks are valid and dirty.
 func (i *Intent) Keep() {
+	i.f.store.journal.keep(i.entry)
 	i.f.store.settler.take(&note{f: i.f, kinds: Valid | Dirty, runs: i.entry.runs(), entry: i.entry, settled: make(chan struct{})})
 }
 
 // Withdraw says that the write failed. Once it returns nil, whatever the destination holds
-// will not be taken for it.
+// will not be taken for it. Where the journal has no room, it fails with ErrNoSpace and
+// is made again by itself once there is some.
 func (i *Intent) Withdraw() error {
-	err := i.f.journal(context.Background(), &entry{kind: withdrawEntry, number: i.entry.number, gen: i.f.gen})
-	if err == nil || errors.Is(err, ErrForgotten) {
+	err := i.withdraw()
+	switch {
+	case errors.Is(err, ErrForgotten):
 		i.f.store.journal.release(i.entry)
+	case errors.Is(err, ErrNoSpace):
+		i.f.store.settler.again(i)
 	}
 	return wrap(i.f.volume, "withdraw a write", err)
+}
+
+func (i *Intent) withdraw() error {
+	return i.f.journal(context.Background(), &entry{kind: withdrawEntry, number: i.entry.number, gen: i.f.gen, ends: i.entry})
 }
 
 // journal appends an entry of these flags.
@@ -244,12 +262,12 @@ func (f *Flags) journal(ctx context.Context, e *entry) error {
 	if f.gone.Load() {
 		return ErrForgotten
 	}
-	// A withdrawal leaves less to be settled, not more.
+	// A withdrawal leaves less to be settled.
 	if e.kind != withdrawEntry {
 		if err := f.store.checkFree(); err != nil {
 			return err
 		}
-		if err := f.store.settler.room(ctx); err != nil {
+		if err := f.store.settler.room(ctx, f); err != nil {
 			return err
 		}
 	}
@@ -293,24 +311,30 @@ type settler struct {
 	closing chan struct{} // closed: what is left is settled and the settler ends
 	stopped chan struct{}
 
-	mu      sync.Mutex // guards all below
-	notes   []*note
-	problem error         // why the last attempt failed
-	tried   chan struct{} // closed and replaced after each attempt
+	mu       sync.Mutex // guards all below
+	notes    []*note
+	pending  int              // notes that are not settled, those of an attempt under way as well
+	problem  error            // why the last attempt failed for all
+	problems map[*Flags]error // and for one volume alone
+	tried    chan struct{}    // closed and replaced after each attempt
+	ending   bool
+	repeats  sync.WaitGroup // of withdrawals
 }
 
 func newSettler(s *Store, delay time.Duration) *settler {
 	return &settler{
 		store: s, delay: cmp.Or(delay, settleDelay), wake: make(chan struct{}, 1), some: make(chan struct{}, 1), closing: make(chan struct{}),
 		stopped: make(chan struct{}), tried: make(chan struct{}),
+		problems: make(map[*Flags]error),
 	}
 }
 
 // take makes the note visible and has it settled by and by.
 func (t *settler) take(n *note) {
-	n.f.early.add(n)
 	t.mu.Lock()
+	n.f.early.add(n) // in one with the next, so that who sees it can have it settled
 	t.notes = append(t.notes, n)
+	t.pending++
 	count := len(t.notes)
 	t.mu.Unlock()
 	switch count {
@@ -332,7 +356,37 @@ func (t *settler) now() {
 	}
 }
 
-// stuck is why the last attempt failed, or nil.
+// again repeats a withdrawal that found no room.
+func (t *settler) again(i *Intent) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.ending {
+		return
+	}
+	t.repeats.Go(func() {
+		for err := ErrNoSpace; errors.Is(err, ErrNoSpace); err = i.withdraw() {
+			t.mu.Lock()
+			tried := t.tried
+			t.mu.Unlock()
+			t.now()
+			select {
+			case <-tried:
+			case <-t.closing:
+				return
+			}
+		}
+	})
+}
+
+// trouble is why notes of f do not get into the database, or nil; mu is held.
+func (t *settler) trouble(f *Flags) error {
+	if t.problem != nil {
+		return t.problem
+	}
+	return t.problems[f]
+}
+
+// stuck is why the last attempt failed for all, or nil.
 func (t *settler) stuck() error {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -340,10 +394,10 @@ func (t *settler) stuck() error {
 }
 
 // room waits while as many notes as may be wait to be settled.
-func (t *settler) room(ctx context.Context) error {
+func (t *settler) room(ctx context.Context, f *Flags) error {
 	for {
 		t.mu.Lock()
-		err, full, tried := t.problem, len(t.notes) >= mostEarly, t.tried
+		err, full, tried := t.trouble(f), t.pending >= mostEarly, t.tried
 		t.mu.Unlock()
 		if err != nil || !full {
 			return err
@@ -363,7 +417,7 @@ func (t *settler) room(ctx context.Context) error {
 func (t *settler) await(ctx context.Context, n *note) error {
 	for {
 		t.mu.Lock()
-		err, tried := t.problem, t.tried
+		err, tried := t.trouble(n.f), t.tried
 		t.mu.Unlock()
 		select {
 		case <-n.settled:
@@ -400,22 +454,22 @@ func (t *settler) run() {
 		case <-t.closing:
 			closing = true
 		}
-		t.settle()
-		if t.stuck() != nil {
+		if left := t.settle(); left {
 			due.Reset(t.delay)
 		}
 	}
+	t.mu.Lock()
+	t.ending = true
+	t.mu.Unlock()
+	t.repeats.Wait()
 }
 
-// settle tries to bring every note into the database.
-func (t *settler) settle() {
+// settle tries to bring every note into the database, and tells whether some are left.
+func (t *settler) settle() (left bool) {
 	t.mu.Lock()
 	notes := t.notes
 	t.notes = nil
 	t.mu.Unlock()
-	if len(notes) == 0 {
-		return
-	}
 	type target struct {
 		f *Flags
 		k Kinds
@@ -435,16 +489,25 @@ func (t *settler) settle() {
 	sent.Wait()
 
 	var problem error
-	var left []*note
+	problems := map[*Flags]error{}
+	var staying, apart []*note
 	gone := map[*Flags][]*note{}
 	for _, n := range notes {
 		err := requests[target{n.f, n.kinds}].err
-		if err != nil && !errors.Is(err, ErrForgotten) {
-			problem = err
-			left = append(left, n)
+		switch {
+		case err == nil || errors.Is(err, ErrForgotten):
+			gone[n.f] = append(gone[n.f], n)
 			continue
+		case errors.Is(err, ErrNoSpace) || errors.Is(err, ErrFailed) || errors.Is(err, ErrClosed):
+			problem = err
+		default:
+			problems[n.f] = err
+			apart = append(apart, n)
 		}
-		gone[n.f] = append(gone[n.f], n)
+		staying = append(staying, n)
+	}
+	if err := t.setApart(apart); err != nil && problem == nil {
+		problem = err
 	}
 	for f, notes := range gone {
 		f.early.remove(notes)
@@ -454,11 +517,38 @@ func (t *settler) settle() {
 		}
 	}
 	t.mu.Lock()
+	defer t.mu.Unlock()
 	if problem != nil && t.problem == nil {
 		t.store.log.Errorf("state: flags stay in the journal: %v", problem)
 	}
-	t.notes, t.problem = append(left, t.notes...), problem
+	for f, err := range problems {
+		if t.problems[f] == nil {
+			t.store.log.Errorf("state: flags are set apart: %v", err)
+		}
+	}
+	t.notes, t.problem, t.problems = append(staying, t.notes...), problem, problems
+	for _, notes := range gone {
+		t.pending -= len(notes)
+	}
 	close(t.tried)
 	t.tried = make(chan struct{})
-	t.mu.Unlock()
+	return len(t.notes) > 0
+}
+
+// setApart keeps notes that cannot be settled, for a reason of their volume alone, in the
+// database as they were in the journal (keepEntries), so that they hold up no other
+// volume. They stay visible, and are tried again.
+func (t *settler) setApart(notes []*note) error {
+	var ops []op
+	for _, n := range notes {
+		b := n.entry.encode()
+		ops = append(ops, op{entryKey(n.entry.gen, b), b})
+	}
+	if err := t.store.submitEntries(ops); err != nil {
+		return err
+	}
+	for _, n := range notes {
+		t.store.journal.release(n.entry)
+	}
+	return nil
 }

@@ -42,8 +42,14 @@ type entry struct {
 	kinds  Kinds
 	sums   []Sum
 
-	segment int // of the journal that it is in; the journal's
+	// What follows is the journal's.
+	segment int    // that it is in
+	kept    bool   // an intent whose write is done
+	ends    *entry // of a withdrawal: the intent
 }
+
+// underWay tells whether e is an intent of a write that has not ended.
+func (e *entry) underWay() bool { return e.kind == intentEntry && !e.kept }
 
 const (
 	entryHead  = 5

@@ -304,8 +304,11 @@ func (f *Flags) Count(k Kinds) uint64 {
 	if !ok {
 		return 0
 	}
+	// Nothing is published meanwhile, so that no block counts twice or not at all.
+	f.early.mu.RLock()
+	defer f.early.mu.RUnlock()
 	var early uint64
-	for _, r := range f.early.within(k, Run{Blocks: f.geo.Blocks}) {
+	for _, r := range f.early.joined(k, Run{Blocks: f.geo.Blocks}) {
 		y := yielder{run: Run{Start: r.Start}}
 		y.yield = func(r Run, set bool) bool {
 			if !set {

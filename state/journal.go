@@ -1,6 +1,7 @@
 package state
 
 import (
+	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -41,7 +42,10 @@ const (
 	// frameSlots bounds a frame.
 	frameSlots = 64
 	// mostEntry bounds one entry in bytes.
-	mostEntry = 32 << 10
+	mostEntry = 4 << 10
+	// mostUnderWay bounds the intents of writes under way, in bytes: one frame carries
+	// them from one segment to the next.
+	mostUnderWay = frameSlots*slotSize - frameHead
 )
 
 func segmentName(i int) string { return fmt.Sprintf("journal.%d", i) }
@@ -68,8 +72,10 @@ type journal struct {
 	number   uint64 // of the last frame
 	buffer   []byte
 
-	mu      sync.Mutex // guards all below
-	idle    *sync.Cond // signalled when nobody leads any more
+	mu      sync.Mutex    // guards all below
+	idle    *sync.Cond    // signalled when nobody leads any more
+	bytes   int           // of the intents under way, those not appended yet as well
+	ended   chan struct{} // closed and replaced when one of them ended
 	waiting []*appending
 	led     bool
 	failed  error
@@ -148,6 +154,15 @@ func (j *journal) append(e *entry) error {
 	return err
 }
 
+// fail has nothing more appended: what the database holds is not known.
+func (j *journal) fail(err error) {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	if j.failed == nil {
+		j.failed = err
+	}
+}
+
 func (j *journal) refusal() error {
 	if j.failed != nil {
 		return j.failed
@@ -158,10 +173,60 @@ func (j *journal) refusal() error {
 	return nil
 }
 
+// admit waits, outside of the lead, until the intents under way leave room for e.
+func (j *journal) admit(ctx context.Context, e *entry) error {
+	for {
+		j.mu.Lock()
+		if err := j.refusal(); err != nil {
+			j.mu.Unlock()
+			return err
+		}
+		if j.bytes+e.size() <= mostUnderWay {
+			j.bytes += e.size()
+			j.mu.Unlock()
+			return nil
+		}
+		ended := j.ended
+		j.mu.Unlock()
+		select {
+		case <-ended:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+}
+
+// end says that the write of an intent that was admitted is not under way any more; mu
+// is held.
+func (j *journal) end(e *entry) {
+	if !e.kept {
+		e.kept = true
+		j.bytes -= e.size()
+		close(j.ended)
+		j.ended = make(chan struct{})
+	}
+}
+
+// keep says that the write of an intent is not under way any more, or never was as it was
+// not appended: where it counts, it does until it is released, as a note does.
+func (j *journal) keep(e *entry) {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	j.end(e)
+}
+
 // release tells that an entry counts no more.
 func (j *journal) release(e *entry) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
+	j.remove(e)
+}
+
+// remove is release; mu is held.
+func (j *journal) remove(e *entry) {
+	if e.underWay() {
+		j.end(e)
+	}
 	delete(j.segments[e.segment].live, e)
 	if len(j.segments[e.segment].live) == 0 {
 		select {
@@ -191,22 +256,26 @@ func (j *journal) write(batch []*appending, size int) error {
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	for _, a := range batch {
-		if a.entry.kind != withdrawEntry {
-			a.entry.segment = j.current
-			j.segments[j.current].live[a.entry] = struct{}{}
+		if a.entry.kind == withdrawEntry {
+			// Before another can turn over, and carry the intent past its withdrawal.
+			j.remove(a.entry.ends)
+			continue
 		}
+		a.entry.segment = j.current
+		j.segments[j.current].live[a.entry] = struct{}{}
 	}
 	return nil
 }
 
 // turnOver goes on in the next segment. The entries of the one before this count no more
-// then: notes must have left it, and writes that are still under way are carried over.
+// then: notes and kept intents must have left it, which needs no entry of others, and
+// intents of writes under way are carried over, which admit keeps to one frame.
 func (j *journal) turnOver() error {
 	before := (j.current + segmentCount - 1) % segmentCount
 	look := time.NewTicker(20 * time.Millisecond)
 	defer look.Stop()
 	for {
-		carried, size, ok := j.underWay(before)
+		carried, size, ok := j.carried(before)
 		if !ok {
 			j.kick()
 			select {
@@ -240,20 +309,20 @@ func (j *journal) turnOver() error {
 	}
 }
 
-// underWay gives the intents of a segment that still count, and the size of a frame of
-// them; ok is false while notes are left there, or too many intents.
-func (j *journal) underWay(of int) (entries []*entry, size int, ok bool) {
+// carried gives the intents of a segment whose writes are under way, and the size of a frame
+// of them; ok is false while anything else is left there.
+func (j *journal) carried(of int) (entries []*entry, size int, ok bool) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	size = frameHead
 	for e := range j.segments[of].live {
-		if e.kind != intentEntry {
+		if !e.underWay() {
 			return nil, 0, false
 		}
 		entries = append(entries, e)
 		size += e.size()
 	}
-	return entries, size, size <= frameSlots*slotSize
+	return entries, size, true
 }
 
 // next begins the next segment, with an epoch that is ahead by so many.
@@ -341,7 +410,7 @@ func createJournal(dir string) error {
 // openJournal reads what the journal holds and gives the entries that count, oldest
 // first. Nothing may be appended before begin.
 func openJournal(dir string, head *head) (_ *journal, entries [][]byte, err error) {
-	j := &journal{head: head, freed: make(chan struct{}, 1)}
+	j := &journal{head: head, freed: make(chan struct{}, 1), ended: make(chan struct{})}
 	j.idle = sync.NewCond(&j.mu)
 	defer func() {
 		if err != nil {
@@ -457,6 +526,8 @@ func (j *journal) begin() error {
 
 // close gives the files up; clean says that every entry that was taken is in the database.
 func (j *journal) close(clean bool) error {
+	j.mu.Lock()
+	defer j.mu.Unlock()
 	for i := range j.segments {
 		clean = clean && len(j.segments[i].live) == 0
 	}

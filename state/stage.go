@@ -212,6 +212,8 @@ func (s *stage) finish(ops []op) ([]op, error) {
 
 // publish makes what finish worked out visible and tells how many flags are new.
 func (s *stage) publish() (set uint64) {
+	s.f.early.mu.Lock() // for Count
+	defer s.f.early.mu.Unlock()
 	for c, chunk := range s.chunks {
 		for i, words := range chunk {
 			for w, word := range words {

@@ -3,11 +3,11 @@ package state
 import (
 	"context"
 	"errors"
-	"slices"
 )
 
-// entriesPerCommit bounds a transaction of entries.
-const entriesPerCommit = 256
+// takeOverBytes bounds a transaction of entries; Badger's own bound is 15 % of
+// memTableSize.
+const takeOverBytes = 1 << 20
 
 // keepEntries puts what the journal held into the database, under the generations of the
 // flags: what was noted is set when the flags are loaded, and what was intended is held
@@ -33,12 +33,7 @@ func (s *Store) keepEntries(entries [][]byte, named map[uint64]bool) error {
 		}
 		ops = append(ops, op{entryKey(e.gen, entries[i]), entries[i]})
 	}
-	for part := range slices.Chunk(ops, entriesPerCommit) {
-		if err := s.submit(context.Background(), &request{records: part}); err != nil {
-			return err
-		}
-	}
-	return nil
+	return s.submitEntries(ops)
 }
 
 // setNoted sets what the journal had noted. Intents wait for Prove.
@@ -64,14 +59,22 @@ func (f *Flags) setNoted() error {
 		return err
 	}
 	f.kept, f.entries = f.kept[:keep], f.entries[:keep]
-	return f.store.dropEntries(settled)
+	return f.store.submitEntries(settled)
 }
 
-func (s *Store) dropEntries(ops []op) error {
-	for part := range slices.Chunk(ops, entriesPerCommit) {
-		if err := s.submit(context.Background(), &request{records: part}); err != nil {
+// submitEntries writes or deletes entries, in transactions that the database takes. Each
+// entry counts for itself.
+func (s *Store) submitEntries(ops []op) error {
+	for len(ops) > 0 {
+		n, size := 0, 0
+		for n < len(ops) && (n == 0 || size+len(ops[n].value) <= takeOverBytes) && n < maxBatch {
+			size += len(ops[n].value)
+			n++
+		}
+		if err := s.submit(context.Background(), &request{records: ops[:n]}); err != nil {
 			return err
 		}
+		ops = ops[n:]
 	}
 	return nil
 }
@@ -101,7 +104,7 @@ func (f *Flags) Prove(ctx context.Context, written ...Run) error {
 	for i, key := range f.entries {
 		ops[i].key = key
 	}
-	if err := f.store.dropEntries(ops); err != nil {
+	if err := f.store.submitEntries(ops); err != nil {
 		return wrap(f.volume, "prove writes", err)
 	}
 	f.kept, f.entries = nil, nil
