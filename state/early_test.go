@@ -30,13 +30,22 @@ func TestAJournalOfTheLargestEntriesIsTakenOver(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	const writes = 2*segmentSlots - 100
-	for k := range uint64(writes) {
-		i, err := f.Intend(t.Context(), manySums(k*4096, MostSums)...)
-		if err != nil {
-			t.Fatal(err)
+	// Many at a time, so that frames have no space left over.
+	const rounds, together = 15, 60
+	const writes = rounds * together
+	for round := range uint64(rounds) {
+		var wg sync.WaitGroup
+		for k := range uint64(together) {
+			wg.Go(func() {
+				i, err := f.Intend(t.Context(), manySums((round*together+k)*4096, MostSums)...)
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				i.Keep()
+			})
 		}
-		i.Keep()
+		wg.Wait()
 	}
 	g, err := abandoned(t, s).Flags("v", crashGeometry)
 	if err != nil {
@@ -63,10 +72,15 @@ func TestWritesThatHangHoldUpNoOtherVolumeAndNoWithdrawal(t *testing.T) {
 		t.Fatal(err)
 	}
 	var under []*Intent
-	for k := range uint64(60) { // 12 writes of 1 MiB to alternating blocks, on an array that hangs
-		i, err := f.Intend(t.Context(), manySums(k*4096, MostSums)...)
-		if err != nil {
-			t.Fatal(err)
+	for k := uint64(0); ; k++ { // writes of many runs, on an array that hangs
+		ctx, cancel := context.WithTimeout(t.Context(), 200*time.Millisecond)
+		i, err := f.Intend(ctx, manySums(k*4096, MostSums)...)
+		cancel()
+		if errors.Is(err, context.DeadlineExceeded) && k > 50 {
+			break // as many as there may be
+		}
+		if err != nil || k > 500 {
+			t.Fatal(k, err)
 		}
 		under = append(under, i)
 	}
