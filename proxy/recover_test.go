@@ -240,3 +240,31 @@ func TestACopyIsNotFlaggedWhereAFirstWriteIsUnderWay(t *testing.T) {
 	waitFor(t, v, Synced)
 	expect(t, v, lun.Extent{Start: at, Blocks: 1}, 2)
 }
+
+// unsure is flags whose transactions have an outcome that nobody knows.
+type unsure struct{ flags }
+
+func (u unsure) Set(context.Context, state.Kinds, ...state.Run) error { return state.ErrFailed }
+
+// Once it is not known whether a copy was flagged, none of its blocks is written: after a
+// restart it might be valid, not dirty, and with what a failed write left. Caught: a mark that
+// does not ask.
+func TestNoFirstWriteTouchesTheDestinationAfterACommitOfUnknownOutcome(t *testing.T) {
+	r := newRig(t, 128)
+	fill(t, r.source, lun.Extent{Blocks: 128}, 1)
+	must(t, r.source.Flush(t.Context()))
+	v := r.open(t)
+	v.flags = unsure{v.flags}
+	must(t, v.Start(t.Context()))
+	eventually(t, v, "the copy could not be flagged", func(s Status) bool { return s.Degraded })
+	must(t, v.Pause(t.Context()))
+	writes := r.destination.Count(luntest.Write)
+	if err := v.WriteAt(t.Context(), stamp(77, 2), 77); !errors.Is(err, state.ErrFailed) {
+		t.Fatal(err)
+	}
+	if n := r.destination.Count(luntest.Write) - writes; n > 0 {
+		t.Fatalf("%d writes reached the destination", n)
+	}
+	expect(t, v, lun.Extent{Start: 77, Blocks: 1}, 1)
+	r.close(t)
+}
