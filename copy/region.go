@@ -82,7 +82,7 @@ func (c *Copier) read(ctx context.Context, buf *buffer, need []lun.Extent) (bad 
 	for _, r := range reads {
 		c.clear(buf, lun.Extent{Start: at, Blocks: uint64(r.whole.Start - at)})
 		err := c.readRun(ctx, buf, r.whole)
-		if err != nil && (len(r.parts) > 1 || unreadable(err)) && ctx.Err() == nil {
+		if err != nil && (len(r.parts) > 1 || lun.MediumError(err)) && ctx.Err() == nil {
 			// What nobody needs may be what cannot be read. What lies between the parts has no
 			// storage, and is not in the buffer now.
 			err = nil
@@ -108,7 +108,7 @@ func (c *Copier) read(ctx context.Context, buf *buffer, need []lun.Extent) (bad 
 func (c *Copier) salvage(ctx context.Context, buf *buffer, run lun.Extent) (bad []lun.Extent, err error) {
 	err = c.readRun(ctx, buf, run)
 	switch {
-	case err == nil || !unreadable(err):
+	case err == nil || !lun.MediumError(err):
 		return nil, err
 	case run.Blocks == 1:
 		return []lun.Extent{run}, nil
@@ -125,13 +125,6 @@ func (c *Copier) salvage(ctx context.Context, buf *buffer, run lun.Extent) (bad 
 		}
 	}
 	return bad, nil
-}
-
-// unreadable tells whether the device has the blocks but cannot read them.
-func unreadable(err error) bool {
-	const mediumError = 0x3 // SPC-4 4.5.6
-	var sense *lun.SenseError
-	return errors.As(err, &sense) && sense.Key == mediumError
 }
 
 // without gives the blocks of runs that are not in bad.

@@ -264,6 +264,14 @@ func senseKeyName(k byte) string {
 	return names[k&0xf]
 }
 
+// MediumError tells whether a device has the blocks but cannot read or write them
+// (MEDIUM ERROR, SPC-4 4.5.6).
+func MediumError(err error) bool {
+	const key = 0x3
+	var sense *SenseError
+	return errors.As(err, &sense) && sense.Key == key
+}
+
 // Check says whether the extent lies within the device, with an ErrOutOfRange
 // that names it if not.
 func (i Info) Check(e Extent) error {

@@ -273,39 +273,21 @@ func (v *Volume) checkOthers(ctx context.Context, ignore bool) error {
 
 // runGuard begins to look after the fences; the caller holds step.
 func (v *Volume) runGuard() {
-	v.goGuard(func(ctx context.Context) {
+	v.guard = begin(func(ctx context.Context) {
 		for v.untilNextLook(ctx) {
 			v.refence(ctx)
 		}
 	})
 }
 
-// goGuard has do run until it returns or stopGuard ends it; the caller holds step.
-func (v *Volume) goGuard(do func(context.Context)) {
-	ctx, cancel := context.WithCancel(context.Background())
-	g := &copying{ctx, cancel, make(chan struct{})}
-	v.guard = g
-	go func() {
-		defer close(g.done)
-		defer cancel()
-		do(ctx)
-	}()
-}
-
 // stopGuard ends it and waits for it, or returns ctx's error when that ends first: an array
 // that hangs may hold it up for a moment. The caller holds step.
 func (v *Volume) stopGuard(ctx context.Context) error {
-	if v.guard == nil {
-		return nil
+	if err := v.guard.end(ctx); err != nil {
+		return v.errorf("who looks after the fences did not stop: %w", err)
 	}
-	v.guard.cancel()
-	select {
-	case <-v.guard.done:
-		v.guard = nil
-		return nil
-	case <-ctx.Done():
-		return v.errorf("who looks after the fences did not stop: %w", ctx.Err())
-	}
+	v.guard = nil
+	return nil
 }
 
 // untilNextLook waits until the fences are to be looked at; false says that ctx ended.
@@ -365,7 +347,7 @@ func (v *Volume) refence(ctx context.Context) {
 func (v *Volume) release(ctx context.Context) <-chan struct{} {
 	err := v.unfence(ctx, v.destination)
 	tried := make(chan struct{})
-	v.goGuard(func(ctx context.Context) {
+	v.guard = begin(func(ctx context.Context) {
 		pending := []*unit{v.source}
 		if err != nil {
 			pending = append(pending, v.destination)

@@ -188,9 +188,6 @@ func (v *Volume) held(ctx context.Context, do func(context.Context) error) (time
 	return time.Since(began), err
 }
 
-// stopped tells whether the copier was told to stop.
-func (c *copying) stopped() bool { return c.ctx.Err() != nil }
-
 // oneLine joins the reasons of a refusal.
 func oneLine(refused []error) error {
 	texts := make([]string, len(refused))
@@ -201,31 +198,16 @@ func oneLine(refused []error) error {
 }
 
 // runCopier starts the copier; the caller holds step.
-func (v *Volume) runCopier() {
-	ctx, cancel := context.WithCancel(context.Background())
-	c := &copying{ctx, cancel, make(chan struct{})}
-	v.copying = c
-	go func() {
-		defer close(c.done)
-		defer cancel()
-		v.copy(ctx)
-	}()
-}
+func (v *Volume) runCopier() { v.copying = begin(v.copy) }
 
 // stopCopier ends the copier and waits for it, or returns ctx's error when that ends
 // first; the caller holds step.
 func (v *Volume) stopCopier(ctx context.Context) error {
-	if v.copying == nil {
-		return nil
+	if err := v.copying.end(ctx); err != nil {
+		return v.errorf("the copier did not stop: %w", err)
 	}
-	v.copying.cancel()
-	select {
-	case <-v.copying.done:
-		v.copying = nil
-		return nil
-	case <-ctx.Done():
-		return v.errorf("the copier did not stop: %w", ctx.Err())
-	}
+	v.copying = nil
+	return nil
 }
 
 // copy runs the copier to its end and then makes the volume synced.
@@ -345,7 +327,7 @@ func (v *Volume) setPaused(ctx context.Context, paused bool) error {
 		v.fault("copy", nil)
 		return err
 	}
-	if v.copying != nil && v.copying.stopped() {
+	if v.copying != nil && v.copying.ending() {
 		// A pause before gave up waiting for it.
 		if err := v.stopCopier(ctx); err != nil {
 			return err

@@ -397,25 +397,18 @@ func (x *rebuild) note(c class, r state.Run) {
 // readSource fills p with e and tells which blocks cannot be read.
 func (x *rebuild) readSource(ctx context.Context, p []byte, e lun.Extent) (bad []bool, err error) {
 	err = x.cfg.Source.ReadAt(ctx, p, e.Start)
-	if !mediumError(err) {
+	if !lun.MediumError(err) {
 		return nil, wrapSide("source", err)
 	}
 	bs := uint64(x.info.BlockSize)
 	bad = make([]bool, e.Blocks)
 	for i := range e.Blocks {
 		err := x.cfg.Source.ReadAt(ctx, p[i*bs:(i+1)*bs], e.Start+lun.LBA(i))
-		if bad[i] = mediumError(err); err != nil && !bad[i] {
+		if bad[i] = lun.MediumError(err); err != nil && !bad[i] {
 			return nil, wrapSide("source", err)
 		}
 	}
 	return bad, nil
-}
-
-// mediumError tells whether a device has the blocks but cannot read them.
-func mediumError(err error) bool {
-	const key = 0x3 // SPC-4 4.5.6
-	var sense *lun.SenseError
-	return errors.As(err, &sense) && sense.Key == key
 }
 
 func wrapSide(side string, err error) error {

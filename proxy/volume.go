@@ -121,17 +121,47 @@ type Volume struct {
 	faulty    atomic.Bool // faults is not empty
 	verifying atomic.Pointer[verification]
 
-	key     uint64   // of the fences
-	guard   *copying // looks after the fences; guarded by step
-	copying *copying // guarded by step
-	closed  bool     // guarded by step
+	key     uint64    // of the fences
+	guard   *activity // looks after the fences; guarded by step
+	copying *activity // guarded by step
+	closed  bool      // guarded by step
 }
 
-// copying is a run of the copier.
-type copying struct {
+// activity is a goroutine of the volume that it waits for.
+type activity struct {
 	ctx    context.Context
 	cancel context.CancelFunc
 	done   chan struct{}
+}
+
+// begin has do run until it returns or end ends it.
+func begin(do func(context.Context)) *activity {
+	ctx, cancel := context.WithCancel(context.Background())
+	a := &activity{ctx, cancel, make(chan struct{})}
+	go func() {
+		defer close(a.done)
+		defer cancel()
+		do(ctx)
+	}()
+	return a
+}
+
+// ending tells whether it was told to end.
+func (a *activity) ending() bool { return a.ctx.Err() != nil }
+
+// end ends it and waits for it, or returns ctx's error when that ends first. It is for
+// nil too.
+func (a *activity) end(ctx context.Context) error {
+	if a == nil {
+		return nil
+	}
+	a.cancel()
+	select {
+	case <-a.done:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
 }
 
 // sample is how much had been read from the source at a time.

@@ -220,20 +220,7 @@ func TestDamageWithinTheJournalIsToldFromATornEnd(t *testing.T) {
 			from = s.dir
 		}
 		c := copyState(t, from)
-		slot := i + 1 // the first frame of an open journal is empty
-		path := filepath.Join(c, segmentName((1+slot/segmentSlots)%segmentCount))
-		b, err := os.ReadFile(path)
-		if err != nil {
-			t.Fatal(err)
-		}
-		at := slot % segmentSlots * slotSize
-		if string(b[at:at+4]) != frameMagic {
-			t.Fatalf("no frame in slot %d of %s", slot%segmentSlots, path)
-		}
-		b[at+40] ^= 4
-		if err := os.WriteFile(path, b, 0o600); err != nil {
-			t.Fatal(err)
-		}
+		damageFrame(t, c, i)
 		if _, err := Open(c, Options{}); !errors.Is(err, ErrCorrupt) {
 			t.Fatalf("frame %d damaged: %v", i, err)
 		}
@@ -249,22 +236,33 @@ func TestDamageWithinTheJournalIsToldFromATornEnd(t *testing.T) {
 		t.Fatal(err)
 	}
 	c := copyState(t, s.dir)
-	slot := notes
-	path := filepath.Join(c, segmentName((1+slot/segmentSlots)%segmentCount))
-	b, err := os.ReadFile(path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	b[slot%segmentSlots*slotSize+40] ^= 4
-	if err := os.WriteFile(path, b, 0o600); err != nil {
-		t.Fatal(err)
-	}
+	damageFrame(t, c, notes-1)
 	g, err := open(t, c).Flags("v", crashGeometry)
 	if err != nil {
 		t.Fatal(err)
 	}
 	if n := len(g.Unproven()); n != notes-1 {
 		t.Fatal(n)
+	}
+}
+
+// damageFrame flips a bit in the frame of entry i of a directory in which the journal took
+// one at a time.
+func damageFrame(t *testing.T, dir string, i int) {
+	t.Helper()
+	slot := i + 1 // the first frame of an open journal is empty
+	path := filepath.Join(dir, segmentName((1+slot/segmentSlots)%segmentCount))
+	b, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	at := slot % segmentSlots * slotSize
+	if string(b[at:at+4]) != frameMagic {
+		t.Fatalf("no frame in slot %d of %s", slot%segmentSlots, path)
+	}
+	b[at+40] ^= 4
+	if err := os.WriteFile(path, b, 0o600); err != nil {
+		t.Fatal(err)
 	}
 }
 
