@@ -58,8 +58,9 @@ type Run struct {
 
 func (r Run) end() uint64 { return r.Start + r.Blocks }
 
-// Flags says of each logical block of one volume which kinds it has. What
-// readers see is on stable storage. A flag, once set, stays; so reads that run
+// Flags says of each logical block of one volume which kinds it has. What readers see
+// outlives a crash: it is on stable storage, or, of a kept intent, the destination and the
+// journal together tell it again (Unproven). A flag, once set, stays; so reads that run
 // beside a Set see each block as before or as after it, and never go back.
 //
 // Which regions are none, partial or all is in memory; the bitmaps of partial ones

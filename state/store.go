@@ -3,8 +3,8 @@
 // block whether the destination holds its current content (valid) and whether the
 // initiators wrote it since the start (dirty).
 //
-// Its guarantee: what PutRecords, PutReservation and Flags.Set have acknowledged is on stable
-// storage and comes back at the next Open, after a kill or a power loss as well;
+// Its guarantee: what PutRecords, PutReservation, Flags.Set, Note and Intend have acknowledged is
+// on stable storage and comes back at the next Open, after a kill or a power loss as well;
 // if it does not, Open or Store.Flags fails and says so. A store never begins
 // again from nothing by itself.
 //
@@ -112,7 +112,7 @@ type Store struct {
 	freeMin atomic.Uint64 // minFree, another in tests of a full disk
 	tables  atomic.Uint64 // bytes of Badger's tables
 
-	// Lock order: loading, then reading or mu.
+	// Lock order: loading, then reading or mu; the settler's, then early's and the journal's.
 	loading sync.Mutex        // held while a volume's flags are loaded or forgotten
 	reading sync.RWMutex      // keeps Close from the database while it is read
 	mu      sync.Mutex        // guards flags

@@ -17,7 +17,8 @@ func (a *app) breakFenceCommand() *cobra.Command {
 the destination of a volume, for emergencies: the host that held them, another lunshift
 among them, can write there no more, or gets RESERVATION CONFLICT, and its commands under
 way are aborted where the array can. Make sure first that it is gone for good. A volume
-that is migrating or synced holds the reservations itself afterwards; else they are free.
+that is migrating or synced holds the reservations itself afterwards, or, where it is not
+served now, some seconds later, once it is again; else they are free.
 
 Where no lunshift runs, the same is done with sg_persist on a host that has the LUN:
 
