@@ -140,6 +140,7 @@ type Client struct {
 
 	window, span uint64 // where in its range this run's commands are
 	sequence     uint64
+	losses       uint64 // when the step began, before the load could end
 }
 
 // Run sends commands until load ends, or nobody answers, or something is wrong. A command
@@ -147,7 +148,11 @@ type Client struct {
 func (c *Client) Run(ctx, load context.Context, h Host) {
 	c.span = min(c.Blocks, 4*c.Region/uint64(c.Oracle.BlockSize))
 	c.window = c.Rand.Uint64N(c.Blocks - c.span + 1)
-	for load.Err() == nil {
+	for {
+		c.losses = c.lossesNow()
+		if load.Err() != nil {
+			return
+		}
 		err := c.step(ctx, h)
 		c.Ended.Add(1)
 		if errors.Is(err, ErrGone) {
@@ -207,11 +212,10 @@ func (c *Client) step(ctx context.Context, h Host) error {
 		c.Oracle.Fill(p, lba, v)
 		return c.change(lba, cells, v, false, func() error { return h.Send(ctx, opWriteSame16, flags, lba, uint32(n), p, nil) })
 	case kind < 90:
-		losses := c.losses()
 		if err := h.Send(ctx, opSyncCache16, 0, 0, 0, nil, nil); err != nil {
 			return err
 		}
-		if c.losses() != losses {
+		if c.lossesNow() != c.losses {
 			return nil // as on any disk, what the cache lost is not flushed
 		}
 		own := c.Oracle.Cells[c.From : c.From+c.Blocks]
@@ -241,11 +245,10 @@ func (c *Client) change(lba uint64, cells []Cell, v Value, durable bool, do func
 
 func (c *Client) read(ctx context.Context, h Host, lba, n uint64) error {
 	p := make([]byte, n*uint64(c.Oracle.BlockSize))
-	losses := c.losses()
 	if err := h.Send(ctx, OpRead16, 0, lba, uint32(n), nil, p); err != nil {
 		return err
 	}
-	if c.losses() != losses {
+	if c.lossesNow() != c.losses {
 		return nil // it may have been read before or after
 	}
 	c.Reads.Add(int64(n))
@@ -282,7 +285,7 @@ func (c *Client) compareAndWrite(ctx context.Context, h Host, lba, n uint64) err
 	if !errors.Is(err, ErrMiscompare) {
 		return err
 	}
-	if h.Resets() == lost && !errors.Is(err, errRepeated) {
+	if h.Resets() == lost && !errors.Is(err, errRepeated) && c.lossesNow() == c.losses {
 		return fmt.Errorf("COMPARE AND WRITE of %d blocks at %d: miscompare, though nobody else writes there", n, lba)
 	}
 	// The connection was lost, or the write had failed, and the command sent again met
@@ -290,7 +293,7 @@ func (c *Client) compareAndWrite(ctx context.Context, h Host, lba, n uint64) err
 	return c.read(ctx, h, lba, n)
 }
 
-func (c *Client) losses() uint64 {
+func (c *Client) lossesNow() uint64 {
 	if c.Losses == nil {
 		return 0
 	}
