@@ -5,7 +5,8 @@
 // there in slices, each under an exclusive lock on just that slice, and has the
 // blocks flagged once the destination holds them on stable storage. It never
 // overwrites a block that became valid meanwhile, and it leaves
-// the destination thin: what is unallocated or zero is not written.
+// the destination thin: what is unallocated or zero is not written. Where the destination
+// holds most of the data already it compares and writes only what differs (compare.go).
 //
 // The package keeps no state of its own over a restart; what is done is what the
 // Ledger says. Between the read of the source and the write of the destination each
@@ -29,6 +30,9 @@ const (
 	sliceBytes = 256 << 10
 	// holeSpanRegions is how many wholly unallocated regions are one job.
 	holeSpanRegions = 4096
+	// comparedSpanRegions is the same where the destination is compared: parts of the job may
+	// have to be read.
+	comparedSpanRegions = 256
 	// readGapBytes is the longest run of blocks nobody needs that is read along, to
 	// make one read of two.
 	readGapBytes = 64 << 10
@@ -77,7 +81,8 @@ type Copied struct {
 	Era uint64
 }
 
-// Options is what a Copier works on.
+// Options is what a Copier works on. Which unit is source and which destination is for
+// the caller to say; nothing here hangs on it.
 type Options struct {
 	Source, Destination lun.Device
 	Ledger              Ledger
@@ -90,7 +95,11 @@ type Options struct {
 	// Readback reads what was written back from the destination and compares it before
 	// it is flagged; SetReadback changes it.
 	Readback bool
-	// Throttle limits the bytes read from the source per second.
+	// Compare reads both sides and writes only what differs, for a destination that holds
+	// most of the data already; SetCompare changes it.
+	Compare bool
+	// Throttle limits the bytes read from the source per second; with Compare, those
+	// looked at, be it on the destination alone.
 	Throttle *Throttle
 	// Fault is told of each failed step, and nil when steps succeed again. The
 	// copier goes on by itself.
@@ -102,8 +111,11 @@ type Progress struct {
 	// Copied was written to the destination as data. What had to be copied again
 	// counts again.
 	Copied uint64
-	// Skipped needed no data: unallocated, or zeroes.
+	// Skipped needed no data: unallocated, or zeroes. What is Equal is not in it.
 	Skipped uint64
+	// Compared was read from the destination as well, and compared; Equal is what of it was
+	// there already. Both are 0 without Compare.
+	Compared, Equal uint64
 	// Allocated is the storage of the source in all, as far as the survey has come;
 	// Surveyed tells whether it has come to the end.
 	Allocated uint64
@@ -123,11 +135,13 @@ type Copier struct {
 	info lun.Info  // of the source
 	pool sync.Pool // of *buffer, each as long as a region
 	back sync.Pool // of *[]byte, each as long as a slice
+	held sync.Pool // of *held, each as long as a region
 	zero uint32    // the checksum of a block of zeroes
 
 	copied, skipped, allocated, bytesRead, left atomic.Uint64
 	scribbled, misread                          atomic.Uint64 // blocks
-	readback                                    atomic.Bool
+	compared, equal                             atomic.Uint64 // bytes
+	readback, compare                           atomic.Bool
 	allocation                                  atomic.Pointer[AllocationMap]
 
 	mu       sync.Mutex // protects the fields below
@@ -158,8 +172,10 @@ type job struct {
 type done struct {
 	job
 	era             uint64
+	compare         bool
 	extents         []lun.Extent
 	copied, skipped uint64
+	compared, equal uint64
 	unreadable      error // a part of the job cannot be read; it is not in extents
 }
 
@@ -169,12 +185,16 @@ func New(o Options) *Copier {
 	c.cond = sync.NewCond(&c.mu)
 	c.depth = max(1, o.Depth)
 	c.readback.Store(o.Readback)
+	c.compare.Store(o.Compare)
 	c.pool.New = func() any {
 		return &buffer{data: make([]byte, o.RegionBlocks*uint64(c.info.BlockSize)), sums: make([]uint32, o.RegionBlocks)}
 	}
 	c.back.New = func() any {
 		p := make([]byte, max(sliceBytes, int(c.info.BlockSize)))
 		return &p
+	}
+	c.held.New = func() any {
+		return &held{data: make([]byte, o.RegionBlocks*uint64(c.info.BlockSize)), found: make([]finding, o.RegionBlocks)}
 	}
 	c.zero = sum(make([]byte, c.info.BlockSize))
 	return c
@@ -196,11 +216,16 @@ func (c *Copier) SetDepth(depth int) {
 // SetReadback changes whether slices that are written from now on are read back.
 func (c *Copier) SetReadback(on bool) { c.readback.Store(on) }
 
+// SetCompare changes whether regions that are begun from now on are compared.
+func (c *Copier) SetCompare(on bool) { c.compare.Store(on) }
+
 // Progress is a snapshot.
 func (c *Copier) Progress() Progress {
 	return Progress{
 		Copied:    c.copied.Load(),
 		Skipped:   c.skipped.Load(),
+		Compared:  c.compared.Load(),
+		Equal:     c.equal.Load(),
 		Allocated: c.allocated.Load(),
 		Surveyed:  c.allocation.Load() != nil,
 		Read:      c.bytesRead.Load(),
@@ -395,13 +420,24 @@ func (c *Copier) holeSpan(r uint64) (count uint64, hole bool) {
 	if end <= r {
 		return 1, false
 	}
-	for count < holeSpanRegions && r+count < end {
+	for most := c.mostHoles(); count < most && r+count < end; {
 		if m, ok := c.Ledger.NextMissing(r + count); !ok || m != r+count || !c.mayCopy(m) {
 			break
 		}
 		count++
 	}
 	return max(1, count), true
+}
+
+// mostHoles is how many wholly unallocated regions may be one job.
+func (c *Copier) mostHoles() uint64 {
+	switch info := c.Destination.Info(); {
+	case !c.compare.Load():
+		return holeSpanRegions
+	case tellsBlank(info):
+		return comparedSpanRegions
+	}
+	return 1 // each is read from the destination
 }
 
 func (c *Copier) claim(first, count uint64, hole bool) job {
@@ -496,6 +532,8 @@ func (c *Copier) finish(ctx context.Context, finished <-chan done) {
 func (c *Copier) account(d done) {
 	c.copied.Add(d.copied)
 	c.skipped.Add(d.skipped)
+	c.compared.Add(d.compared)
+	c.equal.Add(d.equal)
 	if d.hole {
 		return
 	}

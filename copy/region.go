@@ -13,29 +13,37 @@ import (
 // copy brings the blocks of a job that are not valid onto the destination.
 func (c *Copier) copy(ctx context.Context, j job) (done, error) {
 	e := c.extent(j)
-	d := done{job: j, era: c.Ledger.Begin(e)}
-	var err error
-	if j.hole {
-		err = c.copyHole(ctx, e, &d)
-	} else {
-		err = c.copyRegion(ctx, e, &d)
+	d := done{job: j, era: c.Ledger.Begin(e), compare: c.compare.Load()}
+	blank, err := c.blank(ctx, e)
+	switch {
+	case err != nil:
+	case j.hole:
+		err = c.copyHole(ctx, e, blank, &d)
+	default:
+		err = c.copyRegion(ctx, e, blank, &d)
 	}
 	return d, err
 }
 
-func (c *Copier) copyRegion(ctx context.Context, e lun.Extent, d *done) error {
+// copyRegion copies e, a region at the most; blank is what of it is blank on the
+// destination.
+func (c *Copier) copyRegion(ctx context.Context, e lun.Extent, blank []lun.Extent, d *done) error {
 	need, err := c.Ledger.Invalid(e)
 	if err != nil || len(need) == 0 {
-		return err
-	}
-	blank, err := c.blank(ctx, e)
-	if err != nil {
 		return err
 	}
 	buf := c.pool.Get().(*buffer)
 	defer c.pool.Put(buf)
 	buf.of = e
-	bad, err := c.read(ctx, buf, need)
+	var there *held // nil: nothing is compared
+	var bad []lun.Extent
+	if d.compare {
+		there = c.held.Get().(*held)
+		defer c.held.Put(there)
+		bad, err = c.readBoth(ctx, buf, there, need, blank)
+	} else {
+		bad, err = c.read(ctx, buf, need)
+	}
 	if err != nil {
 		return err
 	}
@@ -49,7 +57,7 @@ func (c *Copier) copyRegion(ctx context.Context, e lun.Extent, d *done) error {
 			slice := run
 			slice.Blocks = min(slice.Blocks, sliceBytes/uint64(c.info.BlockSize))
 			run.Start, run.Blocks = slice.End(), run.Blocks-slice.Blocks
-			if err := c.writeSlice(ctx, buf, slice, blank, d); err != nil {
+			if err := c.writeSlice(ctx, buf, there, slice, blank, d); err != nil {
 				return err
 			}
 		}
@@ -60,28 +68,11 @@ func (c *Copier) copyRegion(ctx context.Context, e lun.Extent, d *done) error {
 // read fills buf with what the source has for the runs in need; unallocated blocks are
 // zeroes without being read. It gives the runs that the source cannot read.
 func (c *Copier) read(ctx context.Context, buf *buffer, need []lun.Extent) (bad []lun.Extent, err error) {
-	// Runs that lie close together are read as one.
-	type read struct {
-		whole lun.Extent
-		parts []lun.Extent
-	}
-	var reads []read
-	gap := uint64(readGapBytes) / uint64(c.info.BlockSize)
-	for _, run := range need {
-		for _, a := range c.allocation.Load().Within(run) {
-			if n := len(reads); n > 0 && uint64(a.Start-reads[n-1].whole.End()) <= gap {
-				last := &reads[n-1]
-				last.whole.Blocks = uint64(a.End() - last.whole.Start)
-				last.parts = append(last.parts, a)
-			} else {
-				reads = append(reads, read{a, []lun.Extent{a}})
-			}
-		}
-	}
+	read := func(e lun.Extent) error { return c.readRun(ctx, buf, e) }
 	at := buf.of.Start
-	for _, r := range reads {
+	for _, r := range c.together(c.stored(need)) {
 		c.clear(buf, lun.Extent{Start: at, Blocks: uint64(r.whole.Start - at)})
-		err := c.readRun(ctx, buf, r.whole)
+		err := read(r.whole)
 		if err != nil && (len(r.parts) > 1 || lun.MediumError(err)) && ctx.Err() == nil {
 			// What nobody needs may be what cannot be read. What lies between the parts has no
 			// storage, and is not in the buffer now.
@@ -89,7 +80,7 @@ func (c *Copier) read(ctx context.Context, buf *buffer, need []lun.Extent) (bad 
 			c.clear(buf, r.whole)
 			for _, part := range r.parts {
 				var lost []lun.Extent
-				if lost, err = c.salvage(ctx, buf, part); err != nil {
+				if lost, err = salvage(part, read); err != nil {
 					break
 				}
 				bad = append(bad, lost...)
@@ -104,9 +95,38 @@ func (c *Copier) read(ctx context.Context, buf *buffer, need []lun.Extent) (bad 
 	return bad, nil
 }
 
+// stored gives what of the runs the source has storage for.
+func (c *Copier) stored(runs []lun.Extent) (in []lun.Extent) {
+	for _, run := range runs {
+		in = append(in, c.allocation.Load().Within(run)...)
+	}
+	return in
+}
+
+// reading is a run that is read as one for the sake of its parts.
+type reading struct {
+	whole lun.Extent
+	parts []lun.Extent
+}
+
+// together makes one reading of runs that lie close together; they are in rising order.
+func (c *Copier) together(runs []lun.Extent) (reads []reading) {
+	gap := uint64(readGapBytes) / uint64(c.info.BlockSize)
+	for _, run := range runs {
+		if n := len(reads); n > 0 && uint64(run.Start-reads[n-1].whole.End()) <= gap {
+			last := &reads[n-1]
+			last.whole.Blocks = uint64(run.End() - last.whole.Start)
+			last.parts = append(last.parts, run)
+		} else {
+			reads = append(reads, reading{run, []lun.Extent{run}})
+		}
+	}
+	return reads
+}
+
 // salvage reads what can be read of run, and gives the blocks that cannot.
-func (c *Copier) salvage(ctx context.Context, buf *buffer, run lun.Extent) (bad []lun.Extent, err error) {
-	err = c.readRun(ctx, buf, run)
+func salvage(run lun.Extent, read func(lun.Extent) error) (bad []lun.Extent, err error) {
+	err = read(run)
 	switch {
 	case err == nil || !lun.MediumError(err):
 		return nil, err
@@ -116,7 +136,7 @@ func (c *Copier) salvage(ctx context.Context, buf *buffer, run lun.Extent) (bad 
 	half := lun.Extent{Start: run.Start, Blocks: run.Blocks / 2}
 	rest := lun.Extent{Start: half.End(), Blocks: run.Blocks - half.Blocks}
 	for _, part := range [...]lun.Extent{half, rest} {
-		lost, err := c.salvage(ctx, buf, part)
+		lost, err := salvage(part, read)
 		if err != nil {
 			return nil, err
 		}
@@ -149,9 +169,10 @@ func (c *Copier) readRun(ctx context.Context, buf *buffer, e lun.Extent) error {
 	return nil
 }
 
-// writeSlice writes those blocks of slice that are still not valid, with
-// initiators' writes to the slice kept out, and reads them back where that is asked for.
-func (c *Copier) writeSlice(ctx context.Context, buf *buffer, slice lun.Extent, blank []lun.Extent, d *done) error {
+// writeSlice writes those blocks of slice that are still not valid and that the destination
+// is not known to hold already, with initiators' writes to the slice kept out, and reads
+// them back where that is asked for.
+func (c *Copier) writeSlice(ctx context.Context, buf *buffer, there *held, slice lun.Extent, blank []lun.Extent, d *done) error {
 	release, err := c.Ledger.Exclude(ctx, slice)
 	if err != nil {
 		return err
@@ -164,38 +185,50 @@ func (c *Copier) writeSlice(ctx context.Context, buf *buffer, slice lun.Extent, 
 		return err
 	}
 	var written []lun.Extent
-	for _, run := range still {
-		err = splitZeroes(c.part(buf, run), run, c.info.BlockSize, func(p []byte, e lun.Extent, zero bool) error {
-			nothing := zero && inside(blank, e)
-			if zero {
-				d.skipped += uint64(len(p))
-			} else {
-				d.copied += uint64(len(p))
+	write := func(p []byte, e lun.Extent, zero bool) error {
+		nothing := zero && inside(blank, e)
+		if zero {
+			d.skipped += uint64(len(p))
+		} else {
+			d.copied += uint64(len(p))
+		}
+		if !nothing {
+			written = lun.Join(written, e)
+		}
+		put := func() error {
+			// As late as can be: what changes the buffer after this is for the readback
+			// to find.
+			if err := c.check(buf, e); err != nil {
+				return err
 			}
-			if !nothing {
-				written = lun.Join(written, e)
-			}
-			write := func() error {
-				// As late as can be: what changes the buffer after this is for the readback
-				// to find.
-				if err := c.check(buf, e); err != nil {
-					return err
-				}
-				switch {
-				case nothing:
-					return nil
-				case zero:
-					return c.Destination.WriteZeroes(ctx, e)
-				}
-				return c.Destination.WriteAt(ctx, p, e.Start)
-			}
-			writes.Go(func() error {
-				if err := write(); err != nil {
-					return fmt.Errorf("write %v of the destination: %w", e, err)
-				}
+			switch {
+			case nothing:
 				return nil
-			})
+			case zero:
+				return c.Destination.WriteZeroes(ctx, e)
+			}
+			return c.Destination.WriteAt(ctx, p, e.Start)
+		}
+		writes.Go(func() error {
+			if err := put(); err != nil {
+				return fmt.Errorf("write %v of the destination: %w", e, err)
+			}
 			return nil
+		})
+		return nil
+	}
+	for _, run := range still {
+		d.compared += there.compared(run) * uint64(c.info.BlockSize)
+		err = there.split(run, func(e lun.Extent, f finding) error {
+			switch f {
+			case equal:
+				d.equal += c.info.Bytes(e)
+			case empty:
+				d.skipped += c.info.Bytes(e)
+			default:
+				return splitZeroes(c.part(buf, e), e, c.info.BlockSize, write)
+			}
+			return c.check(buf, e) // it is the source's content that is there
 		})
 		if err != nil {
 			break
@@ -213,23 +246,29 @@ func (c *Copier) writeSlice(ctx context.Context, buf *buffer, slice lun.Extent, 
 }
 
 // copyHole makes the blocks of e that are not valid read as zeroes on the
-// destination.
-func (c *Copier) copyHole(ctx context.Context, e lun.Extent, d *done) error {
-	blank, err := c.blank(ctx, e)
-	if err != nil {
-		return err
-	}
+// destination; blank is where they do.
+func (c *Copier) copyHole(ctx context.Context, e lun.Extent, blank []lun.Extent, d *done) error {
 	slice := uint64(sliceBytes) / uint64(c.info.BlockSize)
 	info := c.Destination.Info()
 	transfers := !info.Thin || !info.UnmapZeroes
 	for !e.Empty() {
 		part := e
-		release, locked := func() {}, false
-		if inside(blank, e) {
+		if d.compare && !inside(blank, e) {
+			part.Blocks = min(e.Blocks, c.RegionBlocks)
+			if !inside(blank, part) {
+				if err := c.copyRegion(ctx, part, blank, d); err != nil {
+					return err
+				}
+				e.Start, e.Blocks = part.End(), e.Blocks-part.Blocks
+				continue
+			}
+		}
+		release, locked, err := func() {}, false, error(nil)
+		if inside(blank, part) {
 			// Nothing is to be written, so the lock is held for an instant,
 			// however long the extent is. It must not be waited for: writes
 			// that come later would wait as well.
-			release, locked = c.Ledger.TryExclude(e)
+			release, locked = c.Ledger.TryExclude(part)
 		}
 		if !locked {
 			part.Blocks = min(part.Blocks, slice)
@@ -242,7 +281,7 @@ func (c *Copier) copyHole(ctx context.Context, e lun.Extent, d *done) error {
 				return err
 			}
 		}
-		err := c.zeroPart(ctx, part, blank, d)
+		err = c.zeroPart(ctx, part, blank, d)
 		release()
 		if err != nil {
 			return err
@@ -276,11 +315,14 @@ func (c *Copier) zeroPart(ctx context.Context, part lun.Extent, blank []lun.Exte
 	return nil
 }
 
+// tellsBlank tells whether the destination says which of its blocks have no storage, and
+// these read as zeroes.
+func tellsBlank(info lun.Info) bool { return info.ReportsAllocation && info.UnmapZeroes }
+
 // blank gives the runs of e that the destination has no storage for and that read
 // as zeroes there, in rising order.
 func (c *Copier) blank(ctx context.Context, e lun.Extent) ([]lun.Extent, error) {
-	info := c.Destination.Info()
-	if !info.ReportsAllocation || !info.UnmapZeroes {
+	if !tellsBlank(c.Destination.Info()) {
 		return nil, nil
 	}
 	var blank []lun.Extent
