@@ -72,6 +72,7 @@ func (v Volume) Changes(to Volume) []string {
 		{"verify_sample", v.VerifySample, to.VerifySample},
 		{"destination_cache", v.DestinationCache, to.DestinationCache},
 		{"overwrite", v.Overwrite, to.Overwrite},
+		{"seeded", v.Seeded, to.Seeded},
 		{"region_size", v.RegionSize, to.RegionSize},
 		{"file_block_size", v.FileBlockSize, to.FileBlockSize},
 		{"copy.depth", v.Copy.Depth, to.Copy.Depth},

@@ -90,6 +90,9 @@ type Volume struct {
 	DestinationCache string
 	// Overwrite allows a destination that is not blank.
 	Overwrite bool
+	// Seeded allows it too: the destination has most of the data already. Both sides are
+	// compared, and only what differs is written.
+	Seeded bool
 	// RegionSize is the unit of copying, a power of two from 64 KiB to 64 MiB.
 	RegionSize Size
 	// FileBlockSize is the logical block length of plain files, 512 or 4096 bytes.

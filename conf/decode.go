@@ -161,6 +161,7 @@ func (d *decoder) volumeSettings(v *Volume, files *secretFiles, path, label stri
 		{"digests", boolean(&v.Digests)},
 		{"autostart", boolean(&v.Autostart)},
 		{"overwrite", boolean(&v.Overwrite)},
+		{"seeded", boolean(&v.Seeded)},
 		{"verify", oneOf(&v.Verify, VerifyOff, VerifyReadback)},
 		{"verify_sample", size(&v.VerifySample)},
 		{"destination_cache", oneOf(&v.DestinationCache, CacheAuto, CacheVolatile, CacheNonvolatile)},

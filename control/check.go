@@ -272,7 +272,7 @@ func (r VolumeReport) refuse(format string, args ...any) VolumeReport {
 func (r *VolumeReport) inspect(ctx context.Context, v conf.Volume, source, destination lun.Device, key uint64) {
 	r.Source, r.Destination = unitReport(v.Source.Address, source.Info()), unitReport(v.Destination.Address, destination.Info())
 	// Once the migration has started, the destination holds what it put there.
-	overwrite := v.Overwrite || r.Phase != proxy.Ready
+	overwrite := v.Overwrite || v.Seeded || r.Phase != proxy.Ready
 	refused, err := proxy.Check(ctx, source, destination, overwrite)
 	if err != nil {
 		refused = append(refused, err)

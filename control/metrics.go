@@ -60,6 +60,8 @@ func newCollector(version string, statuses func() []proxy.Status, stats func() s
 			volume("allocated_bytes", "What the source has storage for, as far as it is known.", gauge, func(s proxy.Status) float64 { return float64(s.Allocated) }),
 			volume("copied_bytes_total", "What the background copy put on the destination.", counter, func(s proxy.Status) float64 { return float64(s.Copied) }),
 			volume("skipped_bytes_total", "What did not have to be copied: unallocated or zero.", counter, func(s proxy.Status) float64 { return float64(s.Skipped) }),
+			volume("compared_bytes_total", "What was read from both sides and compared.", counter, func(s proxy.Status) float64 { return float64(s.Compared) }),
+			volume("equal_bytes_total", "What of it was on the destination already.", counter, func(s proxy.Status) float64 { return float64(s.Equal) }),
 			volume("initiator_written_bytes", "Size of the blocks that initiators wrote since the start.", gauge, func(s proxy.Status) float64 { return float64(s.InitiatorWritten) }),
 			volume("remaining_bytes", "What is not yet valid on the destination.", gauge, func(s proxy.Status) float64 { return float64(s.Remaining) }),
 			volume("copy_rate_bytes_per_second", "Speed of the background copy.", gauge, func(s proxy.Status) float64 { return float64(s.Rate) }),

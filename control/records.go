@@ -113,6 +113,7 @@ func (s *Service) knownOf(v conf.Volume, failure error) proxy.Status {
 	status.Phase, status.Paused = proxy.Phase(record.Phase), record.Paused
 	status.Size, status.BlockSize = record.Blocks*uint64(record.BlockSize), record.BlockSize
 	status.Copied, status.Skipped = record.CopiedBytes, record.SkippedBytes
+	status.Compare, status.Compared, status.Equal = record.Compare, record.ComparedBytes, record.EqualBytes
 	status.InitiatorWritten, status.Remaining = record.InitiatorWrittenBytes, status.Size
 	if record.AllocatedBytes != nil {
 		status.Allocated, status.AllocatedKnown = *record.AllocatedBytes, true

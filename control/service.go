@@ -437,7 +437,7 @@ func (s *Service) openVolume(ctx context.Context, v conf.Volume, e *entry, a ...
 		Source: source, Destination: destination,
 		SourceAddress: v.Source.Address, DestinationAddress: v.Destination.Address,
 		RegionSize: uint64(v.RegionSize), CopyDepth: v.Copy.Depth, CopyRate: uint64(v.Copy.Rate),
-		Overwrite: v.Overwrite, VerifySample: uint64(v.VerifySample), Autostart: v.Autostart,
+		Overwrite: v.Overwrite, Seeded: v.Seeded, VerifySample: uint64(v.VerifySample), Autostart: v.Autostart,
 		Readback: v.Verify == conf.VerifyReadback, DestinationCache: proxy.Cache(v.DestinationCache),
 		Initiators: initiators(v), PortalGroups: v.PortalGroups, ReservationsByName: v.ReservationBy == conf.ByName,
 		Store: s.store, Target: s.target, Log: s.log, CutOver: func() { s.redirect(v.IQN) },

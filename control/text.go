@@ -61,6 +61,9 @@ func WriteDetail(w io.Writer, v proxy.Status) error {
 		}
 		row("allocated", "%s%s", humanize.IBytes(v.Allocated), seen)
 		row("copied", "%s, skipped %s", humanize.IBytes(v.Copied), humanize.IBytes(v.Skipped))
+		if v.Compare {
+			row("compared", "%s, equal %s", humanize.IBytes(v.Compared), humanize.IBytes(v.Equal))
+		}
 		row("written", "%s by initiators since the start", humanize.IBytes(v.InitiatorWritten))
 	}
 	if v.Phase == proxy.Migrating {

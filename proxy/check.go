@@ -19,8 +19,8 @@ const (
 )
 
 // Check gives every reason for which a migration from source to destination is
-// refused, each one line; none means that Start goes ahead. It reads both devices
-// and writes nothing. An error is returned only when a device cannot be read.
+// refused, each one line; none means that Start goes ahead. With overwrite the
+// destination may hold data. It reads both devices and writes nothing. An error is returned only when a device cannot be read.
 func Check(ctx context.Context, source, destination lun.Device, overwrite bool) ([]error, error) {
 	var refused []error
 	refuse := func(format string, args ...any) {
@@ -44,7 +44,7 @@ func Check(ctx context.Context, source, destination lun.Device, overwrite bool) 
 		return refused, fmt.Errorf("look whether the destination is blank: %w", err)
 	}
 	if dirty {
-		refuse("destination is not blank: it holds data near byte %d (LBA %d): name a blank LUN, or set overwrite = true if its content may go; if a migration was begun and its state is lost, see lunshift adopt --rebuild",
+		refuse("destination is not blank: it holds data near byte %d (LBA %d): name a blank LUN, set overwrite = true if its content may go, or seeded = true (lunshift start --reuse) if it has most of the data; if a migration was begun and its state is lost, see lunshift adopt --rebuild",
 			uint64(at)*uint64(d.BlockSize), at)
 	}
 	return refused, nil

@@ -109,6 +109,9 @@ type StartOptions struct {
 	// IgnoreRegistrations starts although other initiators are registered on the source
 	// or the destination: they can go on writing there.
 	IgnoreRegistrations bool `json:"ignore_registrations"`
+	// Reuse takes a destination that holds data, compares it with the source and writes only
+	// what differs, as Settings.Seeded does.
+	Reuse bool `json:"reuse"`
 }
 
 // Start begins the migration: ready → migrating. In a later phase but cutover it
@@ -136,7 +139,9 @@ func (v *Volume) becomeMigrating(ctx context.Context, o StartOptions) error {
 	if err := v.checkOthers(ctx, o.IgnoreRegistrations); err != nil {
 		return err
 	}
-	refused, err := Check(ctx, v.cfg.Source, v.cfg.Destination, v.set().Overwrite)
+	set := v.set()
+	compare := o.Reuse || set.Seeded
+	refused, err := Check(ctx, v.cfg.Source, v.cfg.Destination, set.Overwrite || compare)
 	if err != nil {
 		return v.errorf("%w", err)
 	}
@@ -156,7 +161,7 @@ func (v *Volume) becomeMigrating(ctx context.Context, o StartOptions) error {
 		}
 		v.sourceFlushed.Store(true)
 		now := time.Now()
-		return v.advance(ctx, Migrating, func(r *state.Record) { r.StartedAt, r.Fenced = &now, true })
+		return v.advance(ctx, Migrating, func(r *state.Record) { r.StartedAt, r.Fenced, r.Compare = &now, true, compare })
 	})
 	if err != nil {
 		// Where it is not known whether the start was recorded, the fences stay until the
@@ -167,6 +172,7 @@ func (v *Volume) becomeMigrating(ctx context.Context, o StartOptions) error {
 		return v.errorf("start: %w", err)
 	}
 	v.fault("start", nil)
+	v.copier.SetCompare(compare)
 	v.runGuard()
 	if !v.record.Paused {
 		v.runCopier()

@@ -54,7 +54,7 @@ func Unknown(ctx context.Context, store *state.Store, dir, volume, address strin
 	if !dirty {
 		return nil
 	}
-	return &UnknownError{fmt.Sprintf("volume %s: destination %s is not blank (data near LBA %d) and the state directory %s knows nothing of the volume: if a migration was begun, its state is lost and the source is stale: put the directory back, or compare both LUNs (lunshift adopt %s --rebuild); if none was ever begun, name a blank LUN, or say so (lunshift adopt %s --new) and set overwrite = true if its content may go",
+	return &UnknownError{fmt.Sprintf("volume %s: destination %s is not blank (data near LBA %d) and the state directory %s knows nothing of the volume: if a migration was begun, its state is lost and the source is stale: put the directory back, or compare both LUNs (lunshift adopt %s --rebuild); if none was ever begun, name a blank LUN, or say so (lunshift adopt %s --new) and set overwrite = true if its content may go, or seeded = true if it has most of the data",
 		volume, address, at, dir, volume, volume)}
 }
 

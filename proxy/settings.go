@@ -26,6 +26,7 @@ type Settings struct {
 	Readback     bool
 	VerifySample uint64
 	Overwrite    bool
+	Seeded       bool
 	Initiators   []target.Initiator
 	PortalGroups []uint16
 }
@@ -33,7 +34,7 @@ type Settings struct {
 func (c *Config) settings() Settings {
 	return Settings{
 		CopyDepth: c.CopyDepth, CopyRate: c.CopyRate, Readback: c.Readback, VerifySample: c.VerifySample,
-		Overwrite: c.Overwrite, Initiators: c.Initiators, PortalGroups: c.PortalGroups,
+		Overwrite: c.Overwrite, Seeded: c.Seeded, Initiators: c.Initiators, PortalGroups: c.PortalGroups,
 	}
 }
 

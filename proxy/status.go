@@ -95,10 +95,16 @@ type Status struct {
 	// the allocation map is still being read and Allocated is what was seen so far.
 	Allocated      uint64 `json:"allocated_bytes"`
 	AllocatedKnown bool   `json:"allocated_known"`
-	// Copied is what the copier read from the source and put on the destination.
+	// Copied is what the copier put on the destination as data.
 	Copied uint64 `json:"copied_bytes"`
 	// Skipped is what the copier did not have to copy: unallocated or zero.
 	Skipped uint64 `json:"skipped_bytes"`
+	// Compare tells whether both sides are compared and only what differs is written.
+	// Compared is what was read from both, or from the destination where the source has no
+	// storage; Equal is what of it was there already.
+	Compare  bool   `json:"compare"`
+	Compared uint64 `json:"compared_bytes"`
+	Equal    uint64 `json:"equal_bytes"`
 	// InitiatorWritten is the size of the blocks initiators wrote since start.
 	InitiatorWritten uint64 `json:"initiator_written_bytes"`
 	// Remaining is what is not yet valid on the destination.

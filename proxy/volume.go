@@ -59,6 +59,9 @@ type Config struct {
 	VerifySample uint64
 	// Overwrite allows a destination that is not blank.
 	Overwrite bool
+	// Seeded allows it too, and has the copy compare both sides and write only what
+	// differs. It counts at the start.
+	Seeded bool
 	// Autostart starts the migration when the Volume is opened in phase ready.
 	Autostart bool
 	// Initiators, PortalGroups and ReservationsByName are as in target.Unit.
@@ -219,14 +222,23 @@ func Open(ctx context.Context, cfg Config) (*Volume, error) {
 	v.copier = copier.New(copier.Options{
 		Source: v.source, Destination: v.destination, Ledger: (*ledger)(v),
 		Volume: v.info.All(), RegionBlocks: v.record.RegionBlocks, Depth: cfg.CopyDepth,
-		Throttle: v.throttle, Readback: cfg.Readback,
+		Throttle: v.throttle, Readback: cfg.Readback, Compare: v.record.Compare,
 		Fault: func(err error) { v.fault("copy", err) },
 	})
-	v.before = copier.Progress{Copied: v.record.CopiedBytes, Skipped: v.record.SkippedBytes}
+	v.before = copier.Progress{
+		Copied: v.record.CopiedBytes, Skipped: v.record.SkippedBytes,
+		Compared: v.record.ComparedBytes, Equal: v.record.EqualBytes,
+	}
 	// What is valid and was never written by an initiator came from the copier, also
-	// where a crash kept it from being counted.
+	// where a crash kept it from being counted: as what most of it is.
 	brought := (v.flags.Count(state.Valid) - v.flags.Count(state.Dirty)) * uint64(v.info.BlockSize)
-	if counted := v.before.Copied + v.before.Skipped; brought > counted {
+	counted := v.before.Copied + v.before.Skipped + v.before.Equal
+	switch {
+	case brought <= counted:
+	case v.record.Compare:
+		v.before.Compared += brought - counted
+		v.before.Equal += brought - counted
+	default:
 		v.before.Copied += brought - counted
 	}
 	if v.record.AllocatedBytes != nil {
@@ -348,6 +360,7 @@ func (v *Volume) Status() Status {
 	s.Verify = v.verified()
 	v.mu.Unlock()
 	s.StartedAt, s.SyncedAt, s.CutoverAt = r.StartedAt, r.SyncedAt, r.CutoverAt
+	s.Compare = r.Compare
 	s.UnreadableRuns = []BlockRun{}
 	_, s.AcceptedUnreadable = v.shown(extents(r.Accepted))
 	if r.Hold != nil {
@@ -355,7 +368,7 @@ func (v *Volume) Status() Status {
 		s.Hold = &ms
 	}
 	if v.source == nil {
-		s.Copied, s.Skipped = r.CopiedBytes, r.SkippedBytes
+		s.Copied, s.Skipped, s.Compared, s.Equal = r.CopiedBytes, r.SkippedBytes, r.ComparedBytes, r.EqualBytes
 		if r.AllocatedBytes != nil {
 			s.Allocated, s.AllocatedKnown = *r.AllocatedBytes, true
 		}
@@ -367,6 +380,7 @@ func (v *Volume) Status() Status {
 	s.Source, s.Destination = v.source.status(), v.destination.status()
 	p, bs := v.progress(), uint64(v.info.BlockSize)
 	s.Copied, s.Skipped, s.Allocated, s.AllocatedKnown = p.Copied, p.Skipped, p.Allocated, p.Surveyed
+	s.Compared, s.Equal = p.Compared, p.Equal
 	s.ChecksumErrors, s.ReadbackErrors = p.ChecksumErrors, p.ReadbackErrors
 	s.InitiatorWritten = v.flags.Count(state.Dirty) * bs
 	s.Remaining = s.Size - v.flags.Count(state.Valid)*bs
@@ -459,7 +473,7 @@ func (v *Volume) save(ctx context.Context, change func(*state.Record)) error {
 	r := v.record
 	v.mu.Unlock()
 	p := v.progress()
-	r.CopiedBytes, r.SkippedBytes = p.Copied, p.Skipped
+	r.CopiedBytes, r.SkippedBytes, r.ComparedBytes, r.EqualBytes = p.Copied, p.Skipped, p.Compared, p.Equal
 	if p.Surveyed {
 		r.AllocatedBytes = &p.Allocated
 	}
@@ -484,6 +498,8 @@ func (v *Volume) progress() copier.Progress {
 	p := v.copier.Progress()
 	p.Copied += v.before.Copied
 	p.Skipped += v.before.Skipped
+	p.Compared += v.before.Compared
+	p.Equal += v.before.Equal
 	if !p.Surveyed && v.before.Surveyed {
 		p.Allocated, p.Surveyed = v.before.Allocated, true
 	}

@@ -42,6 +42,11 @@ type Record struct {
 	// CopiedBytes and SkippedBytes are the copier's tally at the last record.
 	CopiedBytes  uint64 `json:"copied_bytes"`
 	SkippedBytes uint64 `json:"skipped_bytes"`
+	// Compare is true where the copy compares both devices and writes only what differs;
+	// ComparedBytes and EqualBytes are its tally then, like the two above.
+	Compare       bool   `json:"compare,omitempty"`
+	ComparedBytes uint64 `json:"compared_bytes,omitempty"`
+	EqualBytes    uint64 `json:"equal_bytes,omitempty"`
 	// AllocatedBytes is the storage of the source; nil until it is known.
 	AllocatedBytes *uint64 `json:"allocated_bytes,omitempty"`
 	// InitiatorWrittenBytes is the size of the dirty blocks at the last record.
