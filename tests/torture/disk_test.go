@@ -3,6 +3,7 @@ package torture
 import (
 	"context"
 	"maps"
+	"math"
 	"math/rand/v2"
 	"os"
 	"slices"
@@ -19,6 +20,7 @@ import (
 const (
 	page   = 4096
 	sector = 512
+	noPage = math.MaxInt64
 )
 
 // disk is a file system in memory that knows what was synced. Cut makes of it what a
@@ -26,7 +28,9 @@ const (
 //
 // A file's content and size are durable once it is synced, and so is the name that it was
 // created with, as on ext4, XFS and btrfs; every other change of names is once its
-// directory is synced. (POSIX promises less of a new name. Badger relies on it for its
+// directory is synced. A file that was made shorter is so as a whole after the cut, or has
+// all that it had before: a file system with a journal gives storage back with the size,
+// and writes no zeroes in its place. (POSIX promises less of a new name. Badger relies on it for its
 // tables.) The kernel's page cache stays on, so that files can be mapped; what it has not
 // written back yet was never synced, and goes to files that nobody can reach any more.
 type disk struct {
@@ -55,6 +59,8 @@ type inode struct {
 	// the end, nil for a hole; synced is the size then.
 	before map[int64][]byte
 	synced int64
+	// short is the first page that was cut off since then; noPage where none was.
+	short int64
 
 	entries map[string]*inode // of a directory
 	names   map[string]*inode // the entries as of the last sync
@@ -96,7 +102,7 @@ func newDisk(t *testing.T) *disk {
 func (d *disk) newInode(mode uint32) *inode {
 	d.ino++
 	return &inode{
-		ino: d.ino, gen: d.gen, mode: mode, changed: time.Now(), holes: map[int64]bool{}, before: map[int64][]byte{},
+		ino: d.ino, gen: d.gen, mode: mode, changed: time.Now(), holes: map[int64]bool{}, before: map[int64][]byte{}, short: noPage,
 		entries: map[string]*inode{}, names: map[string]*inode{},
 	}
 }
@@ -149,7 +155,7 @@ func (d *disk) leave(old *inode, rng *rand.Rand, keep float64, done map[*inode]*
 		return in
 	}
 	old.dead = true
-	in := &inode{ino: old.ino, gen: d.gen, mode: old.mode, changed: time.Now(), holes: old.holes, before: map[int64][]byte{}, entries: map[string]*inode{}}
+	in := &inode{ino: old.ino, gen: d.gen, mode: old.mode, changed: time.Now(), holes: old.holes, before: map[int64][]byte{}, short: noPage, entries: map[string]*inode{}}
 	done[old] = in
 	if old.isDir() {
 		for _, c := range old.log[:int(keep*float64(len(old.log)+1))] {
@@ -162,8 +168,8 @@ func (d *disk) leave(old *inode, rng *rand.Rand, keep float64, done map[*inode]*
 		return in
 	}
 	in.data = old.data
-	size := old.synced
-	if rng.Float64() < keep {
+	size, resized := old.synced, rng.Float64() < keep
+	if resized {
 		size = int64(len(old.data))
 	}
 	if grow := size - int64(len(in.data)); grow > 0 {
@@ -173,6 +179,13 @@ func (d *disk) leave(old *inode, rng *rand.Rand, keep float64, done map[*inode]*
 	for _, n := range numbers {
 		was := old.before[n]
 		all, some := rng.Float64() < keep, rng.IntN(2) == 0
+		if n >= old.short {
+			if resized {
+				was = nil // it was cut off: what is there now was written since
+			} else {
+				all = false
+			}
+		}
 		if all && !some {
 			continue
 		}
@@ -223,7 +236,7 @@ func (in *inode) sync() {
 		return
 	}
 	clear(in.before)
-	in.synced = int64(len(in.data))
+	in.synced, in.short = int64(len(in.data)), noPage
 	if in.parent == nil {
 		return
 	}
@@ -258,6 +271,7 @@ func (in *inode) resize(size int64) {
 	was := int64(len(in.data))
 	if size < was {
 		in.touch(size, was)
+		in.short = min(in.short, (size+page-1)/page)
 		clear(in.data[size:])
 		in.data = in.data[:size]
 		return
