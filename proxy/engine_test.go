@@ -54,6 +54,7 @@ type engine struct {
 	failed              bool  // the state refuses everything until the next life
 	quiet               bool  // no faults any more
 	sourceLost          bool  // what was written to the source while nobody knew of the start
+	reuse               bool  // the destination has most of the data, and is compared
 
 	registers [engineBlocks]*register
 	clients   [engineClients]*engineCommand
@@ -230,7 +231,8 @@ func (x *engine) note(format string, args ...any) {
 	x.trace = append(x.trace, fmt.Sprintf(format, args...))
 }
 
-// newEngine is a source with some data, a destination with some old content.
+// newEngine is a source with some data, a destination with some old content, or with much of
+// the source's, of which some is in its cache alone.
 func newEngine(choose func(n int) int) *engine {
 	x := &engine{choose: choose, version: 100}
 	disk := func(name string) *engineDisk {
@@ -239,12 +241,19 @@ func newEngine(choose func(n int) int) *engine {
 		}}
 	}
 	x.source, x.destination = disk("source"), disk("destination")
+	x.reuse = choose(2) == 1
 	for at := range uint64(engineBlocks) {
 		if choose(4) != 0 {
 			x.source.now[at] = 1 + at
 		}
 		if choose(8) == 0 {
 			x.destination.now[at] = 50 + at
+		}
+		if x.reuse && choose(4) != 0 {
+			x.destination.now[at] = x.source.now[at]
+			if choose(2) == 0 {
+				x.destination.cached[at] = []uint64{50 + at}
+			}
 		}
 		x.registers[at] = newRegister(x.source.now[at])
 	}
@@ -633,7 +642,7 @@ func (x *engine) decide() {
 		v := x.vol
 		switch x.choose(6) {
 		case 0, 1, 2:
-			x.take("start", func(ctx context.Context) error { return v.Start(ctx) })
+			x.take("start", func(ctx context.Context) error { return v.Start(ctx, StartOptions{Reuse: x.reuse}) })
 		case 3:
 			x.take("pause", v.Pause)
 		case 4:
@@ -708,7 +717,7 @@ func (x *engine) finish() {
 	until("all commands and steps end", idle)
 	v := x.vol
 	if x.violation == nil && x.phaseSaved() != Cutover {
-		x.take("start", func(ctx context.Context) error { return v.Start(ctx) })
+		x.take("start", func(ctx context.Context) error { return v.Start(ctx, StartOptions{Reuse: x.reuse}) })
 		until("started", idle)
 	}
 	if x.violation == nil && x.phaseSaved() == Migrating {
