@@ -29,7 +29,7 @@ type Volume interface {
 	Verify(ctx context.Context, o proxy.VerifyOptions) (proxy.VerifyReport, error)
 	Wait(ctx context.Context, p proxy.Phase) error
 	Remove(ctx context.Context, instead ...state.Record) error
-	BreakFence(ctx context.Context, source, destination lun.Device) error
+	BreakFence(ctx context.Context, source, destination lun.Device) (proxy.Broken, error)
 	Set(s proxy.Settings) error
 	Withdraw(ctx context.Context) error
 	Shutdown(ctx context.Context) error

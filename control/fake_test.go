@@ -68,7 +68,9 @@ func (f *fakeVolume) Status() proxy.Status {
 	defer f.mu.Unlock()
 	return f.status
 }
-func (f *fakeVolume) BreakFence(context.Context, lun.Device, lun.Device) error { return nil }
+func (f *fakeVolume) BreakFence(context.Context, lun.Device, lun.Device) (proxy.Broken, error) {
+	return proxy.Broken{}, nil
+}
 func (f *fakeVolume) Start(context.Context, ...proxy.StartOptions) error {
 	return f.step("", "start", func(s *proxy.Status) { s.Phase = proxy.Migrating; s.Remaining = s.Size / 2 })
 }

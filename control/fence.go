@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"net/http"
 	"strings"
 
@@ -16,8 +17,65 @@ import (
 type BreakReport struct {
 	Name string `json:"name"`
 	// Source and Destination are how the units are now.
-	Source      FenceReport `json:"source"`
-	Destination FenceReport `json:"destination"`
+	Source      BreakSide `json:"source"`
+	Destination BreakSide `json:"destination"`
+}
+
+// BreakSide is the outcome on one logical unit.
+type BreakSide struct {
+	FenceReport
+	// Broken tells whether nothing of others is left there; false as well where there
+	// can be nothing, which Means says.
+	Broken bool `json:"broken"`
+	// Error says why what others had is still there; Means is empty then.
+	Error string `json:"error,omitempty"`
+}
+
+func (b BreakSide) String() string {
+	switch {
+	case b.Error != "":
+		return "could not be reached, and what others hold there stays: " + b.Error
+	case b.Means != "reservations":
+		return "has no persistent reservations"
+	case b.Own:
+		return "reserved by this volume"
+	case b.Type != "":
+		return fmt.Sprintf("reserved (%s) by %s", b.Type, b.Holder)
+	}
+	return "free"
+}
+
+func (r BreakReport) sides() []breakRole {
+	return []breakRole{{"source", r.Source}, {"destination", r.Destination}}
+}
+
+type breakRole struct {
+	role string
+	BreakSide
+}
+
+// Err is nil where nothing of others is left on either side.
+func (r BreakReport) Err() error {
+	var errs []error
+	for _, side := range r.sides() {
+		if side.Error != "" {
+			errs = append(errs, fmt.Errorf("%s: %s", side.role, side.Error))
+		}
+	}
+	if len(errs) == 0 {
+		return nil
+	}
+	return &Error{Failed, fmt.Sprintf("volume %s: what others hold was not broken everywhere: %s: do it again once the array is back", r.Name, oneLine(errors.Join(errs...)))}
+}
+
+// WriteBreak shows the outcome, a line for each side.
+func WriteBreak(w io.Writer, r BreakReport) error {
+	for _, side := range r.sides() {
+		if _, err := fmt.Fprintf(w, "%s: %s %v\n", r.Name, side.role, side); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // FenceReport is who may write to a logical unit.
@@ -98,51 +156,84 @@ func (r *VolumeReport) warnFences() {
 
 // breakFence takes the reservations and registrations of others away from both units, be
 // the volume served or not.
-func (s *Service) breakFence(ctx context.Context, e *entry) (report BreakReport, err error) {
-	report.Name = e.name
+func (s *Service) breakFence(ctx context.Context, e *entry) (BreakReport, error) {
 	e.mu.Lock()
 	volume, units := e.volume, e.units
 	e.mu.Unlock()
-	var source, destination lun.Device
 	if len(units) == 2 {
-		source, destination = units[0], units[1]
-	} else {
-		// Sessions of their own, for the volume may be opened meanwhile.
-		source, destination, err = s.openUnits(ctx, e.settings(), "/break-fence")
-		defer func() { err = errors.Join(err, closeUnits([]lun.Device{source, destination})) }()
-		if err != nil && (source == nil && destination == nil || volume != nil) {
-			return report, err
-		}
+		return s.breakUnits(ctx, e, volume, units[0], units[1], nil)
 	}
-	unopened := err
-	if volume != nil {
-		err = volume.BreakFence(ctx, source, destination)
-	} else {
-		err = proxy.BreakFence(ctx, s.store, e.name, source, destination)
-	}
-	if err = errors.Join(err, unopened); err != nil {
+	// Sessions of their own, for the volume may be opened meanwhile.
+	source, destination, unopened := s.openUnits(ctx, e.settings(), "/break-fence")
+	report, err := s.breakUnits(ctx, e, volume, source, destination, unopened)
+	if err = errors.Join(err, closeUnits([]lun.Device{source, destination})); err != nil || volume != nil || unopened != nil {
 		return report, err
 	}
+	// It need not wait until the volumes that are not open are tried again.
+	if err := s.openEntry(ctx, e); err != nil {
+		s.log.WithError(err).Warnf("volume %s: not served yet", e.name)
+	} else if _, err := e.open(); err == nil {
+		s.log.Infof("volume %s: its logical units are free of others, it is served", e.name)
+	}
+	return report, nil
+}
+
+// breakUnits is breakFence for units of which one is nil that could not be opened.
+func (s *Service) breakUnits(ctx context.Context, e *entry, volume Volume, source, destination lun.Device, unopened error) (report BreakReport, err error) {
+	report.Name = e.name
 	key, err := proxy.FenceKey(ctx, s.store, e.name)
 	if err != nil {
 		return report, err
 	}
-	for dev, to := range map[lun.Device]*FenceReport{source: &report.Source, destination: &report.Destination} {
-		*to = FenceReport{Means: "none", Others: []RegistrantReport{}}
-		f, ok := dev.(lun.Fencer)
-		if !ok {
-			continue
+	var broken proxy.Broken
+	if volume != nil {
+		broken, err = volume.BreakFence(ctx, source, destination)
+	} else {
+		broken, err = proxy.BreakFence(ctx, s.store, e.name, source, destination)
+	}
+	if err != nil {
+		return report, err
+	}
+	reasons := lines(unopened)
+	for _, side := range []struct {
+		dev lun.Device
+		err error
+		to  *BreakSide
+	}{{source, broken.Source, &report.Source}, {destination, broken.Destination, &report.Destination}} {
+		if side.dev == nil && len(reasons) > 0 {
+			side.err, reasons = errors.New(reasons[0]), reasons[1:]
 		}
-		held, err := f.Fenced(ctx)
-		if errors.Is(err, lun.ErrUnsupported) {
-			continue
+		*side.to = breakSide(ctx, side.dev, key, side.err)
+	}
+	for _, side := range report.sides() {
+		if side.Error != "" {
+			s.log.Warnf("volume %s: %s %v", e.name, side.role, side)
+		} else {
+			s.log.Infof("volume %s: %s %v", e.name, side.role, side)
 		}
-		if err != nil {
-			return report, err
-		}
-		*to = fenceReport(held, key)
 	}
 	return report, nil
+}
+
+// breakSide asks how a unit is after it was broken, unless that failed with err.
+func breakSide(ctx context.Context, dev lun.Device, key uint64, err error) BreakSide {
+	side := BreakSide{FenceReport: FenceReport{Others: []RegistrantReport{}}}
+	var held lun.Reservations
+	if err == nil {
+		f, ok := dev.(lun.Fencer)
+		if err = lun.ErrUnsupported; ok {
+			held, err = f.Fenced(ctx)
+		}
+	}
+	switch {
+	case errors.Is(err, lun.ErrUnsupported):
+		side.Means = "none"
+	case err != nil:
+		side.Error = oneLine(err)
+	default:
+		side.FenceReport, side.Broken = fenceReport(held, key), true
+	}
+	return side
 }
 
 func (s *Service) answerBreakFence(r *http.Request) (any, error) {
@@ -150,15 +241,14 @@ func (s *Service) answerBreakFence(r *http.Request) (any, error) {
 	if err != nil {
 		return nil, err
 	}
-	report, err := s.breakFence(s.running, e)
-	if err == nil {
-		s.logStep(r)
-	}
-	return report, err
+	s.logStep(r)
+	s.log.Warnf("volume %s: takes the reservations and registrations of others away from source and destination", e.name)
+	return s.breakFence(s.running, e)
 }
 
 // BreakFence takes the reservations and registrations of others away from the source and
-// the destination of a volume.
+// the destination of a volume. Where it could be done for one side only, the report says
+// so, and the error is nil.
 func (c *Client) BreakFence(ctx context.Context, volume string) (BreakReport, error) {
 	var report BreakReport
 	return report, c.onVolume(ctx, http.MethodPost, volume, "/break-fence", nil, &report)

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"strings"
+	"sync"
 	"time"
 
 	"lunshift/lun"
@@ -427,53 +428,76 @@ func (v *Volume) releaseLate(ctx context.Context) {
 	v.released(ctx, errs)
 }
 
+// Broken says for each side why the reservations of others are still there, as far as they
+// are; nil where they are gone.
+type Broken struct{ Source, Destination error }
+
+// Err is why either is still there.
+func (b Broken) Err() error { return errors.Join(b.Source, b.Destination) }
+
 // BreakFence takes every reservation and registration of others away from source and
-// destination. The fences of a volume that is migrating or synced are then its own. In
-// phase cutover the volume has no units, so both must be given.
-func (v *Volume) BreakFence(ctx context.Context, source, destination lun.Device) error {
+// destination, from the one also where the other cannot be reached. The fences of a volume
+// that is migrating or synced are then its own. In phase cutover the volume has no units, so
+// they must be given; nil is one that could not be opened. The error is ErrClosed.
+func (v *Volume) BreakFence(ctx context.Context, source, destination lun.Device) (Broken, error) {
 	v.step.Lock()
 	defer v.step.Unlock()
 	if v.closed {
-		return v.errorf("break the fence: %w", lun.ErrClosed)
+		return Broken{}, v.errorf("break the fence: %w", lun.ErrClosed)
 	}
 	if v.Phase() != Cutover {
 		source, destination = v.source.Device, v.destination.Device
 	}
-	v.log.Warn("takes the reservations and registrations of others away from source and destination")
-	if err := breakFences(ctx, v.cfg.Name, v.key, source, destination); err != nil {
-		return err
-	}
+	broken := breakFences(ctx, v.key, false, source, destination)
 	switch v.Phase() {
 	case Cutover:
-		v.released(ctx, nil)
+		if broken.Err() == nil && source != nil && destination != nil {
+			v.released(ctx, nil)
+		}
 	case Migrating, Synced:
 		v.refence(ctx)
 	}
-	return nil
+	return broken, nil
 }
 
-// BreakFence is Volume.BreakFence for a volume that is not open.
-func BreakFence(ctx context.Context, store *state.Store, volume string, source, destination lun.Device) error {
+// BreakFence is Volume.BreakFence for a volume that is not open. The fences of one that is
+// migrating or synced are held by its key from then on, until Open takes them over.
+func BreakFence(ctx context.Context, store *state.Store, volume string, source, destination lun.Device) (Broken, error) {
 	key, err := FenceKey(ctx, store, volume)
 	if err != nil {
-		return err
+		return Broken{}, err
 	}
-	return breakFences(ctx, volume, key, source, destination)
+	record, _, err := store.Record(volume)
+	if err != nil {
+		return Broken{}, fmt.Errorf("volume %s: %w", volume, err)
+	}
+	hold := Phase(record.Phase) == Migrating || Phase(record.Phase) == Synced
+	return breakFences(ctx, key, hold, source, destination), nil
 }
 
-func breakFences(ctx context.Context, volume string, key uint64, source, destination lun.Device) error {
-	var errs []error
-	for _, side := range []struct {
-		role string
-		dev  lun.Device
-	}{{"source", source}, {"destination", destination}} {
-		f, ok := side.dev.(lun.Fencer)
+func breakFences(ctx context.Context, key uint64, hold bool, source, destination lun.Device) (b Broken) {
+	one := func(dev lun.Device) error {
+		f, ok := dev.(lun.Fencer)
 		if !ok {
-			continue
+			return nil
 		}
-		if err := f.BreakFence(ctx, key); err != nil && !errors.Is(err, lun.ErrUnsupported) {
-			errs = append(errs, fmt.Errorf("volume %s: %s: %w", volume, side.role, err))
+		if d, ok := dev.(lun.Reachable); ok {
+			if err := d.Unreachable(); err != nil {
+				return err // nobody waits for an array that is gone
+			}
 		}
+		err := f.BreakFence(ctx, key)
+		if err == nil && hold {
+			err = f.Fence(ctx, key)
+		}
+		if errors.Is(err, lun.ErrUnsupported) {
+			return nil
+		}
+		return err
 	}
-	return errors.Join(errs...)
+	var sides sync.WaitGroup
+	sides.Go(func() { b.Source = one(source) })
+	sides.Go(func() { b.Destination = one(destination) })
+	sides.Wait()
+	return b
 }

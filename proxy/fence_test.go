@@ -320,7 +320,8 @@ func TestVolumeIsNotServedOnUnitsFencedByAnother(t *testing.T) {
 	store, err := state.Open(second.dir, state.Options{Log: quiet()})
 	must(t, err)
 	ports := []lun.Device{&fencePort{second.from, nil, 0}, &fencePort{second.to, nil, 0}}
-	must(t, BreakFence(t.Context(), store, "vol", ports[0], ports[1]))
+	broken, err := BreakFence(t.Context(), store, "vol", ports[0], ports[1])
+	must(t, errors.Join(err, broken.Err()))
 	must(t, store.Close())
 	second.cfg.Overwrite = true
 	v = second.open(t)
@@ -368,7 +369,8 @@ func TestLostFenceIsAFaultUntilItIsFree(t *testing.T) {
 	must(t, v.WriteAt(t.Context(), make([]byte, testBlock), 5))
 
 	take(0xbad)
-	must(t, v.BreakFence(t.Context(), nil, nil))
+	broken, err := v.BreakFence(t.Context(), nil, nil)
+	must(t, errors.Join(err, broken.Err()))
 	r.wants(t, "broken", true)
 	soon(t, "well again", func() bool { return !v.Status().Degraded })
 	r.close(t)

@@ -1,8 +1,6 @@
 package main
 
 import (
-	"fmt"
-
 	"github.com/spf13/cobra"
 
 	"lunshift/control"
@@ -17,8 +15,9 @@ func (a *app) breakFenceCommand() *cobra.Command {
 the destination of a volume, for emergencies: the host that held them, another lunshift
 among them, can write there no more, or gets RESERVATION CONFLICT, and its commands under
 way are aborted where the array can. Make sure first that it is gone for good. A volume
-that is migrating or synced holds the reservations itself afterwards, or, where it is not
-served now, some seconds later, once it is again; else they are free.
+that is migrating or synced holds the reservations itself afterwards, served or not; else
+they are free. Where one array cannot be reached the other's reservations are broken all the
+same, both are reported, and the exit code is 1.
 
 Where no lunshift runs, the same is done with sg_persist on a host that has the LUN:
 
@@ -38,26 +37,14 @@ Where no lunshift runs, the same is done with sg_persist on a host that has the 
 				return err
 			}
 			if a.json {
-				return a.print(report)
+				err, a.reported = a.print(report), true
+			} else {
+				err = control.WriteBreak(a.stdout, report)
 			}
-			for _, side := range []struct {
-				role  string
-				fence control.FenceReport
-			}{{"source", report.Source}, {"destination", report.Destination}} {
-				text := "free"
-				switch {
-				case side.fence.Means != "reservations":
-					text = "has no persistent reservations"
-				case side.fence.Own:
-					text = "reserved by this volume"
-				case side.fence.Type != "":
-					text = fmt.Sprintf("reserved (%s) by %s", side.fence.Type, side.fence.Holder)
-				}
-				if _, err := fmt.Fprintf(a.stdout, "%s: %s %s\n", report.Name, side.role, text); err != nil {
-					return err
-				}
+			if err != nil {
+				return err
 			}
-			return nil
+			return report.Err()
 		},
 	}
 	command.Flags().BoolVar(&yes, "yes", false, "the others are gone for good")

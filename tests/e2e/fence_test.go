@@ -2,6 +2,7 @@ package e2e
 
 import (
 	"bytes"
+	bigendian "encoding/binary"
 	"encoding/json"
 	"math/rand/v2"
 	"os"
@@ -237,17 +238,80 @@ func TestBreakFenceTakesOverFromAServiceThatIsGone(t *testing.T) {
 	if st := first.status("db01"); st.Phase != "migrating" || !strings.Contains(st.DegradedReason, "another lunshift") {
 		t.Errorf("the first, back again: %+v", st)
 	}
-	// A volume that is not served can be taken back as well; then the other loses it.
-	first.run("break-fence", "db01", "--yes")
-	first.until("db01", "served again or refused", func(st status) bool { return st.Phase == "migrating" })
+	// A volume that is not served can be taken back as well, and is served with the answer;
+	// then the other loses it.
+	if out := first.run("break-fence", "db01", "--yes"); !strings.Contains(out, "source reserved by this volume") || !strings.Contains(out, "destination reserved by this volume") {
+		t.Errorf("break-fence of a migrating volume that is not served: %s", out)
+	}
+	if st := first.status("db01"); st.Degraded {
+		t.Errorf("broken, and not served with the answer: %+v", st)
+	}
 	first.stop()
 	second.run("throttle", "db01", "--rate", "0")
+	second.until("db01", "kept out", func(st status) bool { return strings.Contains(st.DegradedReason, "another lunshift") })
+	if out := second.run("break-fence", "db01", "--yes"); !strings.Contains(out, "destination reserved by this volume") {
+		t.Errorf("break-fence of what was lost: %s", out)
+	}
 	second.until("db01", "fenced again", func(st status) bool { return !st.Degraded })
 	second.run("cutover", "db01", "--wait", "--timeout", "60s")
 	second.stop()
 	if at, same := sameImages(t, p.sourcePath, p.destinationPath, p.size); !same {
 		t.Errorf("wrong content at byte %d", at)
 	}
+}
+
+// TestBreakFenceReportsBothSides where one array is gone: what can be broken is broken, held
+// at once where the volume is migrating though it cannot be served, and both are told.
+//
+// Caught: a failure on one side as the whole answer; the source left free for whoever comes.
+func TestBreakFenceReportsBothSides(t *testing.T) {
+	p := fencedPair(t)
+	s := newService(t, p.volume("db01"))
+	s.start()
+	s.run("throttle", "db01", "--rate", "1MiB")
+	s.run("start", "db01")
+	s.kill()
+	const key, registrantsOnly, preempt, readReservation = 0xcafe, 5, 4, 1
+	host := direct(t, p.old, 1)
+	held, err := host.Do([]byte{0x5e, readReservation, 0, 0, 0, 0, 0, 0, 24, 0}, nil, 24)
+	must(t, err)
+	reserveOut(t, host, register, 0, 0, key, 0)
+	reserveOut(t, host, preempt, registrantsOnly, key, bigendian.BigEndian.Uint64(held.Data[8:]), 0)
+	if got := goesRound(t, host); got != written {
+		t.Fatalf("who took the source: status %02Xh", got)
+	}
+	must(t, p.new.Kill())
+	s.start()
+	s.notServed("db01")
+	r := s.try("break-fence", "db01", "--yes")
+	if r.code != failed || !strings.Contains(r.stdout, "db01: source reserved by this volume") || !strings.Contains(r.stdout, "db01: destination could not be reached") {
+		t.Errorf("exit code %d: %s%s", r.code, r.stdout, r.stderr)
+	}
+	s.oneLine(r.stderr, []string{"db01", "destination", "again"}, "break-fence")
+	if got := goesRound(t, host); got != conflict {
+		t.Errorf("broken, and he writes to the source: status %02Xh", got)
+	}
+	s.untilLog("takes the reservations and registrations of others away", 1)
+	s.untilLog("source reserved by this volume", 1)
+	s.logLacks("was refused")
+	var report struct {
+		Source, Destination struct {
+			Broken bool
+			Error  string
+		}
+	}
+	r = s.try("break-fence", "db01", "--yes", "--json")
+	must(t, json.Unmarshal([]byte(r.stdout), &report))
+	if r.code != failed || !report.Source.Broken || report.Destination.Broken || report.Destination.Error == "" {
+		t.Errorf("exit code %d: %s", r.code, r.stdout)
+	}
+	must(t, p.new.Start(t.Context()))
+	if out := s.run("break-fence", "db01", "--yes"); !strings.Contains(out, "destination reserved by this volume") {
+		t.Errorf("the array is back: %s", out)
+	}
+	s.run("throttle", "db01", "--rate", "0")
+	s.run("cutover", "db01", "--wait", "--timeout", "60s")
+	s.stop()
 }
 
 // TestRegisteredHostsKeepAStartBack until it is told to ignore them.
