@@ -87,40 +87,50 @@ func TestWhatTheDestinationCannotReadIsWritten(t *testing.T) {
 	}
 }
 
-// Both sides are read at a time, as many regions as the depth says.
+// Both sides are read at a time, as many regions as the depth says; those of a hole too, of
+// which nothing is read from the source.
 //
 // Caught: one side read after the other; the regions of a hole one by one.
 func TestBothSidesAreReadAtOnce(t *testing.T) {
-	const depth = 3
-	w := seededWorld(t, true)
-	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
-	defer cancel()
-	var mu sync.Mutex
-	reads, all := 0, make(chan struct{})
-	// Region 1 is a hole of the source: nothing is read there.
-	const want = 2*depth - 1
-	wait := func(ctx context.Context, op luntest.Op, _ lun.Extent) error {
-		if op != luntest.Read {
-			return nil
-		}
-		mu.Lock()
-		if reads++; reads == want {
-			close(all)
-		}
-		mu.Unlock()
-		select {
-		case <-all:
-			return nil
-		case <-ctx.Done():
-			return ctx.Err()
-		}
-	}
-	w.source.Before, w.destination.Before = wait, wait
-	c := New(Options{Source: w.source, Destination: w.destination, Ledger: w.ledger,
-		Volume: lun.Extent{Blocks: w.ledger.blocks}, RegionBlocks: w.ledger.region, Depth: depth, Compare: true,
-		Throttle: NewThrottle(0), Fault: func(error) {}})
-	if err := c.Run(ctx); err != nil {
-		t.Fatalf("%d of %d reads were under way at once: %v", reads, want, err)
+	const depth = 4
+	for _, c := range []struct {
+		name   string
+		reads  int
+		source *luntest.Memory // nil is one with a region of four that is a hole
+	}{{"data", 2*depth - 1, nil}, {"a hole", depth, luntest.NewThinMemory(512, 4096)}} {
+		t.Run(c.name, func(t *testing.T) {
+			w := seededWorld(t, true)
+			if c.source != nil {
+				w.source.Memory = c.source
+			}
+			ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+			defer cancel()
+			var mu sync.Mutex
+			reads, all := 0, make(chan struct{})
+			wait := func(ctx context.Context, op luntest.Op, _ lun.Extent) error {
+				if op != luntest.Read {
+					return nil
+				}
+				mu.Lock()
+				if reads++; reads == c.reads {
+					close(all)
+				}
+				mu.Unlock()
+				select {
+				case <-all:
+					return nil
+				case <-ctx.Done():
+					return ctx.Err()
+				}
+			}
+			w.source.Before, w.destination.Before = wait, wait
+			copier := New(Options{Source: w.source, Destination: w.destination, Ledger: w.ledger,
+				Volume: lun.Extent{Blocks: w.ledger.blocks}, RegionBlocks: w.ledger.region, Depth: depth, Compare: true,
+				Throttle: NewThrottle(0), Fault: func(error) {}})
+			if err := copier.Run(ctx); err != nil {
+				t.Fatalf("%d of %d reads were under way at once: %v", reads, c.reads, err)
+			}
+		})
 	}
 }
 

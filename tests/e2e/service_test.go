@@ -254,6 +254,10 @@ type status struct {
 	BlockSize        uint32  `json:"block_size"`
 	Allocated        uint64  `json:"allocated_bytes"`
 	Copied           uint64  `json:"copied_bytes"`
+	Skipped          uint64  `json:"skipped_bytes"`
+	Compare          bool    `json:"compare"`
+	Compared         uint64  `json:"compared_bytes"`
+	Equal            uint64  `json:"equal_bytes"`
 	InitiatorWritten uint64  `json:"initiator_written_bytes"`
 	Remaining        uint64  `json:"remaining_bytes"`
 	Rate             float64 `json:"copy_rate_bytes_per_second"`
