@@ -81,8 +81,8 @@ type AdoptOptions struct {
 	// the source: never copied, or zeroed by initiators. Empty is not decided.
 	Zeroes Side `json:"zeroes"`
 	// Different is where blocks are that differ and are not zero on the destination:
-	// initiators wrote them, or they were there before. Empty is not decided where the
-	// destination may have held something (Config.Overwrite), else the destination.
+	// initiators wrote them, or, where the destination was not blank at the start, they were
+	// there before. No setting tells which (StartOptions.Reuse is none). Empty is not decided.
 	Different Side `json:"different"`
 	// Rate is how many bytes per second are read of each side; 0 is no limit.
 	Rate uint64 `json:"rate"`
@@ -172,9 +172,6 @@ func Rebuild(ctx context.Context, cfg Config, o AdoptOptions, tell func(done, al
 	}
 	s := cfg.Source.Info()
 	x := &rebuild{cfg: cfg, o: o, info: s, limiter: copier.NewThrottle(o.Rate)}
-	if o.Different == "" && !cfg.Overwrite {
-		x.o.Different = SideDestination
-	}
 	x.report = RebuildReport{
 		StartedAt: time.Now(), BlockSize: s.BlockSize, Blocks: s.Blocks, WasSynced: o.WasSynced,
 		DifferentFrom: x.o.Different, ZeroesFrom: o.Zeroes,
@@ -279,7 +276,7 @@ func (x *rebuild) undecided() string {
 		}
 	}
 	note(x.report.Zeroes, x.o.Zeroes, "are zero on the destination and not on the source: never copied, or zeroed by initiators (--zeroes")
-	note(x.report.Different, x.o.Different, "differ, on a destination that may have held other data before (overwrite = true): written by initiators, or never copied (--different")
+	note(x.report.Different, x.o.Different, "differ: written by initiators, or, on a destination that was not blank at the start, never copied (--different")
 	return strings.Join(open, "; ")
 }
 

@@ -93,7 +93,7 @@ func TestRebuildFindsEachBlocksSide(t *testing.T) {
 			ctx := t.Context()
 			r := lostMigration(t)
 			cfg := r.config(t)
-			report, err := Rebuild(ctx, cfg, AdoptOptions{Rebuild: true, Zeroes: zeroes}, nil)
+			report, err := Rebuild(ctx, cfg, AdoptOptions{Rebuild: true, Zeroes: zeroes, Different: SideDestination}, nil)
 			must(t, err)
 			if report.Equal != 600 || report.Different != 200 || report.Zeroes != 224 || report.Undecided != "" || report.Blocks != lostSize {
 				t.Errorf("report: %+v", report)
@@ -151,11 +151,10 @@ func TestRebuildThatDidNotEndIsNotBelieved(t *testing.T) {
 		t.Errorf("nothing decided: %+v", report)
 	}
 	unknown("nothing decided")
-	cfg.Overwrite = true
 	report, err = Rebuild(ctx, cfg, AdoptOptions{Rebuild: true, Zeroes: SideSource}, nil)
 	must(t, err)
 	if report.Undecided == "" || report.Different != 200 {
-		t.Errorf("a destination that may have held data: %+v", report)
+		t.Errorf("what differs not decided: %+v", report)
 	}
 	unknown("what differs not decided")
 
@@ -213,7 +212,7 @@ func TestRebuildGoesPastUnreadableSourceBlocks(t *testing.T) {
 		return nil
 	}
 	cfg := r.config(t)
-	report, err := Rebuild(ctx, cfg, AdoptOptions{Rebuild: true, Zeroes: SideSource}, nil)
+	report, err := Rebuild(ctx, cfg, AdoptOptions{Rebuild: true, Zeroes: SideSource, Different: SideDestination}, nil)
 	must(t, err)
 	if report.Unreadable != 1 || report.Different != 200 || report.Equal != 600 {
 		t.Errorf("%+v", report)

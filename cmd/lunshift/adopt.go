@@ -22,8 +22,9 @@ served. Or one was, and its state is lost: the source is stale, and --rebuild co
 block of both LUNs to make the flags anew. Prefer to put the state directory back.
 
 --rebuild takes equal blocks for copied. Blocks that differ and hold data on the
-destination are taken from there, as initiators wrote them (--different=source takes the
-source; with overwrite = true this must be said, for they may be older than the migration).
+destination were written by initiators if it was blank when the migration began
+(--different=destination); if it was not (overwrite, seeded, start --reuse), they may be
+older than the migration, and only you can tell (--different=source takes the source).
 Blocks that are zero on the destination alone were never copied, or initiators zeroed them:
 nobody can tell, so --zeroes=source or --zeroes=destination must say. Without an answer that is needed the
 places are listed, nothing changes, and the exit code is 1. Where the migration had been synced,
