@@ -39,7 +39,7 @@ func (w *sumWorld) holds(e lun.Extent, p []byte) {
 
 // The counts tell what was found: here 3 runs of data and one of a hole differ.
 //
-// Caught: with holes that are taken for zero the old content stays.
+// Caught: holes taken for zero, so that the old content stays; whole runs written.
 func TestComparingWritesOnlyWhatDiffers(t *testing.T) {
 	for _, thick := range []bool{false, true} {
 		t.Run(fmt.Sprintf("thick %v", thick), func(t *testing.T) {
@@ -66,6 +66,8 @@ func TestComparingWritesOnlyWhatDiffers(t *testing.T) {
 }
 
 // A destination that cannot read what it holds is written.
+//
+// Caught: what could not be read counted as compared, or taken for equal.
 func TestWhatTheDestinationCannotReadIsWritten(t *testing.T) {
 	w := seededWorld(t, true)
 	bad := lun.Extent{Start: 2500, Blocks: 3}

@@ -75,9 +75,8 @@ func TestCopyIsRightOnceFaultsStop(t *testing.T) {
 // written then that held what the source has. Each block is begun as one of: equal,
 // differing, valid, unallocated on either side or on both.
 //
-// Caught: holes taken for zero on a destination that does not tell (block 24 holds old
-// content); equal decided once and not asked again under the lock; what could not be read
-// taken for equal; the whole region written where one block differs: first run each.
+// Caught: no second look under the lock; what was not read taken for equal; the whole run
+// written where one block differs: first run each.
 func TestComparedCopyIsRightOnceFaultsStopAndWritesNoEqualBlock(t *testing.T) {
 	rapid.Check(t, func(rt *rapid.T) {
 		tape := rapid.SliceOfN(rapid.Byte(), 350, 600).Draw(rt, "choices")

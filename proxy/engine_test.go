@@ -783,7 +783,7 @@ func seeded(seed uint64) func(int) int {
 // again (1); phase taken before its record is saved (1), or although that failed (211);
 // suspects dropped (225 and 1225); copies flagged beside a write (27), also by a commit under
 // way (148); copied blocks not called dirty before they are written (8, 46); Resets not looked
-// at by writes (13) and copies (84); start without a drain (2); intents not settled before
+// at by writes (13) and copies (84), or only after what is compared was read (90); start without a drain (2); intents not settled before
 // the next write (9, 20), not withdrawn (77), taken for done (13), for not done (4), proven
 // without a flush (9); a failed write acknowledged (1); reads by the source alone (3); a gap in
 // the copier's buffer not cleared (73). A source not flushed by who takes up a migration was
