@@ -13,14 +13,17 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	copier "lunshift/copy"
 	"lunshift/lun"
 	"lunshift/target"
 )
 
-// slow is a device each of whose reads and writes takes a time of its own more.
+// slow is a device each of whose reads and writes takes a time of its own more, and whose
+// writes are limited in bytes per second.
 type slow struct {
 	lun.Updater
-	delay *delay
+	delay  *delay
+	writes *copier.Throttle
 }
 
 func (s *slow) ReadAt(ctx context.Context, p []byte, start lun.LBA) error {
@@ -32,6 +35,9 @@ func (s *slow) ReadAt(ctx context.Context, p []byte, start lun.LBA) error {
 
 func (s *slow) WriteAt(ctx context.Context, p []byte, start lun.LBA) error {
 	if err := s.delay.wait(ctx); err != nil {
+		return err
+	}
+	if err := s.writes.Wait(ctx, len(p)); err != nil {
 		return err
 	}
 	return s.Updater.WriteAt(ctx, p, start)
@@ -57,6 +63,9 @@ func newDelay(span time.Duration) *delay {
 }
 
 func (d *delay) wait(ctx context.Context) error {
+	if d.span == 0 {
+		return nil
+	}
 	w := waiter{time.Now().Add(d.span), make(chan struct{})}
 	d.queue <- w
 	<-w.over
@@ -84,13 +93,14 @@ func (d *delay) run() {
 func runArray(args []string) error {
 	flags := flag.NewFlagSet("array", flag.ContinueOnError)
 	span := flags.Duration("delay", time.Millisecond, "of each read and write")
+	rate := flags.Uint64("write-rate", 0, "of all writes, in bytes per second; 0 is no limit")
 	iqn := flags.String("iqn", "", "target name")
 	if err := flags.Parse(args); err != nil {
 		return err
 	}
 	// The sleeping thread keeps one processor of the Go runtime to itself.
 	runtime.GOMAXPROCS(runtime.NumCPU() + 1)
-	pace := newDelay(*span)
+	pace, writes := newDelay(*span), copier.NewThrottle(*rate)
 	ctx, cancel := signal.NotifyContext(context.Background(), syscall.SIGTERM)
 	defer cancel()
 	server, err := target.New(target.Config{Portals: []target.Portal{{Address: "127.0.0.1:0"}}})
@@ -103,7 +113,7 @@ func runArray(args []string) error {
 			return err
 		}
 		defer dev.Close()
-		unit := target.Unit{IQN: *iqn, LUN: uint64(i + 1), Device: &slow{lun.Serialize(dev), pace}}
+		unit := target.Unit{IQN: *iqn, LUN: uint64(i + 1), Device: &slow{lun.Serialize(dev), pace, writes}}
 		if err := server.AddUnit(unit); err != nil {
 			return err
 		}

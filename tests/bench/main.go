@@ -5,7 +5,8 @@
 //     and memory;
 //   - files: a LUN that is a file, against tgtd and stock gotgt on the same file;
 //   - arrays: a LUN on tgtd and on an array of 1 ms per I/O, through lunshift against directly;
-//   - copy: the background copy, against qemu-img convert between the same two LUNs.
+//   - copy: the background copy, against qemu-img convert between the same two LUNs;
+//   - seeded: the copy to a destination that differs in 1 %, against a full one.
 //
 // The load comes from processes of their own: lunshift's initiator, and iscsi-perf as
 // a second opinion. Rounds are interleaved, so that a slow moment of the machine
@@ -45,7 +46,7 @@ func run() error {
 		}
 	}
 	short := flag.Bool("short", false, "one short round of each")
-	only := flag.String("only", "", "comma-separated parts to run: target, files, perf, arrays, first, slow, copy")
+	only := flag.String("only", "", "comma-separated parts to run: target, files, perf, arrays, first, slow, copy, seeded")
 	dir := flag.String("dir", "/dev/shm", "where the LUNs' files are; about 3 GiB")
 	state := flag.String("state", os.TempDir(), "where lunshift's state is; a disk, as in service")
 	output := flag.String("o", "", "a Markdown file to write the tables to, between its lines <!-- bench --> and <!-- /bench -->")
@@ -78,7 +79,7 @@ func run() error {
 	for _, part := range []struct {
 		name string
 		run  func() error
-	}{{"target", b.target}, {"files", b.files}, {"perf", b.perf}, {"arrays", b.arrays}, {"first", b.firstWrites}, {"slow", b.slowArrays}, {"copy", b.copies}} {
+	}{{"target", b.target}, {"files", b.files}, {"perf", b.perf}, {"arrays", b.arrays}, {"first", b.firstWrites}, {"slow", b.slowArrays}, {"copy", b.copies}, {"seeded", b.seeded}} {
 		if *only != "" && !strings.Contains(","+*only+",", ","+part.name+",") {
 			continue
 		}

@@ -115,7 +115,12 @@ func (b *bench) gotgt(path string) (server, error) {
 
 // slowArray serves files as LUN 1 and up with a delay on every read and write.
 func (b *bench) slowArray(iqn string, delay time.Duration, paths ...string) (portal string, pid int, err error) {
-	cmd := exec.Command(b.self, append([]string{"array", "-delay", delay.String(), "-iqn", iqn}, paths...)...)
+	return b.array(append([]string{"-delay", delay.String(), "-iqn", iqn}, paths...)...)
+}
+
+// array runs an array with these arguments of its role.
+func (b *bench) array(args ...string) (portal string, pid int, err error) {
+	cmd := exec.Command(b.self, append([]string{"array"}, args...)...)
 	out, err := cmd.StdoutPipe()
 	if err != nil {
 		return "", 0, err
