@@ -6,6 +6,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -250,8 +251,10 @@ func (v *Volume) unfence(ctx context.Context, u *unit) error {
 	return nil
 }
 
-// checkOthers refuses a start while others may write to the units.
-func (v *Volume) checkOthers(ctx context.Context, ignore bool) error {
+// checkOthers refuses a start while others may write to the units. It gives the keys of those
+// that are put up with, by role.
+func (v *Volume) checkOthers(ctx context.Context, ignore bool) (accepted map[string][]uint64, _ error) {
+	accepted = map[string][]uint64{}
 	var refused []error
 	for _, u := range v.units() {
 		reasons, held, err := CheckFence(ctx, v.cfg.Name, u.role, u.address, u.Device, v.key, !ignore)
@@ -259,24 +262,31 @@ func (v *Volume) checkOthers(ctx context.Context, ignore bool) error {
 		case errors.Is(err, lun.ErrUnsupported):
 			continue
 		case err != nil:
-			return v.errorf("%s: ask for reservations: %w", u.role, err)
+			return nil, v.errorf("%s: ask for reservations: %w", u.role, err)
 		}
 		refused = append(refused, reasons...)
 		if others := held.Others(v.key); ignore && len(reasons) == 0 && len(others) > 0 {
 			v.log.Warnf("%s %s: started although others are registered there, who can write behind the migration's back: %s", u.role, u.address, list(others))
+			for _, x := range others {
+				accepted[u.role] = append(accepted[u.role], x.Key)
+			}
 		}
 	}
 	if len(refused) == 0 {
-		return nil
+		return accepted, nil
 	}
-	return v.errorf("start refused: %w", &FencedError{oneLine(refused).Error(), lun.ErrConflict})
+	return nil, v.errorf("start refused: %w", &FencedError{oneLine(refused).Error(), lun.ErrConflict})
 }
 
 // runGuard begins to look after the fences; the caller holds step.
 func (v *Volume) runGuard() {
 	v.guard = begin(func(ctx context.Context) {
-		for v.untilNextLook(ctx) {
+		for {
 			v.refence(ctx)
+			v.lookForOthers(ctx)
+			if !v.untilNextLook(ctx) {
+				return
+			}
 		}
 	})
 }
@@ -339,6 +349,40 @@ func (v *Volume) refence(ctx context.Context) {
 		return
 	}
 	v.fault("fence", oneLine(faults))
+}
+
+// lookForOthers raises a fault while somebody is registered on a fenced unit who was not
+// accepted at the start: he gets no conflict, and what he writes is written behind the
+// migration's back. Who cannot be asked now is asked in the next round.
+func (v *Volume) lookForOthers(ctx context.Context) {
+	v.mu.Lock()
+	accepted := v.record.AcceptedKeys
+	v.mu.Unlock()
+	var faults []error
+	unknown := false
+	for _, u := range v.units() {
+		f, ok := u.Device.(lun.Fencer)
+		if !ok || u.fence() != FenceReserved {
+			continue
+		}
+		held, err := f.Fenced(ctx)
+		if err != nil {
+			unknown = true
+			continue
+		}
+		others := slices.DeleteFunc(held.Others(v.key), func(x lun.Registrant) bool { return slices.Contains(accepted[u.role], x.Key) })
+		if len(others) > 0 {
+			faults = append(faults, fmt.Errorf("%s %s: others are registered there since the start and can write behind the migration's back: %s: shut these hosts down and take their registrations away (lunshift break-fence %s --yes)",
+				u.role, u.address, list(others), v.cfg.Name))
+		}
+	}
+	switch {
+	case ctx.Err() != nil:
+	case len(faults) > 0:
+		v.fault("registrations", oneLine(faults))
+	case !unknown:
+		v.fault("registrations", nil)
+	}
 }
 
 // release gives both fences up after the cutover was recorded. It returns once the
@@ -449,6 +493,11 @@ func (v *Volume) BreakFence(ctx context.Context, source, destination lun.Device)
 		source, destination = v.source.Device, v.destination.Device
 	}
 	broken := breakFences(ctx, v.key, false, source, destination)
+	if broken.Err() == nil && len(v.record.AcceptedKeys) > 0 {
+		if err := v.save(ctx, func(r *state.Record) { r.AcceptedKeys = nil }); err != nil {
+			return broken, v.errorf("write its state: %w", err)
+		}
+	}
 	switch v.Phase() {
 	case Cutover:
 		if broken.Err() == nil && source != nil && destination != nil {
@@ -456,6 +505,7 @@ func (v *Volume) BreakFence(ctx context.Context, source, destination lun.Device)
 		}
 	case Migrating, Synced:
 		v.refence(ctx)
+		v.lookForOthers(ctx)
 	}
 	return broken, nil
 }
@@ -472,7 +522,14 @@ func BreakFence(ctx context.Context, store *state.Store, volume string, source, 
 		return Broken{}, fmt.Errorf("volume %s: %w", volume, err)
 	}
 	hold := Phase(record.Phase) == Migrating || Phase(record.Phase) == Synced
-	return breakFences(ctx, key, hold, source, destination), nil
+	broken := breakFences(ctx, key, hold, source, destination)
+	if broken.Err() == nil && source != nil && destination != nil && len(record.AcceptedKeys) > 0 {
+		record.AcceptedKeys = nil
+		if err := store.PutRecords(ctx, record); err != nil {
+			return broken, fmt.Errorf("volume %s: write its state: %w", volume, err)
+		}
+	}
+	return broken, nil
 }
 
 func breakFences(ctx context.Context, key uint64, hold bool, source, destination lun.Device) (b Broken) {

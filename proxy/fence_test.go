@@ -340,6 +340,7 @@ func TestLostFenceIsAFaultUntilItIsFree(t *testing.T) {
 	v := r.open(t)
 	must(t, v.Throttle(t.Context(), 1))
 	must(t, v.Start(t.Context()))
+	must(t, v.Pause(t.Context())) // nothing is copied in between
 	take := func(key uint64) {
 		r.to.mu.Lock()
 		defer r.to.mu.Unlock()

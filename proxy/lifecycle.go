@@ -136,7 +136,8 @@ func (v *Volume) Start(ctx context.Context, o ...StartOptions) error {
 // under way: a write still on its way to the source would otherwise be missed by the
 // copy.
 func (v *Volume) becomeMigrating(ctx context.Context, o StartOptions) error {
-	if err := v.checkOthers(ctx, o.IgnoreRegistrations); err != nil {
+	accepted, err := v.checkOthers(ctx, o.IgnoreRegistrations)
+	if err != nil {
 		return err
 	}
 	set := v.set()
@@ -161,7 +162,9 @@ func (v *Volume) becomeMigrating(ctx context.Context, o StartOptions) error {
 		}
 		v.sourceFlushed.Store(true)
 		now := time.Now()
-		return v.advance(ctx, Migrating, func(r *state.Record) { r.StartedAt, r.Fenced, r.Compare = &now, true, compare })
+		return v.advance(ctx, Migrating, func(r *state.Record) {
+			r.StartedAt, r.Fenced, r.Compare, r.AcceptedKeys = &now, true, compare, accepted
+		})
 	})
 	if err != nil {
 		// Where it is not known whether the start was recorded, the fences stay until the

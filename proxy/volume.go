@@ -406,7 +406,7 @@ func (v *Volume) degraded() (bool, string) {
 		}
 		reason += text
 	}
-	for _, kind := range []string{"start", "state", "fence", "copy"} {
+	for _, kind := range []string{"start", "state", "fence", "registrations", "copy"} {
 		if text := v.faults[kind]; text != "" {
 			add(text)
 		}

@@ -36,6 +36,8 @@ type Record struct {
 	Paused bool   `json:"paused"`
 	// Fenced is true while the volume may hold reservations on its devices.
 	Fenced bool `json:"fenced,omitempty"`
+	// AcceptedKeys are the registrations of others that the start put up with, by side.
+	AcceptedKeys map[string][]uint64 `json:"accepted_keys,omitempty"`
 	// RateLimit is the copy's throttle in bytes per second, 0 for none; nil where
 	// none was ever set.
 	RateLimit *uint64 `json:"rate_limit,omitempty"`
