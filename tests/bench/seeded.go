@@ -14,12 +14,8 @@ import (
 	"lunshift/tests/peer"
 )
 
-const (
-	// seededExtent is the length of a place at which the destination differs, in bytes.
-	seededExtent = 4096
-	// slowWrites is what the array with slow writes takes, in bytes per second.
-	slowWrites = 64 * mib
-)
+// seededExtent is the length of a place at which the destination differs, in bytes.
+const seededExtent = 4096
 
 // seeded is a copy to a destination that holds all but 1 % of the data, against a full copy of
 // the same.
@@ -41,7 +37,8 @@ func (b *bench) seeded() error {
 		rate uint64
 		aim  float64
 	}{
-		{fmt.Sprintf("writes %d MiB/s, reads without limit", slowWrites/mib), slowWrites, 3},
+		{"writes 32 MiB/s, reads without limit", 32 * mib, 3},
+		{"writes 64 MiB/s, reads without limit", 64 * mib, 3},
 		{"the same array, without limits", 0, 0},
 	} {
 		spans, cpus := make([][]float64, 2), make([][]float64, 2)
