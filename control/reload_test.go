@@ -112,10 +112,10 @@ func TestReloadTakesUpVolumesAndSettingsAndSaysSo(t *testing.T) {
 
 	// Settings, now and later.
 	f.service = "log_level = \"debug\"\nshutdown_timeout = \"20s\"\nio_timeout = \"2m\"\n[service.limits]\nconnections = 7\n"
-	f.add("a", "overwrite = true\nsessions = 2\nverify = \"readback\"\ncopy = { depth = 3, rate = \"3MiB\" }\nportal_groups = [1]\n[[volume.initiator]]\nname = \"*\"\nnetworks = [\"127.0.0.0/8\"]\n")
+	f.add("a", "overwrite = true\nseeded = true\nsessions = 2\nverify = \"readback\"\ncopy = { depth = 3, rate = \"3MiB\" }\nportal_groups = [1]\n[[volume.initiator]]\nname = \"*\"\nnetworks = [\"127.0.0.0/8\"]\n")
 	report := f.reload(r)
 	want := []string{"service.log_level", "service.shutdown_timeout", "volume[a].copy.depth", "volume[a].copy.rate", "volume[a].initiator",
-		"volume[a].overwrite", "volume[a].portal_groups", "volume[a].verify"}
+		"volume[a].overwrite", "volume[a].portal_groups", "volume[a].seeded", "volume[a].verify"}
 	slices.Sort(report.Changed)
 	if !slices.Equal(report.Changed, want) {
 		t.Errorf("changed %v, want %v", report.Changed, want)
@@ -213,7 +213,7 @@ func TestReloadGoesOnWithoutAVolumeThatCannotBeOpened(t *testing.T) {
 	// One that nobody knows is there to be adopted.
 	f.add("e", "")
 	unitFile(t, f.dir, "e.new", 8<<20, 1<<20)
-	if report = f.reload(r); len(report.Added) != 0 || len(report.Failed) != 1 || !strings.Contains(r.phases(t), "e ready") {
+	if report = f.reload(r); len(report.Added) != 0 || len(report.Failed) != 1 || !strings.Contains(r.phases(t), "e unknown") {
 		t.Errorf("report %+v, volumes %s", report, r.phases(t))
 	}
 	f.add("e", "copy = { depth = 2 }\n")

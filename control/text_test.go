@@ -23,7 +23,7 @@ func migrating() proxy.Status {
 	return proxy.Status{
 		Name: "db01", IQN: "iqn.2026-11.net.example:db01", LUN: 3, Phase: proxy.Migrating,
 		Size: 1 << 30, BlockSize: 512, Allocated: 400 << 20, AllocatedKnown: true,
-		Copied: 100 << 20, Skipped: 300 << 20, InitiatorWritten: 7 << 20, Remaining: 1 << 28,
+		Copied: 100 << 20, Skipped: 300 << 20, Compare: true, Compared: 90 << 20, Equal: 50 << 20, InitiatorWritten: 7 << 20, Remaining: 1 << 28,
 		Rate: 212 << 20, RateLimit: 220 << 20, ETA: &eta, StartedAt: &at,
 		Sessions:    []target.SessionInfo{{Initiator: "iqn.2026-11.net.example:host", Address: "10.0.0.7:50000", Since: at}},
 		Source:      proxy.UnitStatus{Address: "iscsi://10.0.0.5/iqn.x:old/1", State: "online", Vendor: "IET", Product: "VIRTUAL-DISK", ID: "naa.60", Size: 1 << 30, Thin: true},
@@ -55,7 +55,7 @@ func TestDetailShowsEverything(t *testing.T) {
 	}
 	for _, want := range []string{
 		"migrating, paused since 2026-11-22 12:00:00", "[##############################..........] 75.0%",
-		"iqn.2026-11.net.example:db01 LUN 3", "destination unavailable", "100 MiB, skipped 300 MiB", "7.0 MiB by initiators",
+		"iqn.2026-11.net.example:db01 LUN 3", "destination unavailable", "100 MiB, skipped 300 MiB", "90 MiB, equal 50 MiB", "7.0 MiB by initiators",
 		"rate limit   220 MiB/s", "time left 3m 12s", "iscsi://10.0.0.5/iqn.x:old/1, online, IET VIRTUAL-DISK, naa.60, 1.0 GiB, thin",
 		"/dev/sdx, unavailable (no route), 2 errors", "iqn.2026-11.net.example:host from 10.0.0.7:50000 since 2026-11-22 12:00:00",
 	} {
@@ -159,6 +159,8 @@ func TestMetricsFollowStatus(t *testing.T) {
 		`lunshift_volume_size_bytes{volume="db01"} 1.073741824e+09`,
 		`lunshift_volume_remaining_bytes{volume="db01"} 2.68435456e+08`,
 		`lunshift_volume_copied_bytes_total{volume="db01"} 1.048576e+08`,
+		`lunshift_volume_compared_bytes_total{volume="db01"} 9.437184e+07`,
+		`lunshift_volume_equal_bytes_total{volume="db01"} 5.24288e+07`,
 		`lunshift_volume_sessions{volume="db01"} 1`,
 		`lunshift_volume_cutover_hold_seconds{volume="db01"} 0.0125`,
 		`lunshift_unit_up{side="source",volume="db01"} 1`,
