@@ -11,6 +11,7 @@ import (
 	"github.com/dustin/go-humanize"
 	"github.com/sirupsen/logrus"
 
+	"lunshift/lun"
 	"lunshift/proxy"
 )
 
@@ -38,6 +39,18 @@ func isUnknown(err error) bool {
 	return errors.As(err, &unknown)
 }
 
+// phaseUnknown is shown of a volume that waits to be adopted: nobody can tell which side
+// counts.
+const phaseUnknown proxy.Phase = "unknown"
+
+// waiting is a proxy.UnknownError with what the two units said of themselves.
+type waiting struct {
+	error
+	source, destination lun.Info
+}
+
+func (w *waiting) Unwrap() error { return w.error }
+
 // errUndecided is why a volume is not served after a rebuild that left something open.
 var errUndecided = errors.New("the rebuild left something to be decided")
 
@@ -52,6 +65,9 @@ func (e *entry) isUnknown() bool {
 // unless it is told what it is.
 func (s *Service) adopt(ctx context.Context, cfg proxy.Config, e *entry, a ...*adoption) error {
 	unknown := proxy.Unknown(ctx, s.store, s.config().Service.State, cfg.Name, cfg.DestinationAddress, cfg.Destination)
+	if isUnknown(unknown) {
+		unknown = &waiting{unknown, cfg.Source.Info(), cfg.Destination.Info()}
+	}
 	if len(a) == 0 || unknown != nil && !isUnknown(unknown) {
 		return unknown
 	}

@@ -63,6 +63,11 @@ type VolumeReport struct {
 	// is false, what was seen of it within the time given to check.
 	Allocated      uint64 `json:"allocated_bytes"`
 	AllocatedKnown bool   `json:"allocated_known"`
+	// Allocation says what tells which blocks of the source are copied, AllocationFound what
+	// was found on it where its file systems tell. Without the source's own word, what they have
+	// free is not in Allocated.
+	Allocation      string   `json:"allocation,omitempty"`
+	AllocationFound []string `json:"allocation_found"`
 	// Estimate is the time of the background copy; null where nothing is to be copied
 	// or it cannot be told. It assumes Rate.
 	Estimate *int64 `json:"estimate_seconds"`
@@ -217,13 +222,21 @@ func checkVolume(ctx context.Context, service conf.Service, client *Client, serv
 		}
 		return report.close(v, source, destination)
 	}
-	report.inspect(ctx, v, source, destination, proxy.FenceKeyOf(id, v.Name))
+	inspected := v
+	elsewhere := foreign(slices.Collect(maps.Values(records)), v.Name, source.Info().ID, destination.Info().ID)
+	if elsewhere != nil {
+		report = report.refuse("%v", elsewhere)
+	} else if !known {
+		// As serve does: this is asked first, and overwrite is no answer to it.
+		if err := proxy.UnknownWithoutRecord(ctx, service.State, v.Name, v.Destination.Address, destination); err != nil {
+			report = report.refuse("%s", oneLine(err))
+			inspected.Overwrite = true
+		}
+	}
+	report.inspect(ctx, inspected, source, destination, proxy.FenceKeyOf(id, v.Name))
 	if s, d := report.Source.ID, report.Destination.ID; known && report.Phase != proxy.Ready && (s != record.SourceID || d != record.DestinationID) {
 		report = report.refuse("volume %s: its state belongs to source %s and destination %s, but the configuration names source %s and destination %s: correct the configuration, or give the new pair another name",
 			v.Name, record.SourceID, record.DestinationID, s, d)
-	}
-	if err := foreign(slices.Collect(maps.Values(records)), v.Name, report.Source.ID, report.Destination.ID); err != nil {
-		report = report.refuse("%v", err)
 	}
 	return report.close(v, source, destination)
 }
@@ -258,7 +271,7 @@ func (s *Service) checkServed(ctx context.Context, e *entry) VolumeReport {
 
 func newReport(v conf.Volume) VolumeReport {
 	return VolumeReport{
-		Name: v.Name, IQN: v.IQN, LUN: v.LUN, Phase: proxy.Ready, Refusals: []string{},
+		Name: v.Name, IQN: v.IQN, LUN: v.LUN, Phase: proxy.Ready, Refusals: []string{}, AllocationFound: []string{},
 		Source: UnitReport{Address: v.Source.Address}, Destination: UnitReport{Address: v.Destination.Address},
 	}
 }
@@ -285,6 +298,10 @@ func (r *VolumeReport) inspect(ctx context.Context, v conf.Volume, source, desti
 	r.Allocated, r.AllocatedKnown, runs, err = allocated(ctx, source)
 	if err != nil {
 		*r = r.refuse("volume %s: source: ask for its allocation: %s", v.Name, oneLine(err))
+		return
+	}
+	if runs, err = r.inspectFileSystems(ctx, v, source, runs); err != nil {
+		*r = r.refuse("volume %s: source: read its file systems: %s", v.Name, oneLine(err))
 		return
 	}
 	if r.Phase != proxy.Ready || r.Allocated == 0 {

@@ -102,6 +102,9 @@ func (c *Client) CutoverWhenSynced(ctx context.Context, volume string, timeout t
 	if err != nil {
 		return status, err
 	}
+	if status.Phase == phaseUnknown {
+		return status, &proxy.PhaseError{Volume: volume, Step: "cutover", Phase: status.Phase, Hint: "adopt it first: " + status.DegradedReason}
+	}
 	if status.Phase == proxy.Ready {
 		return status, &proxy.PhaseError{Volume: volume, Step: "cutover", Phase: status.Phase, Hint: fmt.Sprintf("start it first (lunshift start %s)", volume)}
 	}

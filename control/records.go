@@ -97,6 +97,11 @@ func (s *Service) gone(name string) (proxy.Status, bool) {
 	return status, record.Phase == removed || proxy.Phase(record.Phase) == proxy.Cutover
 }
 
+// reachable is the status of a unit that is not held open but answered when it was.
+func reachable(address string, i lun.Info) proxy.UnitStatus {
+	return proxy.UnitStatus{Address: address, State: "online", ID: i.ID, Vendor: i.Vendor, Product: i.Product, Serial: i.Serial, Size: i.Size(), Thin: i.Thin}
+}
+
 // knownOf is what can be told of a volume whose units cannot be opened.
 func (s *Service) knownOf(v conf.Volume, failure error) proxy.Status {
 	status := proxy.Status{
@@ -105,6 +110,11 @@ func (s *Service) knownOf(v conf.Volume, failure error) proxy.Status {
 		Sessions:    []target.SessionInfo{},
 		Source:      proxy.UnitStatus{Address: v.Source.Address, State: "unavailable"},
 		Destination: proxy.UnitStatus{Address: v.Destination.Address, State: "unavailable"},
+	}
+	var w *waiting
+	if errors.As(failure, &w) {
+		status.Phase, status.Size, status.BlockSize = phaseUnknown, w.source.Size(), w.source.BlockSize
+		status.Source, status.Destination = reachable(v.Source.Address, w.source), reachable(v.Destination.Address, w.destination)
 	}
 	record, found, err := s.store.Record(v.Name)
 	if err != nil || !found {

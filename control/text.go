@@ -26,7 +26,7 @@ func WriteTable(w io.Writer, volumes []proxy.Status) error {
 	fmt.Fprintln(t, "VOLUME\tPHASE\tDONE\tREMAINING\tRATE\tTIME LEFT\tSESSIONS\tSIZE\tNOTE")
 	for _, v := range volumes {
 		done, remaining, rate := "-", "-", "-"
-		if v.Phase != proxy.Ready && v.Size > 0 {
+		if begun(v) && v.Size > 0 {
 			done = fmt.Sprintf("%.1f%%", percent(v))
 			remaining = humanize.IBytes(v.Remaining)
 		}
@@ -53,13 +53,16 @@ func WriteDetail(w io.Writer, v proxy.Status) error {
 		row("degraded", "%s", v.DegradedReason)
 	}
 	row("size", "%s, blocks of %d bytes", humanize.IBytes(v.Size), v.BlockSize)
-	if v.Phase != proxy.Ready {
+	if begun(v) {
 		row("progress", "%s", bar(v))
 		seen := ""
 		if !v.AllocatedKnown {
 			seen = " seen so far"
 		}
-		row("allocated", "%s%s", humanize.IBytes(v.Allocated), seen)
+		row("allocated", "%s%s%s", humanize.IBytes(v.Allocated), seen, told(v.Allocation))
+		for _, line := range v.AllocationFound {
+			row("", "%s", line)
+		}
 		row("copied", "%s, skipped %s", humanize.IBytes(v.Copied), humanize.IBytes(v.Skipped))
 		if v.Compare {
 			row("compared", "%s, equal %s", humanize.IBytes(v.Compared), humanize.IBytes(v.Equal))
@@ -107,6 +110,17 @@ func WriteDetail(w io.Writer, v proxy.Status) error {
 	return t.Flush()
 }
 
+// begun tells whether the migration was started, as far as anybody knows.
+func begun(v proxy.Status) bool { return v.Phase != proxy.Ready && v.Phase != phaseUnknown }
+
+// told adds what tells the allocation, where that is known.
+func told(allocation string) string {
+	if allocation == "" {
+		return ""
+	}
+	return ", " + allocation
+}
+
 // WriteVerify writes the outcome of a comparison.
 func WriteVerify(w io.Writer, volume string, r proxy.VerifyReport) error {
 	all := "everything"
@@ -117,8 +131,8 @@ func WriteVerify(w io.Writer, volume string, r proxy.VerifyReport) error {
 	if r.Different > 0 {
 		result = humanize.IBytes(r.Different) + " differ"
 	}
-	_, err := fmt.Fprintf(w, "%s: %s compared in %s (%s read of each side; %s unallocated, %s left out as written by initiators): %s\n",
-		volume, all, r.EndedAt.Sub(r.StartedAt).Round(time.Millisecond), humanize.IBytes(r.Compared), humanize.IBytes(r.Unallocated), humanize.IBytes(r.Written), result)
+	_, err := fmt.Fprintf(w, "%s: %s compared in %s (%s read of each side; %s unallocated, %s left out as free in a file system, %s as written by initiators): %s\n",
+		volume, all, r.EndedAt.Sub(r.StartedAt).Round(time.Millisecond), humanize.IBytes(r.Compared), humanize.IBytes(r.Unallocated), humanize.IBytes(r.Unused), humanize.IBytes(r.Written), result)
 	for _, e := range r.Extents {
 		fmt.Fprintf(w, "  LBA %d, %d blocks\n", e.LBA, e.Blocks)
 	}
@@ -224,7 +238,10 @@ func WriteCheck(w io.Writer, r CheckReport) error {
 			if !v.AllocatedKnown {
 				atLeast = "at least "
 			}
-			fmt.Fprintf(t, "allocated\t%s%s of %s\n", atLeast, humanize.IBytes(v.Allocated), humanize.IBytes(v.Source.Size))
+			fmt.Fprintf(t, "allocated\t%s%s of %s%s\n", atLeast, humanize.IBytes(v.Allocated), humanize.IBytes(v.Source.Size), told(v.Allocation))
+			for _, line := range v.AllocationFound {
+				fmt.Fprintf(t, "\t%s\n", line)
+			}
 		}
 		if v.Estimate != nil {
 			fmt.Fprintf(t, "estimate\t%s\n", estimate(v))
@@ -364,6 +381,9 @@ func unitLine(u proxy.UnitStatus) string {
 	}
 	if u.Thin {
 		parts = append(parts, "thin")
+	}
+	if u.Fence != "" {
+		parts = append(parts, "fence "+u.Fence)
 	}
 	if u.Errors > 0 {
 		parts = append(parts, fmt.Sprintf("%d errors", u.Errors))

@@ -47,6 +47,12 @@ func Unknown(ctx context.Context, store *state.Store, dir, volume, address strin
 	if err != nil || found {
 		return err
 	}
+	return UnknownWithoutRecord(ctx, dir, volume, address, destination)
+}
+
+// UnknownWithoutRecord is Unknown for a volume of which it is known that the state has no
+// record.
+func UnknownWithoutRecord(ctx context.Context, dir, volume, address string, destination lun.Device) error {
 	at, dirty, err := findData(ctx, destination)
 	if err != nil {
 		return fmt.Errorf("volume %s: look whether the destination is blank: %w", volume, err)

@@ -138,12 +138,31 @@ func TestLostStateIsRefusedAndRebuilt(t *testing.T) {
 }
 
 // The first use of a destination with old content needs one word, and only once.
+//
+// Caught: a check that takes overwrite for an answer; a volume that waits to be adopted in
+// phase ready, for which a wait --for ready ended well.
 func TestFirstUseOfADestinationThatIsNotBlank(t *testing.T) {
 	dir := t.TempDir()
 	v := volume{name: "db01", source: sparseFile(t, dir, "old.img", 8*mib, 0.4, 1), destination: sparseFile(t, dir, "new.img", 8*mib, 0.4, 2), more: "overwrite = true\n"}
 	s := newService(t, v)
+	check := func(when string) {
+		t.Helper()
+		if r := s.try("check"); r.code != failed || !strings.Contains(r.stdout+r.stderr, "lunshift adopt db01 --new") {
+			t.Errorf("check %s: exit code %d: %s%s", when, r.code, r.stdout, r.stderr)
+		}
+	}
+	check("before serve")
 	s.start()
+	check("beside serve")
 	s.notServed("db01", "not blank", "lunshift adopt db01 --new")
+	if st := s.status("db01"); st.Phase != "unknown" || st.Size != 8*mib || st.Destination.State != "online" {
+		t.Errorf("waits to be adopted: %+v", st)
+	}
+	s.fails(failed, []string{"db01"}, "wait", "db01", "--for", "ready", "--timeout", "100ms")
+	s.fails(wrongPhase, []string{"db01", "unknown", "adopt"}, "cutover", "db01", "--wait")
+	if out := s.run("status", "db01"); !strings.Contains(out, "unknown") || strings.Contains(out, "progress") {
+		t.Errorf("status: %s", out)
+	}
 	s.run("adopt", "db01", "--new")
 	s.kill()
 	s.start()
