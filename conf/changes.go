@@ -70,6 +70,7 @@ func (v Volume) Changes(to Volume) []string {
 		{"autostart", v.Autostart, to.Autostart},
 		{"verify", v.Verify, to.Verify},
 		{"verify_sample", v.VerifySample, to.VerifySample},
+		{"allocation", v.Allocation, to.Allocation},
 		{"destination_cache", v.DestinationCache, to.DestinationCache},
 		{"overwrite", v.Overwrite, to.Overwrite},
 		{"seeded", v.Seeded, to.Seeded},

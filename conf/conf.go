@@ -86,6 +86,8 @@ type Volume struct {
 	VerifySample Size
 	// Verify is VerifyOff or VerifyReadback.
 	Verify string
+	// Allocation is AllocationAuto, AllocationDevice, AllocationFileSystem or AllocationAll.
+	Allocation string
 	// DestinationCache is CacheAuto, CacheVolatile or CacheNonvolatile.
 	DestinationCache string
 	// Overwrite allows a destination that is not blank.
@@ -125,6 +127,19 @@ const (
 	VerifyOff = "off"
 	// VerifyReadback: what was written is read back and compared before it is flagged.
 	VerifyReadback = "readback"
+)
+
+// What tells which blocks of the source are copied.
+const (
+	// AllocationAuto: the source where it can tell, else the file systems on it.
+	AllocationAuto = "auto"
+	// AllocationDevice: the source where it can tell, else everything is.
+	AllocationDevice = "device"
+	// AllocationFileSystem: what the source, where it can tell, and the file systems on it call
+	// allocated.
+	AllocationFileSystem = "filesystem"
+	// AllocationAll: everything is.
+	AllocationAll = "all"
 )
 
 // What the destination's cache is.
@@ -182,7 +197,7 @@ func defaultVolume() Volume {
 		Copy:          Copy{Depth: 8},
 		ReservationBy: ByPort,
 
-		Verify: VerifyOff, DestinationCache: CacheAuto,
+		Verify: VerifyOff, Allocation: AllocationAuto, DestinationCache: CacheAuto,
 	}
 }
 

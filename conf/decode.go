@@ -164,6 +164,7 @@ func (d *decoder) volumeSettings(v *Volume, files *secretFiles, path, label stri
 		{"seeded", boolean(&v.Seeded)},
 		{"verify", oneOf(&v.Verify, VerifyOff, VerifyReadback)},
 		{"verify_sample", size(&v.VerifySample)},
+		{"allocation", oneOf(&v.Allocation, AllocationAuto, AllocationDevice, AllocationFileSystem, AllocationAll)},
 		{"destination_cache", oneOf(&v.DestinationCache, CacheAuto, CacheVolatile, CacheNonvolatile)},
 		{"region_size", all(size(&v.RegionSize), func() error { return checkRegionSize(v.RegionSize) })},
 		{"file_block_size", all(integer(&v.FileBlockSize, 512, 4096), func() error {

@@ -438,7 +438,8 @@ func (s *Service) openVolume(ctx context.Context, v conf.Volume, e *entry, a ...
 		SourceAddress: v.Source.Address, DestinationAddress: v.Destination.Address,
 		RegionSize: uint64(v.RegionSize), CopyDepth: v.Copy.Depth, CopyRate: uint64(v.Copy.Rate),
 		Overwrite: v.Overwrite, Seeded: v.Seeded, VerifySample: uint64(v.VerifySample), Autostart: v.Autostart,
-		Readback: v.Verify == conf.VerifyReadback, DestinationCache: proxy.Cache(v.DestinationCache),
+		Allocation: proxy.Allocation(v.Allocation),
+		Readback:   v.Verify == conf.VerifyReadback, DestinationCache: proxy.Cache(v.DestinationCache),
 		Initiators: initiators(v), PortalGroups: v.PortalGroups, ReservationsByName: v.ReservationBy == conf.ByName,
 		Store: s.store, Target: s.target, Log: s.log, CutOver: func() { s.redirect(v.IQN) },
 	}

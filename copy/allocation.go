@@ -66,6 +66,23 @@ func survey(ctx context.Context, dev lun.Device, of lun.Extent, seen func(uint64
 	return m, nil
 }
 
+// Everything is a map that calls every block of a volume allocated.
+func Everything(of lun.Extent) *AllocationMap {
+	m := &AllocationMap{}
+	m.append(of, 0)
+	return m
+}
+
+// Without is the map but for blocks that are not to be copied, in rising order: they count as
+// unallocated.
+func (m *AllocationMap) Without(unused []lun.Extent) *AllocationMap {
+	rest := &AllocationMap{runs: lun.Without(m.runs, unused)}
+	for _, e := range rest.runs {
+		rest.allocated += e.Blocks
+	}
+	return rest
+}
+
 // cannotTell tells whether the device refused to say what is allocated, now and
 // for ever.
 func cannotTell(err error) bool {

@@ -45,7 +45,7 @@ func (c *Copier) readBoth(ctx context.Context, buf *buffer, there *held, need, b
 		bad, err = c.read(sctx, buf, need)
 		return err
 	})
-	sides.Go(func() error { return c.readThere(sctx, there, outside(need, blank)) })
+	sides.Go(func() error { return c.readThere(sctx, there, lun.Without(need, blank)) })
 	if err := sides.Wait(); err != nil {
 		return nil, err
 	}
@@ -148,27 +148,4 @@ func (h *held) split(e lun.Extent, yield func(e lun.Extent, f finding) error) er
 		e.Start, e.Blocks = run.End(), e.Blocks-run.Blocks
 	}
 	return nil
-}
-
-// outside gives the blocks of runs that are in none of others; both are in rising order.
-func outside(runs, others []lun.Extent) (left []lun.Extent) {
-	for _, run := range runs {
-		for len(others) > 0 && others[0].End() <= run.Start {
-			others = others[1:]
-		}
-		for _, o := range others {
-			if o.Start >= run.End() {
-				break
-			}
-			if o.Start > run.Start {
-				left = append(left, lun.Extent{Start: run.Start, Blocks: uint64(o.Start - run.Start)})
-			}
-			end := min(o.End(), run.End())
-			run.Start, run.Blocks = end, uint64(run.End()-end)
-		}
-		if !run.Empty() {
-			left = append(left, run)
-		}
-	}
-	return left
 }

@@ -150,7 +150,7 @@ func TestOutsideGivesWhatIsInNoneOfTheOthers(t *testing.T) {
 		runs, in := draw("runs")
 		others, out := draw("others")
 		var got [blocks]bool
-		for _, e := range outside(runs, others) {
+		for _, e := range lun.Without(runs, others) {
 			if e.Empty() {
 				t.Fatalf("an empty run at %d", e.Start)
 			}

@@ -101,6 +101,10 @@ type Options struct {
 	// Throttle limits the bytes read from the source per second; with Compare, those
 	// looked at, be it on the destination alone.
 	Throttle *Throttle
+	// Survey tells what of the source is to be read; what it calls unallocated reads as zeroes
+	// on the destination afterwards. seen is to be told how many allocated blocks were found so
+	// far. nil is the Survey of Source.
+	Survey func(ctx context.Context, seen func(blocks uint64)) (*AllocationMap, error)
 	// Fault is told of each failed step, and nil when steps succeed again. The
 	// copier goes on by itself.
 	Fault func(error)
@@ -183,6 +187,11 @@ type done struct {
 func New(o Options) *Copier {
 	c := &Copier{Options: o, info: o.Source.Info(), inFlight: make(map[uint64]struct{}), failing: make(map[uint64]failure)}
 	c.cond = sync.NewCond(&c.mu)
+	if c.Survey == nil {
+		c.Survey = func(ctx context.Context, seen func(uint64)) (*AllocationMap, error) {
+			return Survey(ctx, c.Source, c.Volume, seen)
+		}
+	}
 	c.depth = max(1, o.Depth)
 	c.readback.Store(o.Readback)
 	c.compare.Store(o.Compare)
@@ -288,10 +297,11 @@ func (c *Copier) survey(ctx context.Context) error {
 	}
 	wait := firstRetry
 	for {
-		m, err := Survey(ctx, c.Source, c.Volume, func(blocks uint64) {
+		m, err := c.Survey(ctx, func(blocks uint64) {
 			c.allocated.Store(blocks * uint64(c.info.BlockSize))
 		})
 		if err == nil {
+			c.allocated.Store(m.Allocated() * uint64(c.info.BlockSize))
 			c.measure(m)
 			c.allocation.Store(m)
 			c.Fault(nil)

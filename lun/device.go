@@ -69,6 +69,29 @@ func Subtract(list []Extent, e Extent) []Extent {
 	return left
 }
 
+// Without gives the blocks of list that are in none of others; both are in rising order.
+func Without(list, others []Extent) (left []Extent) {
+	for _, run := range list {
+		for len(others) > 0 && others[0].End() <= run.Start {
+			others = others[1:]
+		}
+		for _, o := range others {
+			if o.Start >= run.End() {
+				break
+			}
+			if o.Start > run.Start {
+				left = append(left, Extent{Start: run.Start, Blocks: uint64(o.Start - run.Start)})
+			}
+			end := min(o.End(), run.End())
+			run.Start, run.Blocks = end, uint64(run.End()-end)
+		}
+		if !run.Empty() {
+			left = append(left, run)
+		}
+	}
+	return left
+}
+
 func (e Extent) String() string {
 	return fmt.Sprintf("LBA %d+%d", e.Start, e.Blocks)
 }

@@ -24,6 +24,7 @@ type engineState struct {
 	notes       []*engineNote   // in the journal
 	intents     []*engineIntent // in the journal
 	unproven    []state.Sum
+	unused      []byte
 	brought     []bool // made valid by a write, not by a copy
 	reservation []byte
 }
@@ -125,7 +126,7 @@ func (s *engineState) PutRecords(ctx context.Context, records ...state.Record) e
 
 func (s *engineState) Renew(string, ...state.Record) error {
 	return s.write(context.Background(), "renew", func() {
-		s.saved, s.flags, s.notes, s.intents, s.unproven = nil, [2][]bool{}, nil, nil, nil
+		s.saved, s.flags, s.notes, s.intents, s.unproven, s.unused = nil, [2][]bool{}, nil, nil, nil, nil
 	})
 }
 
@@ -139,6 +140,12 @@ func (s *engineState) Reservation(string) ([]byte, error) { return s.reservation
 
 func (s *engineState) PutReservation(ctx context.Context, _ string, data []byte) error {
 	return s.write(ctx, "reservation", func() { s.reservation = data })
+}
+
+func (s *engineState) Unused(string) ([]byte, error) { return s.unused, nil }
+
+func (s *engineState) PutUnused(ctx context.Context, _ string, data []byte) error {
+	return s.write(ctx, "unused", func() { s.unused = data })
 }
 
 func (s *engineState) Flags(_ string, g state.Geometry) (flags, error) {

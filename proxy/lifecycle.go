@@ -161,6 +161,7 @@ func (v *Volume) becomeMigrating(ctx context.Context, o StartOptions) error {
 			return err
 		}
 		v.sourceFlushed.Store(true)
+		v.sourceIdle()
 		now := time.Now()
 		return v.advance(ctx, Migrating, func(r *state.Record) {
 			r.StartedAt, r.Fenced, r.Compare, r.AcceptedKeys = &now, true, compare, accepted

@@ -95,6 +95,11 @@ type Status struct {
 	// the allocation map is still being read and Allocated is what was seen so far.
 	Allocated      uint64 `json:"allocated_bytes"`
 	AllocatedKnown bool   `json:"allocated_known"`
+	// Allocation says what tells which blocks of the source are copied, AllocationFound what
+	// was found on the source, where its file systems tell. Unused is what they had free.
+	Allocation      string   `json:"allocation,omitempty"`
+	AllocationFound []string `json:"allocation_found"`
+	Unused          uint64   `json:"unused_bytes"`
 	// Copied is what the copier put on the destination as data.
 	Copied uint64 `json:"copied_bytes"`
 	// Skipped is what the copier did not have to copy: unallocated or zero.

@@ -16,6 +16,8 @@ type store interface {
 	Identity(ctx context.Context) (state.Identity, error)
 	Reservation(volume string) ([]byte, error)
 	PutReservation(ctx context.Context, volume string, data []byte) error
+	Unused(volume string) ([]byte, error)
+	PutUnused(ctx context.Context, volume string, data []byte) error
 	Flags(volume string, geometry state.Geometry) (flags, error)
 }
 

@@ -46,10 +46,12 @@ type VerifyReport struct {
 	// Sample is true where not everything was to be compared.
 	Sample bool `json:"sample"`
 	// Compared was read of both sides. Unallocated is without storage on both, and so
-	// reads as zeroes on both. Written was not compared, as
+	// reads as zeroes on both. Unused was free by a file system of the source at the start and was
+	// not copied. Written was not compared, as
 	// initiators wrote it or it was given up as unreadable.
 	Compared    uint64 `json:"compared_bytes"`
 	Unallocated uint64 `json:"unallocated_bytes"`
+	Unused      uint64 `json:"unused_bytes"`
 	Written     uint64 `json:"initiator_written_bytes"`
 	// Different is what differs; Extents are the first places, in rising order, and
 	// More says that there are others.
@@ -116,12 +118,16 @@ func (x *verification) run(ctx context.Context, sample uint64) error {
 		return err
 	}
 	bs := uint64(x.v.info.BlockSize)
-	var blocks, chunks uint64
+	var stored, blocks, chunks uint64
+	for _, r := range runs {
+		stored += r.Blocks
+	}
+	runs = lun.Without(runs, x.v.leftOut())
 	for _, r := range runs {
 		blocks += r.Blocks
 		chunks += (r.Blocks + verifyChunk/bs - 1) / (verifyChunk / bs)
 	}
-	x.report.Unallocated = (x.v.info.Blocks - blocks) * bs
+	x.report.Unallocated, x.report.Unused = (x.v.info.Blocks-stored)*bs, (stored-blocks)*bs
 	x.total.Store(blocks * bs)
 	var chosen map[uint64]bool // by number; nil is all
 	if n := (sample + verifyChunk - 1) / verifyChunk; sample > 0 && n < chunks {

@@ -54,6 +54,8 @@ type Config struct {
 	// DestinationCache says whether the destination is flushed before flags are set; empty
 	// is CacheAuto.
 	DestinationCache Cache
+	// Allocation tells which blocks of the source are copied; empty is AllocationAuto.
+	Allocation Allocation
 	// VerifySample is how much of source and destination is compared before a cutover,
 	// in bytes; 0 is nothing.
 	VerifySample uint64
@@ -100,6 +102,8 @@ type Volume struct {
 	gate    gate          // every command of an initiator passes it
 	writes  lun.RangeLock // held over each change of blocks, whoever makes it
 	commits turn          // held while flags of copied blocks, or the record, are committed
+
+	usage usage // of the source by file systems
 
 	phase atomic.Value // Phase; assigned in lifecycle.go only
 	// sourceFlushed: the source has nothing in its cache that was written before the start.
@@ -222,7 +226,7 @@ func Open(ctx context.Context, cfg Config) (*Volume, error) {
 	v.copier = copier.New(copier.Options{
 		Source: v.source, Destination: v.destination, Ledger: (*ledger)(v),
 		Volume: v.info.All(), RegionBlocks: v.record.RegionBlocks, Depth: cfg.CopyDepth,
-		Throttle: v.throttle, Readback: cfg.Readback, Compare: v.record.Compare,
+		Throttle: v.throttle, Readback: cfg.Readback, Compare: v.record.Compare, Survey: v.survey,
 		Fault: func(err error) { v.fault("copy", err) },
 	})
 	v.before = copier.Progress{
@@ -301,6 +305,10 @@ func (v *Volume) takeUp(ctx context.Context, r state.Record, found bool) error {
 			return v.errorf("write its state: %w", err)
 		}
 	}
+	v.usage.known = found
+	if err := v.loadUnused(r); err != nil {
+		return err
+	}
 	if r.RateLimit != nil {
 		v.throttle.Set(*r.RateLimit)
 	}
@@ -362,6 +370,7 @@ func (v *Volume) Status() Status {
 	s.StartedAt, s.SyncedAt, s.CutoverAt = r.StartedAt, r.SyncedAt, r.CutoverAt
 	s.Compare = r.Compare
 	s.UnreadableRuns = []BlockRun{}
+	s.AllocationFound = []string{}
 	_, s.AcceptedUnreadable = v.shown(extents(r.Accepted))
 	if r.Hold != nil {
 		ms := float64(r.Hold.Microseconds()) / 1000
@@ -378,6 +387,13 @@ func (v *Volume) Status() Status {
 		return s
 	}
 	s.Source, s.Destination = v.source.status(), v.destination.status()
+	s.Allocation = v.cfg.Allocation.Describe(v.source.Info(), r.Compare)
+	if left := v.usage.left.Load(); left != nil {
+		s.AllocationFound = append(s.AllocationFound, left.report...)
+		for _, e := range left.runs {
+			s.Unused += v.info.Bytes(e)
+		}
+	}
 	p, bs := v.progress(), uint64(v.info.BlockSize)
 	s.Copied, s.Skipped, s.Allocated, s.AllocatedKnown = p.Copied, p.Skipped, p.Allocated, p.Surveyed
 	s.Compared, s.Equal = p.Compared, p.Equal

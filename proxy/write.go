@@ -22,6 +22,9 @@ const mostRepeats = 5
 func (v *Volume) write(ctx context.Context, e lun.Extent, content []byte, do func(*unit) error) error {
 	switch v.Phase() {
 	case Ready:
+		if !v.usage.wrote.Load() {
+			v.usage.wrote.Store(true)
+		}
 		return do(v.source)
 	case Cutover:
 		return errRetired

@@ -23,6 +23,7 @@ import (
 //	"r/" volume                                  record
 //	"h/" volume                                  header: generation, geometry
 //	"p/" volume                                  persistent reservations (reservation.go)
+//	"u/" volume                                  what its migration leaves out (unused.go)
 //	"f/" generation 'c' kind chunk               all bits of 8192 regions
 //	"f/" generation 'j' hash                     entry of a journal (entry.go) that is to be dealt with
 //	"f/" generation 'p' region                   bitmaps of a partial region
@@ -433,7 +434,7 @@ func (f *Flags) decodeRegion(g uint64, value []byte, scratch []uint64) (regionBi
 // of reach; Store.forget then removes them. The records instead come after.
 func (c *committer) forgetVolume(r *request) error {
 	volume := r.forget
-	ops := []op{{key: recordKey(volume)}, {key: headerKey(volume)}}
+	ops := []op{{key: recordKey(volume)}, {key: headerKey(volume)}, {key: unusedKey(volume)}}
 	if r.reservation {
 		ops = append(ops, op{key: reservationKey(volume)})
 	}
