@@ -29,6 +29,9 @@ func (s *Size) UnmarshalText(text []byte) error {
 // ParseSize reads a size such as "64MiB", "1.5GiB", "4096" or "0".
 func ParseSize(text string) (Size, error) {
 	bad := fmt.Errorf("%q is no size; it is a number with B, KiB, MiB, GiB or TiB, such as \"64MiB\"", text)
+	if strings.HasPrefix(text, "-") {
+		return 0, fmt.Errorf("%q is below 0; name a size such as \"64MiB\", or 0", text)
+	}
 	if text == "" || strings.ContainsAny(text, "eE,+-") || strings.TrimLeft(text[:1], "0123456789") != "" {
 		return 0, bad
 	}

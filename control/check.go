@@ -474,6 +474,13 @@ func checkCreatable(dir string) error {
 		if !info.IsDir() {
 			return fmt.Errorf("%s is not a directory", path)
 		}
+		var st unix.Statfs_t
+		if err := unix.Statfs(path, &st); err != nil {
+			return fmt.Errorf("%s: %w", path, err)
+		}
+		if st.Type == unix.PROC_SUPER_MAGIC || st.Type == unix.SYSFS_MAGIC {
+			return fmt.Errorf("%s is on a file system that keeps no files", path)
+		}
 		if err := unix.Faccessat(unix.AT_FDCWD, path, unix.W_OK|unix.X_OK, unix.AT_EACCESS); err != nil {
 			return fmt.Errorf("cannot write to %s: %w", path, err)
 		}

@@ -98,6 +98,18 @@ func TestCheckTellsWhatTheUnitsAre(t *testing.T) {
 	}
 }
 
+// Caught: what may be written to by its permissions taken for a place of files.
+func TestCheckRefusesAStateThatCannotBeMade(t *testing.T) {
+	for _, dir := range []string{"/proc/lunshift", "/sys/lunshift/state", "/dev/null/state"} {
+		if err := checkCreatable(dir); err == nil {
+			t.Errorf("%s is taken for a place of a state", dir)
+		}
+	}
+	if err := checkCreatable(filepath.Join(t.TempDir(), "a", "b")); err != nil {
+		t.Error(err)
+	}
+}
+
 func TestCheckNamesWhatWouldBeRefused(t *testing.T) {
 	for _, tc := range []struct {
 		name        string

@@ -114,7 +114,6 @@ func (s *Service) Reload(ctx context.Context) (ReloadReport, error) {
 	defer s.tell("READY=1")
 	report, err := s.reload(ctx)
 	if err != nil {
-		s.log.WithError(err).Error("reload refused, the service goes on as it was")
 		return report, err
 	}
 	for _, l := range report.lines() {

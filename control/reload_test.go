@@ -179,6 +179,9 @@ func TestReloadWithFaultsChangesNothing(t *testing.T) {
 	f.add("a", "copy = { depth = 0, rate = \"1MiB\" }\n")
 	f.write()
 	_, err := r.client.Reload(t.Context())
+	if n := strings.Count(r.log.String(), "volume[c].sessions"); n != 1 {
+		t.Errorf("logged %d times: %s", n, r.log)
+	}
 	if KindOf(err) != Configuration || ExitCode(err) != ExitUsage || strings.Count(err.Error(), "\n") != 1 ||
 		!strings.Contains(err.Error(), "volume[c].sessions") || !strings.Contains(err.Error(), "volume[a].copy.depth") {
 		t.Errorf("want both faults, have %v", err)

@@ -171,8 +171,10 @@ func (s *Service) Run(ctx context.Context) error {
 			case <-s.running.Done():
 				return
 			case <-s.hangUp:
-				// Logged there, and there is nobody else to tell.
-				_, _ = s.Reload(s.running)
+				// What became of it is logged there.
+				if _, err := s.Reload(s.running); err != nil {
+					s.log.WithError(err).Error("reload refused, the service goes on as it was")
+				}
 			}
 		}
 	})

@@ -11,6 +11,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -46,11 +47,33 @@ type running struct {
 	client *Client
 	info   ServiceInfo
 	stop   func() error
+	log    *logText
+}
+
+// logText takes a log, and may be read meanwhile.
+type logText struct {
+	mu sync.Mutex // protects b
+	b  bytes.Buffer
+}
+
+func (l *logText) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.Write(p)
+}
+
+func (l *logText) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.String()
 }
 
 func start(t *testing.T, cfg *conf.Config) *running {
 	t.Helper()
-	service, err := New(t.Context(), cfg, Options{Version: "test", Log: quiet()})
+	log := quiet()
+	text := &logText{}
+	log.SetOutput(text)
+	service, err := New(t.Context(), cfg, Options{Version: "test", Log: log})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -58,7 +81,7 @@ func start(t *testing.T, cfg *conf.Config) *running {
 	done := make(chan error, 1)
 	go func() { done <- service.Run(ctx) }()
 	stopped := false
-	r := &running{client: NewClient(cfg.Service.Control)}
+	r := &running{client: NewClient(cfg.Service.Control), log: text}
 	r.stop = func() error {
 		if stopped {
 			return nil

@@ -147,8 +147,10 @@ type rebuild struct {
 	looked  atomic.Uint64 // blocks
 	limiter *copier.Throttle
 
-	mu     sync.Mutex // protects report
+	mu     sync.Mutex // protects report and cut
 	report RebuildReport
+	// cut is from where on places of a class are not listed any more; 0 is nowhere.
+	cut [zeroes + 1]uint64
 }
 
 // Rebuild makes the flags and the record of a volume anew that the state knows nothing of, by
@@ -253,9 +255,6 @@ func (x *rebuild) make(ctx context.Context, tell func(done, all uint64)) error {
 	}
 	now := time.Now()
 	x.report.EndedAt = now
-	for _, list := range []*[]BlockRun{&x.report.DifferentExtents, &x.report.ZeroesExtents} {
-		slices.SortFunc(*list, func(a, b BlockRun) int { return cmp.Compare(a.LBA, b.LBA) })
-	}
 	if x.report.Undecided = x.undecided(); x.report.Undecided != "" {
 		return nil
 	}
@@ -303,7 +302,10 @@ func (x *rebuild) compare(ctx context.Context, tell func(done, all uint64)) erro
 			tell(x.looked.Load(), x.info.Blocks)
 		}
 	}
-	return errors.Join(parts.Wait(), ctx.Err())
+	if err := parts.Wait(); err != nil {
+		return err
+	}
+	return ctx.Err()
 }
 
 // The classes of a block.
@@ -380,21 +382,38 @@ func (x *rebuild) chunk(ctx context.Context, e lun.Extent) error {
 func (x *rebuild) note(c class, r state.Run) {
 	x.mu.Lock()
 	defer x.mu.Unlock()
-	count, list := &x.report.Equal, (*[]BlockRun)(nil)
 	switch c {
+	case same:
+		x.report.Equal += r.Blocks
 	case different:
-		count, list = &x.report.Different, &x.report.DifferentExtents
+		x.report.Different += r.Blocks
+		x.report.DifferentExtents = x.add(x.report.DifferentExtents, c, r)
 	case zeroes:
-		count, list = &x.report.Zeroes, &x.report.ZeroesExtents
+		x.report.Zeroes += r.Blocks
+		x.report.ZeroesExtents = x.add(x.report.ZeroesExtents, c, r)
 	}
-	*count += r.Blocks
-	switch {
-	case list == nil:
-	case len(*list) < mostDifferences:
-		*list = append(*list, BlockRun{LBA: r.Start, Blocks: r.Blocks})
-	default:
-		x.report.More = true
+}
+
+// add puts a run into a list in rising order and joins it with its neighbours. Chunks end in
+// any order, so what is too much is cut off at the far end, and nothing beyond it is taken
+// any more.
+func (x *rebuild) add(list []BlockRun, c class, r state.Run) []BlockRun {
+	if x.cut[c] != 0 && r.Start >= x.cut[c] {
+		return list
 	}
+	i, _ := slices.BinarySearchFunc(list, r.Start, func(b BlockRun, at uint64) int { return cmp.Compare(b.LBA, at) })
+	list = slices.Insert(list, i, BlockRun{LBA: r.Start, Blocks: r.Blocks})
+	for _, n := range []int{i, i - 1} {
+		if n >= 0 && n+1 < len(list) && list[n].LBA+list[n].Blocks == list[n+1].LBA {
+			list[n].Blocks += list[n+1].Blocks
+			list = slices.Delete(list, n+1, n+2)
+		}
+	}
+	if len(list) > mostDifferences {
+		x.cut[c], x.report.More = list[mostDifferences].LBA, true
+		list = list[:mostDifferences]
+	}
+	return list
 }
 
 // readSource fills p with e and tells which blocks cannot be read.

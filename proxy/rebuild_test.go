@@ -4,8 +4,10 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"slices"
 	"testing"
 
 	"lunshift/lun"
@@ -228,5 +230,39 @@ func TestRebuildOfAVolumeThatTheStateKnowsIsRefused(t *testing.T) {
 	}
 	if _, err := os.Stat(filepath.Join(r.dir, "HEAD")); err != nil {
 		t.Error(err)
+	}
+}
+
+// Chunks end in any order; the places are in rising order all the same, joined over the ends of
+// chunks, and the first ones are kept.
+//
+// Caught: runs appended as their chunks end.
+func TestPlacesOfARebuildAreJoinedAndTheFirst(t *testing.T) {
+	const step = 8
+	for range 50 {
+		x := &rebuild{}
+		var runs []state.Run
+		// One place over three chunks, then more than are listed.
+		for at := uint64(0); at < 3*step; at += step {
+			runs = append(runs, state.Run{Start: at, Blocks: step})
+		}
+		for i := range uint64(2 * mostDifferences) {
+			runs = append(runs, state.Run{Start: 100 + 2*step*i, Blocks: 3})
+		}
+		for window := range slices.Chunk(runs, 16) { // so far may they be out of order
+			rand.Shuffle(len(window), func(i, j int) { window[i], window[j] = window[j], window[i] })
+		}
+		for _, r := range runs {
+			x.note(different, r)
+		}
+		list := x.report.DifferentExtents
+		if x.report.Different != 3*step+6*mostDifferences || !x.report.More || len(list) != mostDifferences || list[0] != (BlockRun{LBA: 0, Blocks: 3 * step}) {
+			t.Fatalf("%d blocks, %d places, more %v: %v", x.report.Different, len(list), x.report.More, list[:min(len(list), 3)])
+		}
+		for i, e := range list[1:] {
+			if e != (BlockRun{LBA: 100 + 2*step*uint64(i), Blocks: 3}) {
+				t.Fatalf("place %d is %v", i+1, e)
+			}
+		}
 	}
 }

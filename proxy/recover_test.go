@@ -268,3 +268,43 @@ func TestNoFirstWriteTouchesTheDestinationAfterACommitOfUnknownOutcome(t *testin
 	expect(t, v, lun.Extent{Start: 77, Blocks: 1}, 1)
 	r.close(t)
 }
+
+// unsureStore writes records and does not know it.
+type unsureStore struct{ store }
+
+func (u unsureStore) PutRecords(ctx context.Context, records ...state.Record) error {
+	return errors.Join(state.ErrFailed, u.store.PutRecords(ctx, records...))
+}
+
+// A start that was recorded without anybody knowing leaves a volume that writes to its source
+// for as long as the service goes on. The first SYNCHRONIZE CACHE after the restart is of these
+// writes too. Caught: a first flush of the destination alone.
+func TestFirstFlushAfterAnUncertainStartIsOfTheSource(t *testing.T) {
+	r := newRig(t, 128)
+	fill(t, r.source, lun.Extent{Blocks: 128}, 1)
+	must(t, r.source.Flush(t.Context()))
+	v := r.open(t)
+	sure := v.store
+	v.store = unsureStore{sure}
+	if err := v.Start(t.Context()); !errors.Is(err, state.ErrFailed) {
+		t.Fatalf("the start: %v", err)
+	}
+	fill(t, v, lun.Extent{Start: 77, Blocks: 1}, 2)
+	after := r.killed(t)
+	v.store = sure
+	r.close(t)
+	after.source.Before = func(_ context.Context, op luntest.Op, e lun.Extent) error {
+		if op == luntest.Read && e.Blocks > 16 {
+			return lun.ErrUnavailable // nothing is copied
+		}
+		return nil
+	}
+	w := after.open(t)
+	if w.Phase() != Migrating {
+		t.Fatalf("phase %s: the start was not recorded", w.Phase())
+	}
+	must(t, w.Flush(t.Context()))
+	after.source.PowerLoss()
+	expect(t, w, lun.Extent{Start: 77, Blocks: 1}, 2)
+	after.close(t)
+}

@@ -256,16 +256,14 @@ func syncPath(path string) error {
 	return errors.Join(d.Sync(), d.Close())
 }
 
-// errRemoved is of a directory that is gone while it is in use.
-func errRemoved(dir string) error {
-	return fmt.Errorf("the state directory %s was removed while it is in use: stop the service, and see in docs/reliability.md what to do when the state is lost", dir)
-}
+// errRemoved is of a directory that is gone while it is in use; the caller names it.
+var errRemoved = errors.New("it was removed while it is in use: stop the service, and see in docs/reliability.md what to do when the state is lost")
 
 // checkFree fails with ErrNoSpace where less than need bytes are free.
 func checkFree(dir string, need uint64) error {
 	var st unix.Statfs_t
 	if err := unix.Statfs(dir, &st); errors.Is(err, fs.ErrNotExist) {
-		return errRemoved(dir)
+		return errRemoved
 	} else if err != nil {
 		return fmt.Errorf("free space: %w", err)
 	}

@@ -164,7 +164,10 @@ func (h *head) journaled(frame uint64) error {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	h.frame = frame
-	return h.write()
+	if err := h.write(); err != nil {
+		return fmt.Errorf("state directory %s: %w", h.dir, err)
+	}
+	return nil
 }
 
 // write fails as well where the file is no longer in any directory: what is written to a
@@ -176,7 +179,7 @@ func (h *head) write() error {
 		return fmt.Errorf("stat %s: %w", headName, err)
 	}
 	if st.Nlink == 0 {
-		return errRemoved(h.dir)
+		return errRemoved
 	}
 	if _, err := h.file.WriteAt(b[:], 0); err != nil {
 		return fmt.Errorf("write %s: %w", headName, reason(err))

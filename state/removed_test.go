@@ -4,6 +4,7 @@ import (
 	"context"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 )
 
@@ -45,8 +46,8 @@ func TestNothingIsAcknowledgedOnceTheDirectoryIsRemoved(t *testing.T) {
 				}
 				if err := write(context.Background(), Valid, Run{64, 8}); err == nil {
 					t.Error("acknowledged")
-				} else {
-					t.Log(err)
+				} else if text := err.Error(); strings.Count(text, "state directory") != 1 {
+					t.Errorf("the directory is to be named once: %s", text)
 				}
 				s.Close() // whatever it says
 			})

@@ -303,7 +303,7 @@ func (s *Store) shut(settled bool) error {
 // for ever to write its tables there.
 func (s *Store) closeDatabase() error {
 	if _, err := os.Stat(filepath.Join(s.dir, badgerDir)); errors.Is(err, fs.ErrNotExist) {
-		return errRemoved(s.dir)
+		return fmt.Errorf("state directory %s: %w", s.dir, errRemoved)
 	}
 	if err := s.db.Close(); err != nil {
 		return fmt.Errorf("state directory %s: close: %w", s.dir, err)

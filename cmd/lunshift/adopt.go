@@ -32,7 +32,7 @@ places are listed, nothing changes, and the exit code is 1. Where the migration 
 
 The volume is served once all is done; it is then migrating. Interrupted, the rebuild ends
 and leaves nothing. It changes neither LUN.`,
-		Args: cobra.ExactArgs(1),
+		Args: oneVolume,
 		RunE: func(c *cobra.Command, args []string) error {
 			size, err := conf.ParseSize(rate)
 			if err != nil {

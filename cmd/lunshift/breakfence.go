@@ -23,7 +23,7 @@ Where no lunshift runs, the same is done with sg_persist on a host that has the 
 
   sg_persist --out --register-ignore --param-sark=0x1 /dev/sdX
   sg_persist --out --clear --param-rk=0x1 /dev/sdX`,
-		Args: cobra.ExactArgs(1),
+		Args: oneVolume,
 		RunE: func(c *cobra.Command, args []string) error {
 			if !yes {
 				return control.Usagef("break-fence takes the LUNs of volume %s away from whoever holds them: say --yes if that host or service is gone for good", args[0])

@@ -191,7 +191,7 @@ func (a *app) step(name, short, long string, do func(context.Context, *control.C
 		Use:   name + " VOLUME",
 		Short: short,
 		Long:  long,
-		Args:  cobra.ExactArgs(1),
+		Args:  oneVolume,
 		RunE: func(c *cobra.Command, args []string) error {
 			client, err := a.client()
 			if err != nil {
@@ -209,12 +209,16 @@ func (a *app) step(name, short, long string, do func(context.Context, *control.C
 	}
 }
 
+// oneVolume are the arguments of a command that is about one volume.
+func oneVolume(_ *cobra.Command, args []string) error {
+	switch len(args) {
+	case 0:
+		return errors.New("the name of a volume is missing")
+	case 1:
+		return nil
+	}
+	return fmt.Errorf("one volume at a time, not %s", strings.Join(args, " and "))
+}
+
 // print writes v to standard output as one line of JSON.
 func (a *app) print(v any) error { return json.NewEncoder(a.stdout).Encode(v) }
-
-// must is for what only a mistake in this program makes fail.
-func must(err error) {
-	if err != nil {
-		panic(err)
-	}
-}

@@ -142,6 +142,21 @@ func TestWrongUsageIsOneLineAndExitCode2(t *testing.T) {
 	}
 }
 
+func TestWhatIsMissingIsSaidInPlainWords(t *testing.T) {
+	for args, want := range map[string]string{
+		"start":                    "the name of a volume is missing",
+		"start a b":                "one volume at a time, not a and b",
+		"throttle db01":            "throttle needs --rate",
+		"throttle db01 --rate=-5":  `--rate: "-5" is below 0`,
+		"wait db01":                "wait needs --for, a phase",
+		"verify db01 --rate=-1MiB": "is below 0",
+	} {
+		if r := lunshift(t, strings.Fields(args)...); r.code != 2 || !strings.Contains(r.stderr, want) {
+			t.Errorf("%s: exit %d, stderr %q, want %q", args, r.code, r.stderr, want)
+		}
+	}
+}
+
 func TestHelpAndVersionSucceed(t *testing.T) {
 	for _, args := range []string{"--help", "help", "help status", "status --help", "version", "--version", "--json=false version", ""} {
 		if r := lunshift(t, strings.Fields(args)...); r.code != 0 || r.stdout == "" || r.stderr != "" {

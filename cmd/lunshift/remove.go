@@ -13,7 +13,7 @@ func (a *app) removeCommand() *cobra.Command {
 		Long: `Forget the state of a volume that is cut over. Delete its [[volume]] from the
 configuration as well; until then the volume is not served again, because its source is
 stale. Done already, it changes nothing.`,
-		Args: cobra.ExactArgs(1),
+		Args: oneVolume,
 		RunE: func(c *cobra.Command, args []string) error {
 			client, err := a.client()
 			if err != nil {

@@ -17,7 +17,7 @@ func (a *app) verifyCommand() *cobra.Command {
 they wrote since the start. It changes nothing. What differs was copied wrongly, or
 was changed behind lunshift's back: the extents are listed, and the exit code is 1.
 Interrupted, it ends.`,
-		Args: cobra.ExactArgs(1),
+		Args: oneVolume,
 		RunE: func(c *cobra.Command, args []string) error {
 			var o proxy.VerifyOptions
 			for _, flag := range []struct {

@@ -18,6 +18,9 @@ func (a *app) waitCommand() *cobra.Command {
 		`Wait until a volume is in a phase or past it: ready, migrating, synced or cutover.
 The exit code is 1 when the time is over first.`,
 		func(ctx context.Context, c *control.Client, volume string) (control.Status, error) {
+			if text == "" {
+				return control.Status{}, control.Usagef("wait needs --for, a phase: ready, migrating, synced or cutover")
+			}
 			phase, err := control.ParsePhase(text)
 			if err != nil {
 				return control.Status{}, err
@@ -30,7 +33,6 @@ The exit code is 1 when the time is over first.`,
 		})
 	command.Flags().StringVar(&text, "for", "", "`PHASE` to wait for")
 	command.Flags().DurationVar(&timeout, "timeout", 0, "how long at most, such as 1h; 0 is without end")
-	must(command.MarkFlagRequired("for"))
 	return command
 }
 

@@ -188,8 +188,14 @@ func TestSecondServiceOnOnePairIsRefused(t *testing.T) {
 }
 
 // The reservations of a state that is lost are there while the destination still looks blank.
-// Caught: the service did not start, and break-fence needs it.
+// Caught: the service did not start, and break-fence needs it; a reload that drops what cannot
+// be opened for a reservation.
 func TestFencesOfALostStateCanBeBroken(t *testing.T) {
+	t.Run("at the start of the service", func(t *testing.T) { breakLost(t, false) })
+	t.Run("at a reload", func(t *testing.T) { breakLost(t, true) })
+}
+
+func breakLost(t *testing.T, reloaded bool) {
 	p := fencedPair(t)
 	s := newService(t, p.volume("db01"))
 	const registrantsOnly, key = 5, 0x6c756e0000000001 // Write Exclusive; the key of a lunshift
@@ -198,7 +204,20 @@ func TestFencesOfALostStateCanBeBroken(t *testing.T) {
 		reserveOut(t, i, register, 0, 0, key, 0)
 		reserveOut(t, i, reserve, registrantsOnly, key, 0, 0)
 	}
-	s.start()
+	if reloaded {
+		// A reload takes the volume up as a start of the service does: without it in the
+		// service there is no break-fence.
+		all := s.volumes
+		s.volumes = []volume{files(t)}
+		s.volumes[0].name = "other"
+		s.configure()
+		s.start()
+		s.volumes = append(s.volumes, all...)
+		s.configure()
+		s.fails(failed, []string{"could not be taken up"}, "reload")
+	} else {
+		s.start()
+	}
 	s.fails(failed, []string{"db01", "not served"}, "start", "db01")
 	s.run("break-fence", "db01", "--yes")
 	for deadline := time.Now().Add(time.Minute); s.try("start", "db01").code != 0; time.Sleep(100 * time.Millisecond) {
