@@ -67,3 +67,25 @@ func wordMask(lo, n uint64) (mask, taken uint64) {
 	taken = min(64-lo%64, n)
 	return ^uint64(0) >> (64 - taken) << (lo % 64), taken
 }
+
+// clearBits clears n bits of words from bit lo on.
+func clearBits(words []uint64, lo, n uint64) {
+	for n > 0 {
+		m, taken := wordMask(lo, n)
+		words[lo/64] &^= m
+		lo, n = lo+taken, n-taken
+	}
+}
+
+// replaceBits makes the first n bits of words those of by, and tells whether that changed
+// one.
+func replaceBits(words, by []uint64, n uint64) (changed bool) {
+	for lo := uint64(0); lo < n; {
+		m, taken := wordMask(lo, n-lo)
+		w := words[lo/64]&^m | by[lo/64]&m
+		changed = changed || w != words[lo/64]
+		words[lo/64] = w
+		lo += taken
+	}
+	return changed
+}

@@ -21,8 +21,9 @@ const (
 // again when it is asked for. Which regions are partial is in memory always (levels).
 //
 // A reader must not find in the database what is not yet on stable storage. So the
-// committer pins the bitmaps of the regions it is about to change, as they are, from
-// before it writes to the database until it publishes what it wrote.
+// committer pins the bitmaps of the regions it is about to change, as they are and where
+// there is none as well, from before it writes to the database until readers find
+// everywhere what it wrote.
 type bitmaps struct {
 	shards [shardCount]shard
 	reads  atomic.Uint64 // of the database
@@ -94,8 +95,8 @@ func (b *bitmaps) memory() (n uint64) {
 }
 
 // find gives the bitmaps of region g of f as they are on stable storage, nil for a
-// kind of which the region is none or all by now. With pin they are held until publish
-// or unpin; that is for the committer. What is held is found without allocation.
+// kind of which the region is none or all by now. With pin they are held until unpin;
+// that is for the committer. What is held is found without allocation.
 func (b *bitmaps) find(f *Flags, g uint64, pin bool) (regionBitmaps, error) {
 	id := regionID{f.gen, g}
 	s := b.shard(id)
@@ -113,7 +114,8 @@ func (b *bitmaps) find(f *Flags, g uint64, pin bool) (regionBitmaps, error) {
 		s.mu.RUnlock()
 		var m regionBitmaps
 		var err error
-		if h == nil {
+		// The committer alone knows by its levels that there is nothing to read.
+		if h == nil && (!pin || f.isPartial(g)) {
 			b.reads.Add(1)
 			m, err = f.readRegion(g)
 		}
@@ -136,15 +138,15 @@ func (s *shard) hold(id regionID, m regionBitmaps, err error, changes uint64, pi
 	if s.changes != changes {
 		return m, true, nil
 	}
-	if err != nil || m.empty() {
+	if err != nil || m.empty() && !pin {
 		return m, false, err
 	}
 	s.add(&held{id: id, maps: m, pinned: pin})
 	return m, false, nil
 }
 
-// publish makes m the bitmaps of region g of f; the database has them on stable
-// storage.
+// publish makes m the bitmaps of region g of f, which is pinned and stays so; the
+// database has them on stable storage.
 func (b *bitmaps) publish(f *Flags, g uint64, m regionBitmaps) {
 	id := regionID{f.gen, g}
 	s := b.shard(id)
@@ -154,9 +156,7 @@ func (b *bitmaps) publish(f *Flags, g uint64, m regionBitmaps) {
 	if h := s.held[id]; h != nil {
 		s.remove(h)
 	}
-	if !m.empty() {
-		s.add(&held{id: id, maps: m})
-	}
+	s.add(&held{id: id, maps: m, pinned: true})
 }
 
 // unpin lets go of what find pinned.
@@ -165,8 +165,12 @@ func (b *bitmaps) unpin(f *Flags, g uint64) {
 	s := b.shard(id)
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if h := s.held[id]; h != nil {
-		h.pinned = false
+	h := s.held[id]
+	if h == nil {
+		return
+	}
+	if h.pinned = false; h.maps.empty() {
+		s.remove(h)
 	}
 }
 
@@ -212,7 +216,7 @@ func (f *Flags) readRegion(g uint64) (regionBitmaps, error) {
 		}
 	}
 	for i := range m {
-		if m[i] != nil || f.isAll(i, g) || f.kinds[i].partial[g/64].Load()>>(g%64)&1 == 0 {
+		if m[i] != nil || f.isAll(i, g) || !f.isPartialOf(i, g) {
 			continue
 		}
 		if f.gone.Load() {

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"path/filepath"
+	"slices"
 	"sync/atomic"
 	"time"
 
@@ -18,16 +19,18 @@ import (
 // maxBatch bounds the requests in the queue and those of one batch.
 const maxBatch = 1024
 
-// request is one call that waits for the committer. Exactly one of its four
+// request is one call that waits for the committer. Exactly one of its five
 // parts is used.
 type request struct {
-	flags *Flags // Set
+	flags *Flags // Set and Clear
 	kinds Kinds
 	runs  []Run
+	clear bool
 
-	records []op   // PutRecords, and the header of new flags
-	alone   *op    // PutReservation: one key, committed with the flags
-	forget  string // Forget and Renew: the volume
+	turns   []Turning // Turn, with records
+	records []op      // PutRecords, and the header of new flags
+	alone   *op       // PutReservation: one key, committed with the flags
+	forget  string    // Forget and Renew: the volume
 	// reservation says that the volume's reservations are forgotten too.
 	reservation bool
 
@@ -154,7 +157,7 @@ func (c *committer) serve(batch []*request) {
 			continue
 		}
 		if r.flags.gone.Load() {
-			r.finish(fmt.Errorf("volume %s: set flags: %w", r.flags.volume, ErrForgotten))
+			r.finish(wrap(r.flags.volume, r.what(), ErrForgotten))
 			continue
 		}
 		st := stages[r.flags]
@@ -163,23 +166,20 @@ func (c *committer) serve(batch []*request) {
 			stages[r.flags] = st
 		}
 		for _, run := range r.runs {
-			st.set(r.kinds, run)
+			st.apply(r.kinds, run, r.clear)
 		}
 		sets = append(sets, r)
 	}
 	if len(sets)+len(alone) > 0 {
-		var ops []op
+		var units [][]op
 		for _, r := range alone {
-			ops = append(ops, *r.alone)
+			units = append(units, []op{*r.alone})
 		}
 		for _, st := range stages {
-			if more, err := st.finish(ops); err == nil {
-				ops = more
-			} else {
-				st.err = err
-			}
+			more, err := st.finish()
+			units, st.err = append(units, more...), err
 		}
-		err := c.commit(ops, false)
+		err := c.commit(units...)
 		var set uint64
 		for _, st := range stages {
 			switch {
@@ -197,17 +197,28 @@ func (c *committer) serve(batch []*request) {
 			r.finish(err)
 		}
 		for _, r := range sets {
-			r.finish(wrap(r.flags.volume, "set flags", cmp.Or(stages[r.flags].err, err)))
+			r.finish(wrap(r.flags.volume, r.what(), cmp.Or(stages[r.flags].err, err)))
 		}
 	}
 	for _, r := range mine {
 		c.stats.served(1, 0)
-		if r.forget != "" {
+		switch {
+		case r.forget != "":
 			r.finish(wrap(r.forget, "forget", c.forgetVolume(r)))
-		} else {
-			r.finish(c.commit(r.records, true))
+		case len(r.turns) > 0:
+			r.finish(c.turn(r))
+		default:
+			r.finish(c.commit(r.records))
 		}
 	}
+}
+
+// what is what a request of flags does, for its error.
+func (r *request) what() string {
+	if r.clear {
+		return "clear flags"
+	}
+	return "set flags"
 }
 
 func (r *request) finish(err error) {
@@ -222,14 +233,14 @@ func wrap(volume, what string, err error) error {
 	return fmt.Errorf("volume %s: %s: %w", volume, what, err)
 }
 
-// commit writes ops in their order and returns once they are on stable storage.
-// They are one transaction, or, if they do not fit into one and atomic is false,
-// several. An error leaves none of them written where it is ErrNoSpace or
-// concerns the size; after any other the outcome is unknown and nothing more can
-// be written, because a later commit that succeeded might lie in the log behind
-// one that was lost.
-func (c *committer) commit(ops []op, atomic bool) (err error) {
-	if len(ops) == 0 {
+// commit writes the units in their order and returns once they are on stable storage.
+// They are one transaction, or several if they do not fit into one; each unit lies in
+// one. An error leaves none of them written where it is ErrNoSpace or concerns the size;
+// after any other the outcome is unknown and nothing more can be written, because a later
+// commit that succeeded might lie in the log behind one that was lost.
+func (c *committer) commit(units ...[]op) (err error) {
+	units = slices.DeleteFunc(units, func(u []op) bool { return len(u) == 0 })
+	if len(units) == 0 {
 		return nil
 	}
 	if c.failed != nil {
@@ -238,15 +249,15 @@ func (c *committer) commit(ops []op, atomic bool) (err error) {
 	if err := c.checkFree(); err != nil {
 		return err
 	}
-	for rest := ops; len(rest) > 0; {
+	for rest := units; len(rest) > 0; {
 		var some bool
 		begin := time.Now()
-		rest, some, err = c.commitSome(rest, atomic)
+		rest, some, err = c.commitSome(rest)
 		c.stats.committed(time.Since(begin), err)
 		if err == nil {
 			continue
 		}
-		if !some && len(rest) == len(ops) { // nothing reached the database
+		if !some && len(rest) == len(units) { // nothing reached the database
 			return fmt.Errorf("state directory %s: %w", c.dir, err)
 		}
 		c.failed = fmt.Errorf("state directory %s: %w: %w: restart the service when the disk is in order", c.dir, ErrFailed, err)
@@ -257,46 +268,55 @@ func (c *committer) commit(ops []op, atomic bool) (err error) {
 	return nil
 }
 
-// commitSome commits a first part of ops, all of them where they fit, and gives
-// the rest. tried tells whether the transaction was handed to the database.
-func (c *committer) commitSome(ops []op, atomic bool) (rest []op, tried bool, err error) {
+// commitSome commits the first units, all of them where they fit, and gives the rest.
+// tried tells whether the transaction was handed to the database.
+func (c *committer) commitSome(units [][]op) (rest [][]op, tried bool, err error) {
 	defer func() {
 		if r := recover(); r != nil {
-			rest, tried, err = ops, true, fmt.Errorf("database: %v", r)
+			rest, tried, err = units, true, fmt.Errorf("database: %v", r)
 		}
 	}()
-	txn := c.db.NewTransaction(true)
-	defer txn.Discard()
-	if err := txn.Set([]byte(seqKey), binary.BigEndian.AppendUint64(nil, c.seq+1)); err != nil {
-		return ops, false, err
+	txn, n, err := c.fill(units)
+	if errors.Is(err, badger.ErrTxnTooBig) && n > 0 {
+		txn.Discard()
+		txn, n, err = c.fill(units[:n])
 	}
-	n := 0
-	for ; n < len(ops); n++ {
-		if ops[n].value == nil {
-			err = txn.Delete(ops[n].key)
-		} else {
-			err = txn.Set(ops[n].key, ops[n].value)
-		}
-		if errors.Is(err, badger.ErrTxnTooBig) && n > 0 && !atomic {
-			break
-		}
-		if err != nil {
-			return ops, false, err
-		}
+	defer txn.Discard()
+	if err != nil {
+		return units, false, err
 	}
 	failpoint.Here("state.begin")
 	if err := txn.Commit(); err != nil {
-		return ops, true, err
+		return units, true, err
 	}
 	failpoint.Here("state.written")
 	if err := c.syncer.sync(); err != nil {
-		return ops, true, err
+		return units, true, err
 	}
 	failpoint.Here("state.synced")
 	c.seq++
 	if err := c.head.advance(c.seq); err != nil {
-		return ops, true, err
+		return units, true, err
 	}
 	failpoint.Here("state.noted")
-	return ops[n:], true, nil
+	return units[n:], true, nil
+}
+
+// fill puts the units into a transaction and tells how many it took as a whole.
+func (c *committer) fill(units [][]op) (txn *badger.Txn, n int, err error) {
+	txn = c.db.NewTransaction(true)
+	err = txn.Set([]byte(seqKey), binary.BigEndian.AppendUint64(nil, c.seq+1))
+	for ; err == nil && n < len(units); n++ {
+		for _, o := range units[n] {
+			if o.value == nil {
+				err = txn.Delete(o.key)
+			} else {
+				err = txn.Set(o.key, o.value)
+			}
+			if err != nil {
+				return txn, n, err
+			}
+		}
+	}
+	return txn, n, err
 }

@@ -27,6 +27,7 @@ const (
 // note is flags that are in the journal and not in the database yet.
 type note struct {
 	f       *Flags
+	clear   bool // the flags are taken away
 	kinds   Kinds
 	runs    []Run
 	entry   *entry
@@ -40,6 +41,7 @@ type early struct {
 	mu    sync.RWMutex       // guards all below
 	near  map[uint64][]*note // by the regions they concern
 	wide  []*note            // those that concern many
+	clear bool               // that the notes do, all of them: they are of one turn
 	shift uint               // log2 of the blocks of a region
 }
 
@@ -66,12 +68,15 @@ func (y *early) add(n *note) {
 	y.mu.Lock()
 	defer y.mu.Unlock()
 	y.count.Add(1)
+	y.clear = n.clear
 	if !y.regions(n, func(g uint64) { y.near[g] = append(y.near[g], n) }) {
 		y.wide = append(y.wide, n)
 	}
 }
 
-// remove takes notes out that the database has; readers find the flags there by now.
+// remove takes notes out that the database has; readers find the flags there by now. In
+// one with that the notes leave their turn, so that who finds none left can turn, and who
+// notes in the next turn finds none left.
 func (y *early) remove(gone []*note) {
 	y.mu.Lock()
 	defer y.mu.Unlock()
@@ -87,6 +92,9 @@ func (y *early) remove(gone []*note) {
 		if !near {
 			y.wide = slices.DeleteFunc(y.wide, is)
 		}
+	}
+	for _, n := range gone {
+		n.f.leave()
 	}
 	y.count.Add(-int64(len(gone)))
 }
@@ -118,17 +126,18 @@ func (y *early) each(r Run, do func(*note)) {
 	}
 }
 
-// within gives the parts of r that notes give a kind of k, in order and apart.
-func (y *early) within(k Kinds, r Run) (runs []Run) {
+// within gives the parts of r that notes give a kind of k, or take it from where clear is
+// true, in order and apart.
+func (y *early) within(k Kinds, r Run) (runs []Run, clear bool) {
 	if y.count.Load() == 0 {
-		return nil
+		return nil, false
 	}
 	y.mu.RLock()
 	defer y.mu.RUnlock()
-	return y.joined(k, r)
+	return y.joined(k, r), y.clear
 }
 
-// joined is within; mu is held.
+// joined is within without clear; mu is held.
 func (y *early) joined(k Kinds, r Run) (runs []Run) {
 	y.each(r, func(n *note) {
 		if n.kinds&k == 0 {
@@ -170,28 +179,40 @@ func (y *early) over(r Run) (notes []*note) {
 	return notes
 }
 
-// Note gives the blocks of the runs the kinds in k, as Set does, but by the
-// journal: it returns once the journal holds that on stable storage and readers see
+// Note gives the blocks of the runs the kinds in k, as Set does, or in a backward turn
+// takes them away, as Clear does, but by the journal: it returns once the journal holds that on stable storage and readers see
 // it, and the database has it some milliseconds later (Await). It takes about one fdatasync.
-// Of more than MostSums runs it is Set.
+// Of more than MostSums runs it is Set or Clear.
 //
 // On an error none of this call's flags is visible; after a crash they may be.
 func (f *Flags) Note(ctx context.Context, k Kinds, runs ...Run) error {
-	if len(runs) > MostSums {
-		return f.Set(ctx, k, runs...)
+	runs = slices.DeleteFunc(slices.Clone(runs), func(r Run) bool { return r.Blocks == 0 && f.holds(r) })
+	if len(runs) == 0 || len(runs) > MostSums {
+		return f.change(ctx, k, f.Backward(), runs)
 	}
 	if err := f.checkRuns(k, runs); err != nil {
 		return err
 	}
-	e := &entry{kind: noteEntry, gen: f.gen, kinds: k}
+	if err := f.enter(); err != nil {
+		return wrap(f.volume, "note flags", err)
+	}
+	e := &entry{kind: noteEntry, turn: f.turnID(), kinds: k}
 	for _, r := range runs {
 		e.sums = append(e.sums, Sum{Run: r})
 	}
 	if err := f.journal(ctx, e); err != nil {
+		f.leave()
 		return wrap(f.volume, "note flags", err)
 	}
-	f.store.settler.take(&note{f: f, kinds: k, runs: slices.Clone(runs), entry: e, settled: make(chan struct{})})
+	f.take(e)
 	return nil
+}
+
+// take makes what the journal holds visible and has it settled; the turn is left then.
+func (f *Flags) take(e *entry) {
+	f.store.settler.take(&note{
+		f: f, clear: f.Backward(), kinds: e.kinds, runs: e.runs(), entry: e, settled: make(chan struct{}),
+	})
 }
 
 // Intent is a write that is under way to blocks that are not valid. Either Keep or Withdraw
@@ -204,7 +225,8 @@ type Intent struct {
 // Intend makes durable what a write is going to leave in blocks that are not valid, so
 // that the write itself can be under way at the same time: after a crash, whoever opens the
 // volume compares the destination with the sums and so learns whether the write was
-// finished (Unproven). There are 1 to MostSums sums.
+// finished (Unproven). There are 1 to MostSums sums. In a backward turn it is the same of the
+// source, and of blocks that are valid or dirty.
 //
 // Until the flags of a kept intent are in the database (Await), nothing else may be
 // written to its blocks: the content would not match, and the write be taken for unfinished.
@@ -212,17 +234,26 @@ func (f *Flags) Intend(ctx context.Context, sums ...Sum) (*Intent, error) {
 	if len(sums) == 0 || len(sums) > MostSums {
 		return nil, fmt.Errorf("volume %s: intend %d runs: want 1 to %d", f.volume, len(sums), MostSums)
 	}
+	if slices.ContainsFunc(sums, func(s Sum) bool { return s.Blocks == 0 }) {
+		return nil, fmt.Errorf("volume %s: intend a run of no blocks", f.volume)
+	}
 	i := &Intent{f, &entry{
-		kind: intentEntry, number: f.store.settler.numbers.Add(1), gen: f.gen,
+		kind: intentEntry, number: f.store.settler.numbers.Add(1),
 		kinds: Valid | Dirty, sums: slices.Clone(sums),
 	}}
 	if err := f.checkRuns(Valid|Dirty, i.entry.runs()); err != nil {
 		return nil, err
 	}
+	if err := f.enter(); err != nil {
+		return nil, wrap(f.volume, "intend a write", err)
+	}
+	i.entry.turn = f.turnID()
 	if err := f.store.journal.admit(ctx, i.entry); err != nil {
+		f.leave()
 		return nil, wrap(f.volume, "intend a write", err)
 	}
 	if err := f.journal(ctx, i.entry); err != nil {
+		f.leave()
 		f.store.journal.keep(i.entry)
 		return nil, wrap(f.volume, "intend a write", err)
 	}
@@ -230,10 +261,10 @@ func (f *Flags) Intend(ctx context.Context, sums ...Sum) (*Intent, error) {
 }
 
 // Keep says that the destination has the content on stable storage: from its return on
-// the blocks are valid and dirty.
+// the blocks are valid and dirty. In a backward turn it is the source, and they are neither.
 func (i *Intent) Keep() {
 	i.f.store.journal.keep(i.entry)
-	i.f.store.settler.take(&note{f: i.f, kinds: Valid | Dirty, runs: i.entry.runs(), entry: i.entry, settled: make(chan struct{})})
+	i.f.take(i.entry)
 }
 
 // Withdraw says that the write failed. Once it returns nil, whatever the destination holds
@@ -250,8 +281,13 @@ func (i *Intent) Withdraw() error {
 	return wrap(i.f.volume, "withdraw a write", err)
 }
 
+// withdraw tries it once.
 func (i *Intent) withdraw() error {
-	return i.f.journal(context.Background(), &entry{kind: withdrawEntry, number: i.entry.number, gen: i.f.gen, ends: i.entry})
+	err := i.f.journal(context.Background(), &entry{kind: withdrawEntry, number: i.entry.number, turn: i.entry.turn, ends: i.entry})
+	if err == nil {
+		i.f.leave()
+	}
+	return err
 }
 
 // journal appends an entry of these flags.
@@ -276,11 +312,11 @@ func (f *Flags) journal(ctx context.Context, e *entry) error {
 
 func (f *Flags) checkRuns(k Kinds, runs []Run) error {
 	if k == 0 || k >= 1<<kindCount {
-		return fmt.Errorf("volume %s: set flags: no such kinds %#x", f.volume, uint8(k))
+		return fmt.Errorf("volume %s: flags: no such kinds %#x", f.volume, uint8(k))
 	}
 	for _, r := range runs {
 		if !f.holds(r) {
-			return fmt.Errorf("volume %s: set flags of blocks %d+%d of %d: %w", f.volume, r.Start, r.Blocks, f.geo.Blocks, ErrRange)
+			return fmt.Errorf("volume %s: flags of blocks %d+%d of %d: %w", f.volume, r.Start, r.Blocks, f.geo.Blocks, ErrRange)
 		}
 	}
 	return nil
@@ -478,7 +514,7 @@ func (t *settler) settle() (left bool) {
 	for _, n := range notes {
 		at := target{n.f, n.kinds}
 		if requests[at] == nil {
-			requests[at] = &request{flags: n.f, kinds: n.kinds}
+			requests[at] = &request{flags: n.f, kinds: n.kinds, clear: n.clear}
 		}
 		requests[at].runs = append(requests[at].runs, n.runs...)
 	}
@@ -542,7 +578,7 @@ func (t *settler) setApart(notes []*note) error {
 	var ops []op
 	for _, n := range notes {
 		b := n.entry.encode()
-		ops = append(ops, op{entryKey(n.entry.gen, b), b})
+		ops = append(ops, op{entryKey(n.f.gen, b), b})
 	}
 	if err := t.store.submitEntries(ops); err != nil {
 		return err

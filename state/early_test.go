@@ -191,7 +191,7 @@ func TestAnIntentIsNotCarriedPastItsWithdrawal(t *testing.T) {
 	}
 	to(segmentSlots - 1)
 	// Withdraw, in its two steps.
-	if err := f.journal(ctx, &entry{kind: withdrawEntry, number: i.entry.number, gen: f.gen, ends: i.entry}); err != nil {
+	if err := f.journal(ctx, &entry{kind: withdrawEntry, number: i.entry.number, turn: f.turnID(), ends: i.entry}); err != nil {
 		t.Fatal(err)
 	}
 	note() // by another, before this one runs on
@@ -459,7 +459,7 @@ func TestJournalTellsWhatIsUnderWayAtAnyTornEnd(t *testing.T) {
 					break
 				}
 				number++
-				e := &entry{kind: intentEntry, number: number, gen: 1, kinds: 3, sums: make([]Sum, 1+rnd.IntN(1+rnd.IntN(MostSums)))}
+				e := &entry{kind: intentEntry, number: number, turn: 1, kinds: 3, sums: make([]Sum, 1+rnd.IntN(1+rnd.IntN(MostSums)))}
 				if err := errors.Join(j.admit(t.Context(), e), j.append(e)); err != nil {
 					t.Fatal(err)
 				}
@@ -469,7 +469,7 @@ func TestJournalTellsWhatIsUnderWayAtAnyTornEnd(t *testing.T) {
 			}
 			for n, e := range live {
 				if rnd.IntN(2) == 0 {
-					if err := j.append(&entry{kind: withdrawEntry, number: n, gen: 1, ends: e}); err != nil {
+					if err := j.append(&entry{kind: withdrawEntry, number: n, turn: 1, ends: e}); err != nil {
 						t.Fatal(err)
 					}
 					withdrawn[n] = true

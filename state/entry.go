@@ -21,10 +21,10 @@ func SumOf(r Run, p []byte) Sum { return Sum{r, xxhash.Sum64(p)} }
 type entryKind byte
 
 const (
-	// noteEntry: the blocks of the runs have the kinds.
+	// noteEntry: the blocks of the runs have the kinds, or in a backward turn have them not.
 	noteEntry entryKind = 1 + iota
 	// intentEntry: the blocks of each sum are valid and dirty if the destination holds
-	// that content.
+	// that content; in a backward turn neither, if the source holds it.
 	intentEntry
 	// withdrawEntry: the intent of that number counts no more.
 	withdrawEntry
@@ -32,13 +32,13 @@ const (
 
 // entry is one of the journal.
 //
-// Stored: kind byte | length of the rest uint32 | number uint64 | generation uint64 |
+// Stored: kind byte | length of the rest uint32 | number uint64 | turn uint64 |
 // kinds byte | for each sum start uint64, blocks uint64, and of an intent its hash uint64;
 // all little endian.
 type entry struct {
 	kind   entryKind
 	number uint64 // of the intent
-	gen    uint64 // of the flags
+	turn   uint64 // turnID of the flags
 	kinds  Kinds
 	sums   []Sum
 
@@ -70,7 +70,7 @@ func (e *entry) encode() []byte {
 	b := make([]byte, entryHead, e.size())
 	b[0] = byte(e.kind)
 	b = binary.LittleEndian.AppendUint64(b, e.number)
-	b = binary.LittleEndian.AppendUint64(b, e.gen)
+	b = binary.LittleEndian.AppendUint64(b, e.turn)
 	b = append(b, byte(e.kinds))
 	for _, s := range e.sums {
 		b = binary.LittleEndian.AppendUint64(b, s.Start)
@@ -105,7 +105,7 @@ func decodeEntry(b []byte) (e entry, err error) {
 	}
 	e.kind = entryKind(b[0])
 	e.number = binary.LittleEndian.Uint64(b[entryHead:])
-	e.gen = binary.LittleEndian.Uint64(b[entryHead+8:])
+	e.turn = binary.LittleEndian.Uint64(b[entryHead+8:])
 	e.kinds = Kinds(b[entryHead+16])
 	b = b[entryHead+entryFixed:]
 	size := 16

@@ -60,8 +60,8 @@ func (r Run) end() uint64 { return r.Start + r.Blocks }
 
 // Flags says of each logical block of one volume which kinds it has. What readers see
 // outlives a crash: it is on stable storage, or, of a kept intent, the destination and the
-// journal together tell it again (Unproven). A flag, once set, stays; so reads that run
-// beside a Set see each block as before or as after it, and never go back.
+// journal together tell it again (Unproven). Reads that run beside a Set or a Clear see each
+// block as before or as after it, and never go back.
 //
 // Which regions are none, partial or all is in memory; the bitmaps of partial ones
 // are as far as Options.BitmapMemory goes, and are read from the database else. That
@@ -85,20 +85,17 @@ type Flags struct {
 	early early       // what the journal has and the database has not
 	gone  atomic.Bool // Forget was committed
 
-	// Entries of a journal that the database kept, and their keys; of Store.Flags and
-	// Prove alone.
-	kept    []entry
-	entries [][]byte
-}
+	// turn counts the turns, backward is the direction of the present one. Both change
+	// while open is turning.
+	turn     atomic.Uint64
+	backward atomic.Bool
+	open     atomic.Int64 // what keeps the present turn: calls, notes, intents, unproven ones as one
 
-// levels is one kind's upper level, one bit for each region. Only the committer
-// writes it. A region goes from partial to all by setting its bit in all first and
-// clearing it in partial last, so that a reader that finds neither looks at all
-// once more.
-type levels struct {
-	all     []atomic.Uint64
-	partial []atomic.Uint64
-	blocks  atomic.Uint64 // that have the flag
+	// Entries of a journal that the database kept, and their keys; of Store.Flags and
+	// Prove alone. leftover is of Store.Flags: what to remove that counts for nothing.
+	kept     []entry
+	entries  [][]byte
+	leftover []op
 }
 
 // Set gives the blocks of the runs the kinds in k. It returns once that is on
@@ -106,21 +103,48 @@ type levels struct {
 // is being synced go into the next one together, those of other volumes too.
 //
 // On an error none of this call's flags is visible; after a power loss they may
-// be. If ctx ends before the committer took the call up it is withdrawn; if
-// later, Set waits for the outcome. ErrRange, ErrNoSpace, ErrFailed, ErrForgotten,
-// ErrClosed.
+// be, of each block all of k or none. If ctx ends before the committer took the call up it
+// is withdrawn; if later, Set waits for the outcome. ErrRange, ErrNoSpace, ErrFailed,
+// ErrForgotten, ErrClosed. It is refused in a backward turn, in which the journal may clear
+// after a crash what is set.
 func (f *Flags) Set(ctx context.Context, k Kinds, runs ...Run) error {
+	return f.change(ctx, k, false, runs)
+}
+
+// Clear takes the kinds in k from the blocks of the runs, as Set gives them. In a forward
+// turn that is Dirty alone, and the caller sees to it that nothing is noted or intended of
+// the blocks meanwhile and has awaited what was (Await).
+func (f *Flags) Clear(ctx context.Context, k Kinds, runs ...Run) error {
+	return f.change(ctx, k, true, runs)
+}
+
+func (f *Flags) change(ctx context.Context, k Kinds, clear bool, runs []Run) error {
+	r := &request{flags: f, kinds: k, runs: runs, clear: clear}
 	if err := f.checkRuns(k, runs); err != nil {
 		return err
 	}
+	if err := f.enter(); err != nil {
+		return wrap(f.volume, r.what(), err)
+	}
+	defer f.leave()
+	switch backward := f.Backward(); {
+	case backward && !clear:
+		return fmt.Errorf("volume %s: set flags: not in a backward turn", f.volume)
+	case !backward && clear && k&Valid != 0:
+		return fmt.Errorf("volume %s: clear flags: valid stays in a forward turn", f.volume)
+	}
 	visible := true
-	for _, r := range runs {
-		visible = visible && f.settledAll(k, r)
+	for _, run := range runs {
+		if clear {
+			visible = visible && !f.settledAny(k, run)
+		} else {
+			visible = visible && f.settledAll(k, run)
+		}
 	}
 	if visible && !f.gone.Load() {
 		return nil
 	}
-	return f.store.submit(ctx, &request{flags: f, kinds: k, runs: runs})
+	return f.store.submit(ctx, r)
 }
 
 // All tells whether every block of r is known to have every kind in k. It is true for an
@@ -140,7 +164,11 @@ func (f *Flags) All(k Kinds, r Run) bool {
 			continue
 		}
 		at := r.Start
-		for _, n := range f.early.within(kind, r) {
+		notes, clear := f.early.within(kind, r)
+		if clear && len(notes) > 0 {
+			return false
+		}
+		for _, n := range notes {
 			if !f.settledAll(kind, Run{at, n.Start - at}) {
 				return false
 			}
@@ -186,8 +214,36 @@ func (f *Flags) Any(k Kinds, r Run) bool {
 	if !f.holds(r) || r.Blocks == 0 {
 		return false
 	}
-	if len(f.early.within(k, r)) > 0 {
-		return true
+	if f.early.count.Load() == 0 {
+		return f.settledAny(k, r)
+	}
+	for i := range f.kinds {
+		kind := Kinds(1) << i
+		if k&kind == 0 {
+			continue
+		}
+		at := r.Start
+		notes, clear := f.early.within(kind, r)
+		if !clear && len(notes) > 0 {
+			return true
+		}
+		for _, n := range notes {
+			if f.settledAny(kind, Run{at, n.Start - at}) {
+				return true
+			}
+			at = n.end()
+		}
+		if f.settledAny(kind, Run{at, r.end() - at}) {
+			return true
+		}
+	}
+	return false
+}
+
+// settledAny is Any by the database alone.
+func (f *Flags) settledAny(k Kinds, r Run) bool {
+	if r.Blocks == 0 {
+		return false
 	}
 	first, last := r.Start>>f.shift, (r.end()-1)>>f.shift
 	for i := range f.kinds {
@@ -198,7 +254,7 @@ func (f *Flags) Any(k Kinds, r Run) bool {
 			if g = f.nextSome(i, g, last+1); g > last {
 				break
 			}
-			if lo, n := f.within(g, r); f.isAll(i, g) || f.partialAny(i, g, lo, n) {
+			if lo, n := f.within(g, r); f.partialAny(i, g, lo, n) {
 				return true
 			}
 		}
@@ -224,11 +280,12 @@ func (f *Flags) Runs(k Kinds, r Run, yield func(r Run, set bool) bool) error {
 	}
 	y := yielder{run: Run{Start: r.Start}, yield: yield}
 	at := r.Start
-	for _, n := range f.early.within(k, r) {
+	notes, clear := f.early.within(k, r)
+	for _, n := range notes {
 		if err := f.settledRuns(i, Run{at, n.Start - at}, &y); err != nil {
 			return err
 		}
-		y.add(n.Blocks, true)
+		y.add(n.Blocks, !clear)
 		at = n.end()
 	}
 	if err := f.settledRuns(i, Run{at, r.end() - at}, &y); err != nil {
@@ -281,7 +338,7 @@ func (f *Flags) settledRuns(i int, r Run, y *yielder) error {
 			continue
 		}
 		end := min((g+1)<<f.shift, r.end())
-		bitmap, all, err := f.partial(i, g)
+		bitmap, all, err := f.bitmap(i, g)
 		if err != nil {
 			return wrap(f.volume, "read flags", err)
 		}
@@ -308,12 +365,15 @@ func (f *Flags) Count(k Kinds) uint64 {
 	// Nothing is published meanwhile, so that no block counts twice or not at all.
 	f.early.mu.RLock()
 	defer f.early.mu.RUnlock()
-	var early uint64
+	count := f.kinds[i].blocks.Load()
 	for _, r := range f.early.joined(k, Run{Blocks: f.geo.Blocks}) {
 		y := yielder{run: Run{Start: r.Start}}
 		y.yield = func(r Run, set bool) bool {
-			if !set {
-				early += r.Blocks
+			switch {
+			case f.early.clear && set:
+				count -= r.Blocks
+			case !f.early.clear && !set:
+				count += r.Blocks
 			}
 			return true
 		}
@@ -321,11 +381,12 @@ func (f *Flags) Count(k Kinds) uint64 {
 			y.yield(y.run, y.set)
 		}
 	}
-	return early + f.kinds[i].blocks.Load()
+	return count
 }
 
 // Missing is the first region at or after from in which a block lacks the kind k,
-// and whether another block of it has it. ok is false where there is none.
+// and whether another block of it has it. ok is false where there is none. As NextPartial
+// and Next, it does not know of what is noted and not settled yet.
 func (f *Flags) Missing(k Kinds, from uint64) (region uint64, partial bool, ok bool) {
 	i, one := k.index()
 	if !one || from >= f.regions {
@@ -335,7 +396,19 @@ func (f *Flags) Missing(k Kinds, from uint64) (region uint64, partial bool, ok b
 	if region >= f.regions {
 		return 0, false, false
 	}
-	return region, f.kinds[i].partial[region/64].Load()>>(region%64)&1 != 0, true
+	return region, f.isPartialOf(i, region), true
+}
+
+// Next is the first region at or after from of which a block has one of the kinds in k. ok
+// is false where there is none.
+func (f *Flags) Next(k Kinds, from uint64) (region uint64, ok bool) {
+	region = f.regions
+	for i := range f.kinds {
+		if k&(1<<i) != 0 && from < region {
+			region = f.nextSome(i, from, region)
+		}
+	}
+	return region, region < f.regions
 }
 
 // NextPartial is the first region at or after from of which some blocks have the
@@ -382,123 +455,4 @@ func (f *Flags) within(g uint64, r Run) (lo, n uint64) {
 // regionBlocks is the length of region g; the last may be short.
 func (f *Flags) regionBlocks(g uint64) uint64 {
 	return min(f.geo.RegionBlocks, f.geo.Blocks-g<<f.shift)
-}
-
-func (f *Flags) isAll(i int, g uint64) bool {
-	return f.kinds[i].all[g/64].Load()>>(g%64)&1 != 0
-}
-
-// isPartial tells whether region g is partial of a kind.
-func (f *Flags) isPartial(g uint64) bool {
-	for i := range f.kinds {
-		if f.kinds[i].partial[g/64].Load()>>(g%64)&1 != 0 {
-			return true
-		}
-	}
-	return false
-}
-
-// nextNotAll is the first region from g on that is not all, or end.
-func (f *Flags) nextNotAll(i int, g, end uint64) uint64 {
-	l := &f.kinds[i]
-	for g < end {
-		if w := ^l.all[g/64].Load() >> (g % 64); w != 0 {
-			return min(g+uint64(bits.TrailingZeros64(w)), end)
-		}
-		g = g&^63 + 64
-	}
-	return end
-}
-
-// nextSome is the first region from g on that is partial or all, or end.
-func (f *Flags) nextSome(i int, g, end uint64) uint64 {
-	l := &f.kinds[i]
-	for g < end {
-		w := l.all[g/64].Load()
-		w |= l.partial[g/64].Load()
-		w |= l.all[g/64].Load() // what left partial meanwhile is all
-		if w >>= g % 64; w != 0 {
-			return min(g+uint64(bits.TrailingZeros64(w)), end)
-		}
-		g = g&^63 + 64
-	}
-	return end
-}
-
-// partial gives kind i's bitmap of region g, which was partial a moment ago; nil where
-// it is all or none by now, and then all tells which.
-func (f *Flags) partial(i int, g uint64) (bitmap []uint64, all bool, err error) {
-	m, err := f.store.bitmaps.find(f, g, false)
-	if m[i] != nil || err != nil {
-		return m[i], false, err
-	}
-	return nil, f.isAll(i, g), nil
-}
-
-// partialAll tells whether n bits from lo on of region g, which was not all a
-// moment ago, are known to be set.
-func (f *Flags) partialAll(i int, g, lo, n uint64) bool {
-	if f.kinds[i].partial[g/64].Load()>>(g%64)&1 == 0 {
-		return f.isAll(i, g)
-	}
-	bitmap, all, err := f.partial(i, g)
-	switch {
-	case err != nil:
-		return false
-	case bitmap != nil:
-		return allBits(bitmap, lo, n)
-	}
-	return all
-}
-
-// partialAny tells whether one of n bits from lo on of region g is not known to be
-// clear.
-func (f *Flags) partialAny(i int, g, lo, n uint64) bool {
-	bitmap, all, err := f.partial(i, g)
-	switch {
-	case err != nil:
-		return true
-	case bitmap != nil:
-		return anyBit(bitmap, lo, n)
-	}
-	return all
-}
-
-// putPartial publishes m as region g's bitmaps. The all bits must have been set
-// before.
-func (f *Flags) putPartial(g uint64, m regionBitmaps) {
-	f.store.bitmaps.publish(f, g, m)
-	f.markPartial(g, m)
-}
-
-// markPartial notes of which kinds region g is partial.
-func (f *Flags) markPartial(g uint64, m regionBitmaps) {
-	for i, b := range m {
-		if b != nil {
-			orWord(&f.kinds[i].partial[g/64], 1<<(g%64))
-		} else {
-			clearWord(&f.kinds[i].partial[g/64], 1<<(g%64))
-		}
-	}
-}
-
-func orWord(w *atomic.Uint64, m uint64) {
-	if v := w.Load(); v&m != m {
-		w.Or(m)
-	}
-}
-
-func clearWord(w *atomic.Uint64, m uint64) {
-	if w.Load()&m != 0 {
-		w.And(^m)
-	}
-}
-
-func equalWords(a, b []uint64) bool {
-	for i := range a {
-		if a[i] != b[i] {
-			return false
-		}
-	}
-	return true
 }

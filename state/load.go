@@ -21,7 +21,7 @@ import (
 //
 //	"s"                                          number of the last commit
 //	"r/" volume                                  record
-//	"h/" volume                                  header: generation, geometry
+//	"h/" volume                                  header: generation, geometry, turn (turn.go)
 //	"p/" volume                                  persistent reservations (reservation.go)
 //	"u/" volume                                  what its migration leaves out (unused.go)
 //	"f/" generation 'c' kind chunk               all bits of 8192 regions
@@ -229,9 +229,15 @@ func (s *Store) Flags(volume string, g Geometry) (*Flags, error) {
 	}
 	f = newFlags(s, volume, h.Generation, g)
 	f.compact = h.Schema >= compactSchema
+	f.turn.Store(h.Turn)
+	f.backward.Store(h.Backward)
 	if err := s.view(f.load); err != nil {
 		return nil, err
 	}
+	if err := s.submitEntries(f.leftover); err != nil {
+		return nil, wrap(volume, "load flags", err)
+	}
+	f.leftover = nil
 	if err := f.setNoted(); err != nil {
 		return nil, err
 	}
@@ -252,17 +258,16 @@ func (s *Store) begin(volume string, g Geometry) (*Flags, error) {
 	if _, err := rand.Read(b[:]); err != nil {
 		return nil, fmt.Errorf("volume %s: flags: %w", volume, err)
 	}
-	gen := binary.BigEndian.Uint64(b[:])
-	value, err := json.Marshal(storedHeader{headerSchema, gen, g.Blocks, g.RegionBlocks, chunkRegions})
+	f := newFlags(s, volume, binary.BigEndian.Uint64(b[:]), g)
+	f.compact = true
+	header, err := f.header(0, false)
 	if err != nil {
-		return nil, fmt.Errorf("volume %s: flags: %w", volume, err)
+		return nil, err
 	}
-	r := &request{records: []op{{headerKey(volume), value}}}
+	r := &request{records: []op{header}}
 	if err := s.submit(context.Background(), r); err != nil {
 		return nil, wrap(volume, "begin flags", err)
 	}
-	f := newFlags(s, volume, gen, g)
-	f.compact = true
 	s.keep(f)
 	return f, nil
 }
@@ -282,9 +287,12 @@ func (s *Store) checkGeometry(volume string, have, want Geometry) error {
 }
 
 const (
-	headerSchema = 2
+	headerSchema = 3
 	// compactSchema is from where on bitmaps may be stored as runs.
 	compactSchema = 2
+	// turnSchema is that of flags which had a Turn. An older lunshift, which would set what
+	// a backward turn clears, refuses it.
+	turnSchema = 3
 )
 
 // storedHeader says that a volume has flags, and where.
@@ -294,6 +302,22 @@ type storedHeader struct {
 	Blocks       uint64 `json:"blocks"`
 	RegionBlocks uint64 `json:"region_blocks"`
 	ChunkRegions uint64 `json:"chunk_regions"`
+	// Turn and Backward are of turnSchema, and left out before.
+	Turn     uint64 `json:"turn,omitempty"`
+	Backward bool   `json:"backward,omitempty"`
+}
+
+// header is the op that stores the header of f in that turn.
+func (f *Flags) header(turn uint64, backward bool) (op, error) {
+	schema := compactSchema
+	if turn > 0 {
+		schema = turnSchema
+	}
+	value, err := json.Marshal(storedHeader{schema, f.gen, f.geo.Blocks, f.geo.RegionBlocks, chunkRegions, turn, backward})
+	if err != nil {
+		return op{}, fmt.Errorf("volume %s: flags: %w", f.volume, err)
+	}
+	return op{headerKey(f.volume), value}, nil
 }
 
 func (h storedHeader) geometry() Geometry { return Geometry{h.Blocks, h.RegionBlocks} }
@@ -310,6 +334,9 @@ func decodeHeader(b []byte) (h storedHeader, err error) {
 	}
 	if h.Schema < 1 || h.ChunkRegions != chunkRegions {
 		return h, fmt.Errorf("header: schema %d, chunks of %d regions", h.Schema, h.ChunkRegions)
+	}
+	if (h.Turn > 0) != (h.Schema >= turnSchema) || h.Backward && h.Turn == 0 {
+		return h, fmt.Errorf("header: schema %d in turn %d", h.Schema, h.Turn)
 	}
 	return h, nil
 }
@@ -398,18 +425,27 @@ func (f *Flags) loadRegion(g uint64, value []byte, scratch []uint64) error {
 	if err != nil {
 		return err
 	}
+	var had byte
 	for i, b := range m {
 		if b != nil {
 			f.kinds[i].blocks.Add(countBits(b))
+			had |= 1 << i
 		}
 	}
 	f.markPartial(g, m)
+	switch {
+	case had == value[0]&(1<<kindCount-1):
+	case had == 0:
+		f.leftover = append(f.leftover, op{key: regionKey(f.gen, g)})
+	default:
+		f.leftover = append(f.leftover, op{regionKey(f.gen, g), encodeRegion(m, f.compact)})
+	}
 	return nil
 }
 
 // decodeRegion is the stored value of region g. A bitmap beside an all bit is left of a
-// commit that was cut off and counts for nothing; the next one of the region
-// removes it.
+// commit that an older lunshift split and that was cut off. It counts for nothing, and
+// goes when the flags are loaded, or else it would count once the region stops being all.
 func (f *Flags) decodeRegion(g uint64, value []byte, scratch []uint64) (regionBitmaps, error) {
 	if g >= f.regions {
 		return regionBitmaps{}, fmt.Errorf("region %d of %d", g, f.regions)
@@ -439,7 +475,7 @@ func (c *committer) forgetVolume(r *request) error {
 		ops = append(ops, op{key: reservationKey(volume)})
 	}
 	ops = append(ops, r.records...)
-	if err := c.commit(ops, true); err != nil {
+	if err := c.commit(ops); err != nil {
 		return err
 	}
 	c.mu.Lock()
@@ -451,9 +487,10 @@ func (c *committer) forgetVolume(r *request) error {
 	return nil
 }
 
-// named gives the generations that headers name.
-func (s *Store) named() (map[uint64]bool, error) {
-	named := map[uint64]bool{}
+// named gives the generations that headers name, by the present turn of each, which is
+// what entries of the journal name.
+func (s *Store) named() (map[uint64]uint64, error) {
+	named := map[uint64]uint64{}
 	err := s.view(func(txn *badger.Txn) error {
 		it := txn.NewIterator(badger.DefaultIteratorOptions)
 		defer it.Close()
@@ -466,7 +503,7 @@ func (s *Store) named() (map[uint64]bool, error) {
 			if err != nil {
 				return damaged(s.dir, fmt.Errorf("flags of volume %s: %w", it.Item().Key()[len(headerPrefix):], err))
 			}
-			named[h.Generation] = true
+			named[turnID(h.Generation, h.Turn)] = h.Generation
 		}
 		return nil
 	})
@@ -474,7 +511,11 @@ func (s *Store) named() (map[uint64]bool, error) {
 }
 
 // sweep removes flags that no header names: those of forgotten volumes.
-func (s *Store) sweep(named map[uint64]bool) error {
+func (s *Store) sweep(named map[uint64]uint64) error {
+	alive := map[uint64]bool{}
+	for _, gen := range named {
+		alive[gen] = true
+	}
 	var orphans []uint64
 	err := s.view(func(txn *badger.Txn) error {
 		it := txn.NewIterator(badger.DefaultIteratorOptions)
@@ -485,7 +526,7 @@ func (s *Store) sweep(named map[uint64]bool) error {
 				return damaged(s.dir, fmt.Errorf("unknown key %x", key))
 			}
 			gen := binary.BigEndian.Uint64(key[len(flagsPrefix):])
-			if !named[gen] {
+			if !alive[gen] {
 				orphans = append(orphans, gen)
 			}
 			if gen++; gen == 0 {

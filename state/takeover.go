@@ -11,9 +11,9 @@ const takeOverBytes = 1 << 20
 
 // keepEntries puts what the journal held into the database, under the generations of the
 // flags: what was noted is set when the flags are loaded, and what was intended is held
-// against the destination then. Entries of forgotten flags and of withdrawn writes are
-// left out.
-func (s *Store) keepEntries(entries [][]byte, named map[uint64]bool) error {
+// against the destination then. Entries of forgotten flags, of turns before the present
+// one and of withdrawn writes are left out.
+func (s *Store) keepEntries(entries [][]byte, named map[uint64]uint64) error {
 	withdrawn := map[uint64]bool{}
 	decoded := make([]entry, len(entries))
 	for i, b := range entries {
@@ -28,20 +28,27 @@ func (s *Store) keepEntries(entries [][]byte, named map[uint64]bool) error {
 	}
 	var ops []op
 	for i, e := range decoded {
-		if e.kind == withdrawEntry || !named[e.gen] || e.kind == intentEntry && withdrawn[e.number] {
+		gen, now := named[e.turn]
+		if e.kind == withdrawEntry || !now || e.kind == intentEntry && withdrawn[e.number] {
 			continue
 		}
-		ops = append(ops, op{entryKey(e.gen, entries[i]), entries[i]})
+		ops = append(ops, op{entryKey(gen, entries[i]), entries[i]})
 	}
 	return s.submitEntries(ops)
 }
 
-// setNoted sets what the journal had noted. Intents wait for Prove.
+// setNoted sets what the journal had noted, or clears it in a backward turn. Intents wait
+// for Prove.
 func (f *Flags) setNoted() error {
 	var errs []error
 	keep := 0
 	var settled []op
 	for i, e := range f.kept {
+		// What was set apart in an earlier turn was settled in that turn.
+		if e.turn != f.turnID() {
+			settled = append(settled, op{key: f.entries[i]})
+			continue
+		}
 		runs := e.runs()
 		if err := f.checkRuns(e.kinds, runs); err != nil {
 			errs = append(errs, damaged(f.store.dir, err))
@@ -52,13 +59,16 @@ func (f *Flags) setNoted() error {
 			keep++
 			continue
 		}
-		errs = append(errs, f.Set(context.Background(), e.kinds, runs...))
+		errs = append(errs, f.change(context.Background(), e.kinds, f.Backward(), runs))
 		settled = append(settled, op{key: f.entries[i]})
 	}
 	if err := errors.Join(errs...); err != nil {
 		return err
 	}
 	f.kept, f.entries = f.kept[:keep], f.entries[:keep]
+	if keep > 0 {
+		f.open.Add(1) // until Prove
+	}
 	return f.store.submitEntries(settled)
 }
 
@@ -80,13 +90,19 @@ func (s *Store) submitEntries(ops []op) error {
 }
 
 // Unproven gives the intents of writes that were under way, or acknowledged a moment
-// before, when the service ended without a word: a run whose blocks the destination holds
-// with that sum was written. Nothing may be read or written by these flags before Prove.
-// It is for the one who loaded the flags.
+// before, when the service ended without a word: a run whose blocks the destination, or the
+// source in a backward turn, holds with that sum was written. Runs that are settled are
+// left out. After a Clear of Dirty one may be told again that was settled before; to take
+// it for written only makes its blocks dirty again. Nothing may be read or written by these
+// flags before Prove. It is for the one who loaded the flags.
 func (f *Flags) Unproven() (sums []Sum) {
 	for _, e := range f.kept {
 		for _, s := range e.sums {
-			if !f.All(Valid|Dirty, s.Run) {
+			settled := f.All(Valid|Dirty, s.Run)
+			if f.Backward() {
+				settled = !f.Any(Valid|Dirty, s.Run)
+			}
+			if !settled {
 				sums = append(sums, s)
 			}
 		}
@@ -94,10 +110,10 @@ func (f *Flags) Unproven() (sums []Sum) {
 	return sums
 }
 
-// Prove makes the written runs valid and dirty, and forgets all that was unproven. The
-// destination has the runs on stable storage.
+// Prove makes the written runs valid and dirty, or neither in a backward turn, and forgets
+// all that was unproven. The destination, or the source, has the runs on stable storage.
 func (f *Flags) Prove(ctx context.Context, written ...Run) error {
-	if err := f.Set(ctx, Valid|Dirty, written...); err != nil {
+	if err := f.change(ctx, Valid|Dirty, f.Backward(), written); err != nil {
 		return err
 	}
 	ops := make([]op, len(f.entries))
@@ -106,6 +122,9 @@ func (f *Flags) Prove(ctx context.Context, written ...Run) error {
 	}
 	if err := f.store.submitEntries(ops); err != nil {
 		return wrap(f.volume, "prove writes", err)
+	}
+	if len(f.kept) > 0 {
+		f.open.Add(-1)
 	}
 	f.kept, f.entries = nil, nil
 	return nil
