@@ -24,14 +24,19 @@ type AdoptReport struct {
 	Served bool `json:"served"`
 	// Rebuild is null where there was nothing to rebuild.
 	Rebuild *proxy.RebuildReport `json:"rebuild"`
+	// Withdrawn are the writes that the destination cannot read and that were let go; null
+	// where that was not asked for.
+	Withdrawn []proxy.BlockRun `json:"withdrawn"`
 }
 
 // adoption is what an attempt to open a volume does about a state that does not know it.
 type adoption struct {
 	options proxy.AdoptOptions
-	done    bool // the volume was unknown, and is not any more
+	done    bool // the volume was unknown or could not be taken up, and is so no more
 	report  *proxy.RebuildReport
 	failure error // of the rebuild
+	// withdrawn are the writes that were let go.
+	withdrawn []proxy.BlockRun
 }
 
 func isUnknown(err error) bool {
@@ -119,17 +124,23 @@ func (s *Service) answerAdopt(r *http.Request) (any, error) {
 	}
 	if record, found, err := s.store.Record(e.name); err != nil {
 		return nil, err
-	} else if found {
+	} else if found != o.AcceptUnreadableWrites {
+		if !found {
+			return nil, &Error{Failed, fmt.Sprintf("volume %s: the state does not know it: no write of it was under way", e.name)}
+		}
 		return nil, &proxy.PhaseError{Volume: e.name, Step: "adopt", Phase: proxy.Phase(record.Phase), Hint: "the state knows the volume: there is nothing to adopt"}
 	}
 	ctx, cancel := context.WithCancel(r.Context())
 	defer cancel()
 	defer context.AfterFunc(s.running, cancel)()
 	a := &adoption{options: o}
+	if o.AcceptUnreadableWrites {
+		a.withdrawn = []proxy.BlockRun{}
+	}
 	s.logStep(r)
 	err = s.openEntry(ctx, e, a)
 	_, closed := e.open()
-	report := AdoptReport{Name: e.name, Phase: e.status().Phase, Served: closed == nil, Rebuild: a.report}
+	report := AdoptReport{Name: e.name, Phase: e.status().Phase, Served: closed == nil, Rebuild: a.report, Withdrawn: a.withdrawn}
 	switch {
 	case errors.Is(err, errUndecided):
 		return report, nil
@@ -150,6 +161,13 @@ func (c *Client) Adopt(ctx context.Context, volume string, o proxy.AdoptOptions)
 // WriteAdopt shows the outcome of an adoption.
 func WriteAdopt(w io.Writer, r AdoptReport) error {
 	x := r.Rebuild
+	if r.Withdrawn != nil {
+		_, err := fmt.Fprintf(w, "%s: served again, phase %s; %d write(s) that the destination cannot read were let go, and may have been acknowledged\n", r.Name, r.Phase, len(r.Withdrawn))
+		for _, e := range r.Withdrawn {
+			fmt.Fprintf(w, "  LBA %d, %d blocks\n", e.LBA, e.Blocks)
+		}
+		return err
+	}
 	if x == nil {
 		_, err := fmt.Fprintf(w, "%s: taken for new, phase %s\n", r.Name, r.Phase)
 		return err

@@ -446,11 +446,18 @@ func (s *Service) openVolume(ctx context.Context, v conf.Volume, e *entry, a ...
 		Store: s.store, Target: s.target, Log: s.log, CutOver: func() { s.redirect(v.IQN) },
 	}
 	var volume *proxy.Volume
+	letGo := len(a) > 0 && a[0].options.AcceptUnreadableWrites
+	if letGo {
+		cfg.Withdraw = func(r proxy.BlockRun) { a[0].withdrawn = append(a[0].withdrawn, r) }
+	}
 	if needed {
 		err = s.adopt(ctx, cfg, e, a...)
 	}
 	if err == nil {
 		volume, err = proxy.Open(ctx, cfg)
+	}
+	if letGo {
+		a[0].done = err == nil
 	}
 	if err != nil {
 		s.claims.release(v.Name)

@@ -92,12 +92,18 @@ type AdoptOptions struct {
 	Different Side `json:"different"`
 	// Rate is how many bytes per second are read of each side; 0 is no limit.
 	Rate uint64 `json:"rate"`
+	// AcceptUnreadableWrites is for a volume that the state knows: see Config.Withdraw.
+	AcceptUnreadableWrites bool `json:"accept_unreadable_writes"`
 }
 
 // Check gives what is wrong with the options, in one line.
 func (o AdoptOptions) Check() error {
 	side := func(s Side) bool { return s == "" || s == SideSource || s == SideDestination }
 	switch {
+	case o.AcceptUnreadableWrites && (o != AdoptOptions{AcceptUnreadableWrites: true}):
+		return errors.New("--accept-unreadable-writes goes with nothing else: the state knows the volume")
+	case o.AcceptUnreadableWrites:
+		return nil
 	case o.New == o.Rebuild:
 		return errors.New("say one of --new (no migration was begun) and --rebuild (one was, and its state is lost)")
 	case o.New && (o.WasSynced || o.Zeroes != "" || o.Different != ""):

@@ -1,8 +1,10 @@
 package proxy
 
 import (
+	"cmp"
 	"context"
 	"fmt"
+	"slices"
 	"sync"
 
 	"golang.org/x/sync/errgroup"
@@ -18,7 +20,8 @@ const recoverDepth = 16
 // service ended without a word: those of which the destination has the content. They may
 // have been acknowledged, so their blocks become valid; all others were not, and their
 // blocks stay with the source. While the destination cannot read one of them nobody can
-// tell, and the volume is not served.
+// tell, and the volume is not served, unless it is told that such a write may be lost
+// (Config.Withdraw): then it counts as not finished, and its blocks stay with the source.
 func (v *Volume) recover(ctx context.Context) error {
 	unproven := v.flags.Unproven()
 	if len(unproven) > 0 {
@@ -26,23 +29,34 @@ func (v *Volume) recover(ctx context.Context) error {
 	}
 	for range mostRepeats {
 		era := v.destination.Resets()
-		written, err := v.finished(ctx, unproven)
+		written, unreadable, err := v.finished(ctx, unproven)
 		if err == nil && len(written) > 0 {
 			err = v.destinationFlush.Flush(ctx)
 		}
 		if err != nil {
 			return v.errorf("take up writes that were under way: destination: %w", err)
 		}
-		if v.destination.Resets() == era {
-			return v.flags.Prove(ctx, written...)
+		if v.destination.Resets() != era {
+			continue
 		}
+		for _, r := range unreadable {
+			v.log.Warnf("the write of %v, which was under way at the last end and which the destination cannot read, is withdrawn as told: if it was acknowledged it is lost, and the source's blocks are in its place", extent(r))
+		}
+		if err := v.flags.Prove(ctx, written...); err != nil {
+			return err
+		}
+		for _, r := range unreadable {
+			v.cfg.Withdraw(BlockRun{LBA: r.Start, Blocks: r.Blocks})
+		}
+		return nil
 	}
 	return v.errorf("take up writes that were under way: destination: lost its cache %d times meanwhile: %w", mostRepeats, lun.ErrUnavailable)
 }
 
-// finished gives the runs whose content is on the destination.
-func (v *Volume) finished(ctx context.Context, unproven []state.Sum) (written []state.Run, err error) {
-	var mu sync.Mutex // guards written
+// finished gives the runs whose content is on the destination, and those that it cannot read
+// where that is put up with. A destination that does not answer is waited for all the same.
+func (v *Volume) finished(ctx context.Context, unproven []state.Sum) (written, unreadable []state.Run, err error) {
+	var mu sync.Mutex // guards written and unreadable
 	var looks errgroup.Group
 	looks.SetLimit(recoverDepth)
 	for _, s := range unproven {
@@ -52,7 +66,16 @@ func (v *Volume) finished(ctx context.Context, unproven []state.Sum) (written []
 				return err
 			}
 			p := make([]byte, v.info.Bytes(e))
-			if err := v.destination.ReadAt(ctx, p, e.Start); err != nil {
+			err := v.destination.ReadAt(ctx, p, e.Start)
+			switch medium := lun.MediumError(err); {
+			case medium && v.cfg.Withdraw != nil:
+				mu.Lock()
+				defer mu.Unlock()
+				unreadable = append(unreadable, s.Run)
+				return nil
+			case medium:
+				return fmt.Errorf("read %v, which was being written when the service ended: %w: %w: mend the destination, or where it stays unreadable for good let such writes go (lunshift adopt %s --accept-unreadable-writes)", e, lun.ErrUnavailable, err, v.cfg.Name)
+			case err != nil:
 				return fmt.Errorf("read %v, which was being written when the service ended: %w: %w", e, lun.ErrUnavailable, err)
 			}
 			if state.SumOf(s.Run, p) == s {
@@ -63,5 +86,7 @@ func (v *Volume) finished(ctx context.Context, unproven []state.Sum) (written []
 			return nil
 		})
 	}
-	return written, looks.Wait()
+	err = looks.Wait()
+	slices.SortFunc(unreadable, func(a, b state.Run) int { return cmp.Compare(a.Start, b.Start) })
+	return written, unreadable, err
 }

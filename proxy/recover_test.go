@@ -173,6 +173,7 @@ func TestAVolumeIsNotServedWhileItsLastWritesCannotBeRead(t *testing.T) {
 	defer r.close(t)
 	e := lun.Extent{Start: 300, Blocks: 2}
 	fill(t, v, e, 2)
+	fill(t, v, lun.Extent{Start: 700, Blocks: 2}, 2)
 	after := r.killed(t)
 	bad := &lun.SenseError{Key: 0x3, ASC: 0x11, LBA: 301, Valid: true}
 	after.destination.Before = func(_ context.Context, op luntest.Op, b lun.Extent) error {
@@ -191,10 +192,46 @@ func TestAVolumeIsNotServedWhileItsLastWritesCannotBeRead(t *testing.T) {
 		t.Fatal(err)
 	}
 	must(t, store.Close())
+	again := after.killed(t)
 	after.destination.Before = nil
 	w := after.open(t)
-	defer after.close(t)
 	expect(t, w, e, 2)
+	after.close(t)
+
+	// Where it stays so for good it can be told that these writes may be lost, and those alone.
+	store, err = state.Open(again.dir, state.Options{Log: quiet()})
+	must(t, err)
+	cfg.Source, cfg.Destination, cfg.Store = again.source, again.destination, store
+	var withdrawn []BlockRun
+	cfg.Withdraw = func(r BlockRun) { withdrawn = append(withdrawn, r) }
+	refuse := func(with error) {
+		again.destination.Before = func(_ context.Context, op luntest.Op, b lun.Extent) error {
+			if op == luntest.Read && !b.Intersect(e).Empty() {
+				return with
+			}
+			return nil
+		}
+	}
+	refuse(lun.ErrUnavailable) // that is not for good
+	if _, err := Open(t.Context(), cfg); !errors.Is(err, lun.ErrUnavailable) || len(withdrawn) > 0 {
+		t.Fatalf("%v, withdrawn %v", err, withdrawn)
+	}
+	refuse(bad)
+	w, err = Open(t.Context(), cfg)
+	must(t, err)
+	if len(withdrawn) != 1 || withdrawn[0] != (BlockRun{LBA: 300, Blocks: 2}) {
+		t.Errorf("withdrawn: %v", withdrawn)
+	}
+	expect(t, w, e, 1)
+	expect(t, w, lun.Extent{Start: 700, Blocks: 2}, 2)
+	must(t, w.Shutdown(t.Context()))
+	must(t, store.Close())
+	// It stays so, and is not asked again.
+	again.destination.Before = nil
+	w = again.open(t)
+	expect(t, w, lun.Extent{Start: 700, Blocks: 2}, 2)
+	expect(t, w, e, 1)
+	again.close(t)
 }
 
 // A copy waits for its flags while an initiator writes one of its blocks: a crash between

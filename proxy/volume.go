@@ -73,6 +73,10 @@ type Config struct {
 	// CutOver, where it is set, is called once a cutover is recorded, before sessions are
 	// asked to leave. It may ask for Status.
 	CutOver func()
+	// Withdraw, unless nil, lets Open go on where the destination cannot read what was being
+	// written when the service ended: such a write is taken for one that was not made, and
+	// may have been acknowledged. It is called with each once that is on stable storage.
+	Withdraw func(BlockRun)
 	// fenceEvery is the time between looks at the fences; 0 is 30 s.
 	fenceEvery time.Duration
 	// store takes the place of Store in tests.

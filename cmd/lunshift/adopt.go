@@ -14,7 +14,7 @@ func (a *app) adoptCommand() *cobra.Command {
 	var o proxy.AdoptOptions
 	var rate, zeroes, different string
 	command := &cobra.Command{
-		Use:   "adopt VOLUME (--new | --rebuild)",
+		Use:   "adopt VOLUME (--new | --rebuild | --accept-unreadable-writes)",
 		Short: "Say what a volume is that the state does not know",
 		Long: `Say what a volume is that is not served because the state knows nothing of it while its
 destination holds data. Either no migration of it was ever begun (--new): the source is
@@ -31,7 +31,12 @@ places are listed, nothing changes, and the exit code is 1. Where the migration 
 --was-synced takes everything from the destination without comparing.
 
 The volume is served once all is done; it is then migrating. Interrupted, the rebuild ends
-and leaves nothing. It changes neither LUN.`,
+and leaves nothing. It changes neither LUN.
+
+--accept-unreadable-writes is for a volume that the state knows and that is not served because
+the destination cannot read blocks which were being written when the service ended. These
+writes are let go: the source's blocks are in their place, and what of them was acknowledged is
+lost. Each is listed, and logged. Mend the destination instead where you can.`,
 		Args: oneVolume,
 		RunE: func(c *cobra.Command, args []string) error {
 			size, err := conf.ParseSize(rate)
@@ -64,6 +69,7 @@ and leaves nothing. It changes neither LUN.`,
 	flags := command.Flags()
 	flags.BoolVar(&o.New, "new", false, "no migration of it was begun")
 	flags.BoolVar(&o.Rebuild, "rebuild", false, "a migration was begun and its state is lost: make its flags anew by comparing both LUNs")
+	flags.BoolVar(&o.AcceptUnreadableWrites, "accept-unreadable-writes", false, "let the writes go that were under way at the last end and that the destination cannot read for good; they may have been acknowledged")
 	flags.BoolVar(&o.WasSynced, "was-synced", false, "with --rebuild: the migration was synced, so everything is on the destination")
 	flags.StringVar(&zeroes, "zeroes", "", "with --rebuild: `SIDE`, source or destination, of blocks that are zero on the destination alone")
 	flags.StringVar(&different, "different", "", "with --rebuild: `SIDE`, source or destination, of blocks that differ otherwise")
