@@ -226,9 +226,11 @@ type terms struct {
 	node  *node
 	moved *Redirection // where it is sent once it proved what is asked
 	gone  bool         // the target was retired
-	open  bool         // there is something for who proves nothing
-	asks  []Authentication
-	trust bool // proving gives a trusted peer
+	// leaving is set while it is not decided where the initiators of the target are to go.
+	leaving *Departure
+	open    bool // there is something for who proves nothing
+	asks    []Authentication
+	trust   bool // proving gives a trusted peer
 }
 
 // ask notes what a rule asks for.
@@ -242,6 +244,11 @@ func (t *terms) ask(rule *Initiator, name string) {
 	if !slices.Contains(t.asks, a) {
 		t.asks = append(t.asks, a)
 	}
+}
+
+// satisfied tells whether the initiator proved what one of the rules asks for.
+func (t *terms) satisfied(p *peer) bool {
+	return t.open || p.proved.Secret != "" && slices.ContainsFunc(t.asks, func(a Authentication) bool { return a.Initiator == p.proved })
 }
 
 // choose finds what a CHAP_N may prove: units may know one name by several secrets.
@@ -259,7 +266,10 @@ func (t *terms) choose(name string) (all []iscsi.CHAPSecrets) {
 func (s *Server) admit(iqn string, p *peer) (t terms, ok bool) {
 	s.mu.Lock()
 	n, r := s.targets[fold(iqn)], s.redirects[fold(iqn)]
-	gone := n != nil && n.gone
+	var gone bool
+	if n != nil {
+		gone, t.leaving = n.gone, n.leaving
+	}
 	s.mu.Unlock() // strangers cause what follows, and others wait for nothing of it
 	t.node, t.moved = n, r
 	switch {

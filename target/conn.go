@@ -524,12 +524,12 @@ func (c *conn) logout(h *iscsi.BHS) error {
 
 // askLogout sends the Asynchronous Message that requests a logout within so many
 // seconds (RFC 7143 11.9.1, event 1). It does not wait for an initiator that takes
-// nothing.
-func (c *conn) askLogout(seconds uint16) {
+// nothing. It is false where the session has not begun yet.
+func (c *conn) askLogout(seconds uint16) bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.closing || !c.full {
-		return
+		return false
 	}
 	c.claims.Go(func() {
 		c.mu.Lock()
@@ -547,4 +547,5 @@ func (c *conn) askLogout(seconds uint16) {
 		c.w.Commit(r, data)
 		c.w.Flush()
 	})
+	return true
 }

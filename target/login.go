@@ -31,6 +31,8 @@ var (
 	errCutOver = fmt.Errorf("%w: the target was cut over", errLoginRefused)
 	// errMoved is no fault either.
 	errMoved = fmt.Errorf("%w: the target is elsewhere", errLoginRefused)
+	// errLeaving: initiators were asked to leave, and come again.
+	errLeaving = fmt.Errorf("%w: the target is being cut over", errLoginRefused)
 	// errAuthentication: the initiator did not prove what it must.
 	errAuthentication = errors.New("authentication failed")
 )
@@ -45,8 +47,10 @@ type negotiation struct {
 	ask func(p *peer, discovery bool, target string) (terms, bool)
 	// attempt allows a proof to be looked at and counts it as failed; succeeded takes that
 	// back.
-	attempt    func() bool
-	succeeded  func()
+	attempt   func() bool
+	succeeded func()
+	// await waits for the end of a departure; false where the login is to be refused.
+	await      func(*Departure) bool
 	challenges *challenges
 	neg        *iscsi.Negotiation
 	maxText    int // bytes
@@ -316,9 +320,22 @@ func (n *negotiation) authenticate(pairs []iscsi.Pair) ([]iscsi.Pair, uint16, er
 }
 
 // settle ends the question who the initiator is: it is let in, or told where else to go.
+// While that is not decided it waits.
 func (n *negotiation) settle() (out []iscsi.Pair, status uint16, err error) {
 	n.settled = true
+	if d := n.terms.leaving; d != nil {
+		now, ok := terms{}, false
+		if n.await(d) {
+			now, ok = n.ask(&n.peer, false, n.target)
+		}
+		if !ok || now.leaving != nil || !now.satisfied(&n.peer) {
+			return nil, iscsi.LoginServiceUnavailable, fmt.Errorf("initiator %s asks for target %s: %w", n.initiator, n.target, errLeaving)
+		}
+		n.terms = now
+	}
 	switch r := n.terms.moved; {
+	case r != nil && r.over():
+		return nil, iscsi.LoginTargetRemoved, fmt.Errorf("initiator %s asks for target %q: %w", n.initiator, n.target, errCutOver)
 	case r != nil:
 		// In a redirection the portal group tag is left out (RFC 7143 13.8).
 		return []iscsi.Pair{{Key: "TargetAddress", Value: r.Address}}, r.status(),
@@ -385,6 +402,7 @@ func (c *conn) login() error {
 		peer: c.peer, neg: iscsi.NewNegotiation(want), maxText: cfg.MaxText, challenges: c.srv.challenges,
 		attempt:   func() bool { return c.srv.failures.attempt(c.from) },
 		succeeded: func() { c.srv.failures.succeeded(c.from) },
+		await:     c.srv.await,
 		ask: func(p *peer, discovery bool, target string) (terms, bool) {
 			if discovery {
 				return c.srv.admitToDiscovery(p), true
@@ -502,7 +520,7 @@ func (c *conn) loginFailed(n *negotiation, status uint16, why error) {
 	if status>>8 == 2 && status != iscsi.LoginTargetRemoved && !n.counted {
 		c.srv.failures.note(c.from)
 	}
-	if errors.Is(why, errCutOver) || errors.Is(why, errMoved) {
+	if errors.Is(why, errCutOver) || errors.Is(why, errMoved) || errors.Is(why, errLeaving) {
 		c.log.Info(why.Error())
 	} else {
 		c.log.Warn(why.Error())
@@ -552,6 +570,8 @@ func (c *conn) begin(n *negotiation) (status uint16, err error) {
 		switch {
 		case ok && now.moved == nil && now.gone && now.node == c.node:
 			return iscsi.LoginTargetRemoved, fmt.Errorf("initiator %s asks for target %q: %w", c.initiator, c.node.iqn, errCutOver)
+		case ok && now.leaving != nil:
+			return iscsi.LoginServiceUnavailable, fmt.Errorf("initiator %s asks for target %s: %w", c.initiator, c.node.iqn, errLeaving)
 		case !ok || now.moved != nil || now.node != c.node || !c.node.sees(&c.peer):
 			return iscsi.LoginServiceUnavailable, fmt.Errorf("%w: target %s changed while initiator %s logged in", errLoginRefused, c.node.iqn, c.initiator)
 		}

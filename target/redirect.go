@@ -5,6 +5,7 @@ import (
 	"net"
 	"strconv"
 	"strings"
+	"time"
 
 	"lunshift/iscsi"
 )
@@ -19,6 +20,11 @@ type Redirection struct {
 	// Permanent makes the status 0102h (moved permanently) rather than 0101h, the only
 	// one that libiscsi 1.19 follows, and QEMU with it.
 	Permanent bool
+	// Until is when it ends; the zero value is never. From then on, and at all times where
+	// Removed is set, logins end with status 0204h (target removed), and discovery lists
+	// the target no more.
+	Until   time.Time
+	Removed bool
 	// Initiators are who is told, after the same proof that a Unit asks. Empty is those
 	// whom the units of the target admit; where it has none, the loopback of this host.
 	Initiators []Initiator
@@ -35,6 +41,11 @@ func (r *Redirection) status() uint16 {
 	return iscsi.LoginMovedTemporarily
 }
 
+// over tells whether nobody is sent anywhere any more.
+func (r *Redirection) over() bool {
+	return r.Removed || !r.Until.IsZero() && !time.Now().Before(r.Until)
+}
+
 // Redirect sends every login to a target elsewhere from now on, whether the target has
 // units here or none; sessions that exist go on. A later call replaces the earlier
 // one.
@@ -44,6 +55,9 @@ func (s *Server) Redirect(iqn string, r Redirection) error {
 	}
 	host, port, err := net.SplitHostPort(r.Address)
 	n, bad := strconv.ParseUint(port, 10, 16)
+	if r.Removed {
+		err, bad, n, host = nil, nil, 1, "-"
+	}
 	if err != nil || bad != nil || n == 0 || host == "" || strings.ContainsFunc(host, func(c rune) bool { return c <= ' ' || c >= 0x7f || c == ',' }) {
 		return fmt.Errorf("redirect %s: address %q is not host:port", iqn, r.Address)
 	}

@@ -83,9 +83,11 @@ type Server struct {
 type node struct {
 	iqn   string
 	units atomic.Pointer[map[uint64]*unit] // by unit number; replaced whole
-	// gone is set when the last unit was retired (under Server.mu).
-	gone  bool
-	alias string
+	// gone is set when the last unit was retired, leaving while its initiators are asked to
+	// leave (both under Server.mu).
+	gone    bool
+	leaving *Departure
+	alias   string
 }
 
 // watch pings silent sessions and drops those that do not answer.
@@ -218,6 +220,9 @@ func (s *Server) AddUnit(u Unit) error {
 	if err != nil {
 		return err
 	}
+	if err := s.checkPorts(u.Identity); err != nil {
+		return fmt.Errorf("%s LUN %d: %w", u.IQN, u.LUN, err)
+	}
 	s.mu.Lock()
 	if s.closed {
 		s.mu.Unlock()
@@ -268,6 +273,11 @@ func checkUnit(u Unit) error {
 		}
 		if strings.ContainsFunc(f.value, func(r rune) bool { return r < ' ' || r > '~' }) {
 			return fmt.Errorf("%s: %s %q is not plain ASCII", where, f.name, f.value)
+		}
+	}
+	if u.Identity != nil {
+		if err := u.Identity.Check(); err != nil {
+			return fmt.Errorf("%s: identity: %w", where, err)
 		}
 	}
 	if u.Device == nil {
@@ -419,8 +429,13 @@ func (s *Server) dropTarget(n *node) {
 
 // Sessions lists the sessions of a target, oldest first.
 func (s *Server) Sessions(iqn string) []SessionInfo {
+	return infos(s.sessions(iqn))
+}
+
+// infos are the sessions as people see them, oldest first.
+func infos(all []*conn) []SessionInfo {
 	out := []SessionInfo{}
-	for _, c := range s.sessions(iqn) {
+	for _, c := range all {
 		out = append(out, SessionInfo{Initiator: c.initiator, Address: c.nc.RemoteAddr().String(), Since: c.since,
 			PortalGroup: c.group, CHAPUser: c.proved.Name})
 	}

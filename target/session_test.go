@@ -435,7 +435,11 @@ func (i *initiator) logout() {
 	h.SetITT(77)
 	h.SetCmdSN(i.cmdSN)
 	i.send(&h, nil)
-	if p := i.recv(); p.Opcode() != iscsi.OpLogoutResp || p.Response() != iscsi.LogoutOK {
+	p := i.recv()
+	for ; p.Opcode() == iscsi.OpAsync; p = i.recv() {
+		i.events = append(i.events, p.AsyncEvent())
+	}
+	if p.Opcode() != iscsi.OpLogoutResp || p.Response() != iscsi.LogoutOK {
 		i.t.Fatalf("got %v %d", p.Opcode(), p.Response())
 	}
 }

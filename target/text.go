@@ -179,7 +179,7 @@ func (s *Server) offers() ([]offer, []portal) {
 // address local gets to the target; none where it may not.
 func (o *offer) portalsTo(p *peer, listeners []portal, local net.Addr) (out []string) {
 	if r := o.moved; r != nil {
-		if r.isFor(o.node, p) {
+		if !r.over() && r.isFor(o.node, p) {
 			out = append(out, fmt.Sprintf("%s,%d", r.Address, r.Group))
 		}
 		return out
