@@ -129,7 +129,7 @@ func (x *ext) superblock() error {
 		if x.ro&extGDTCsum != 0 || x.sb[0x175] != 1 {
 			return errors.New("checksums of a kind that is not known")
 		}
-		if rawCRC(^uint32(0), x.sb[:0x3fc]) != le.Uint32(x.sb[0x3fc:]) {
+		if x.s.m.wrong(rawCRC(^uint32(0), x.sb[:0x3fc]), le.Uint32(x.sb[0x3fc:])) {
 			return errors.New("the checksum of its superblock is wrong")
 		}
 	}
@@ -204,7 +204,7 @@ func (x *ext) clean(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if le.Uint32(b) != 0x004d4d50 || x.ro&extMetaCsum != 0 && rawCRC(x.seed, b[:0x3fc]) != le.Uint32(b[0x3fc:]) {
+	if le.Uint32(b) != 0x004d4d50 || x.ro&extMetaCsum != 0 && x.s.m.wrong(rawCRC(x.seed, b[:0x3fc]), le.Uint32(b[0x3fc:])) {
 		return errors.New("its multiple mount protection is inconsistent")
 	}
 	if le.Uint32(b[4:]) != mmpClean {
@@ -370,7 +370,7 @@ func (x *ext) checkDescriptor(g uint64, d []byte) error {
 	default:
 		return nil
 	}
-	if sum != le.Uint16(d[0x1e:]) {
+	if x.s.m.wrong(uint32(sum), uint32(le.Uint16(d[0x1e:]))) {
 		return fmt.Errorf("the checksum of block group %d is wrong", g)
 	}
 	return nil
@@ -424,7 +424,7 @@ func (x *ext) journal(ctx context.Context) error {
 	if be.Uint32(b[4:]) == 4 && be.Uint32(b[0x28:])&0x18 != 0 {
 		sum := be.Uint32(b[0xfc:])
 		clear(b[0xfc:0x100])
-		if rawCRC(^uint32(0), b) != sum {
+		if x.s.m.wrong(rawCRC(^uint32(0), b), sum) {
 			return errors.New("the checksum of its journal is wrong")
 		}
 	}
@@ -457,7 +457,7 @@ func (x *ext) inodeSum(inode []byte, number uint32) bool {
 	}
 	crc := rawCRC(x.seed, le.AppendUint32(nil, number))
 	crc = rawCRC(rawCRC(crc, p[0x64:0x68]), p)
-	return crc&mask == have
+	return !x.s.m.wrong(crc&mask, have)
 }
 
 // firstExtent is where logical block 0 is, by a node of an extent tree at most depth levels high.
@@ -551,7 +551,7 @@ func (x *ext) bitmap(g uint64, d extGroup, b []byte, free func(byteRun, bool) er
 		if x.desc >= 64 {
 			mask = ^uint32(0)
 		}
-		if rawCRC(x.seed, b[:x.clusters/8])&mask != d.sum {
+		if x.s.m.wrong(rawCRC(x.seed, b[:x.clusters/8])&mask, d.sum) {
 			return fmt.Errorf("the checksum of the bitmap of block group %d is wrong", g)
 		}
 	}

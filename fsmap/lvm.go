@@ -200,7 +200,7 @@ func lvmText(ctx context.Context, s *space) (text []byte, id string, err error) 
 			return nil, "", errors.New("its label is of a kind that is not known")
 		}
 	}
-	if label == nil || lvmCRC(label[20:]) != le.Uint32(label[16:]) {
+	if label == nil || s.m.wrong(lvmCRC(label[20:]), le.Uint32(label[16:])) {
 		return nil, "", errors.New("the checksum of its label is wrong")
 	}
 	at := le.Uint32(label[20:])
@@ -248,7 +248,7 @@ func lvmArea(ctx context.Context, s *space, offset, size uint64) ([]byte, error)
 	if err != nil {
 		return nil, err
 	}
-	if lvmCRC(h[4:]) != le.Uint32(h) || string(h[4:20]) != lvmMagic || le.Uint32(h[20:]) != 1 || le.Uint64(h[24:]) != offset || le.Uint64(h[32:]) != size {
+	if s.m.wrong(lvmCRC(h[4:]), le.Uint32(h)) || string(h[4:20]) != lvmMagic || le.Uint32(h[20:]) != 1 || le.Uint64(h[24:]) != offset || le.Uint64(h[32:]) != size {
 		return nil, errors.New("the checksum of its metadata area is wrong")
 	}
 	// The second location is of a change that was begun and not committed.
@@ -274,7 +274,7 @@ func lvmArea(ctx context.Context, s *space, offset, size uint64) ([]byte, error)
 		return nil, err
 	}
 	text = append(text, rest...)
-	if lvmCRC(text) != sum {
+	if s.m.wrong(lvmCRC(text), sum) {
 		return nil, errors.New("the checksum of its metadata is wrong")
 	}
 	return bytes.TrimRight(text, "\x00"), nil

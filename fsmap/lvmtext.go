@@ -8,6 +8,7 @@ import (
 const (
 	lvmDepth   = 8
 	lvmEntries = 1 << 18
+	lvmName    = 128 // bytes
 )
 
 // lvmNode is a section of LVM2's metadata text: name { name = value ... }.
@@ -114,7 +115,7 @@ func (p *lvmParser) section(depth int) (*lvmNode, error) {
 			return n, nil
 		}
 		e := lvmEntry{name: p.word()}
-		if e.name == "" || seen[e.name] {
+		if e.name == "" || len(e.name) > lvmName || seen[e.name] {
 			return nil, errLVMText
 		}
 		seen[e.name] = true

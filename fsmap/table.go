@@ -247,7 +247,7 @@ func (m *mapper) gptHeader(ctx context.Context, s *space, at uint64) (h gptHeade
 	}
 	sum := le.Uint32(b[16:])
 	clear(b[16:20])
-	if crc32.ChecksumIEEE(b[:length]) != sum {
+	if m.wrong(crc32.ChecksumIEEE(b[:length]), sum) {
 		return h, errors.New("its checksum is wrong")
 	}
 	h = gptHeader{other: le.Uint64(b[32:]), first: le.Uint64(b[40:]), last: le.Uint64(b[48:]), guid: guid(b[56:72]),
@@ -264,7 +264,7 @@ func (m *mapper) gptHeader(ctx context.Context, s *space, at uint64) (h gptHeade
 	if h.entries, err = s.get(ctx, entries*bs, h.count*h.size); err != nil {
 		return h, err
 	}
-	if crc32.ChecksumIEEE(h.entries) != h.sum {
+	if m.wrong(crc32.ChecksumIEEE(h.entries), h.sum) {
 		return h, errors.New("the checksum of its entries is wrong")
 	}
 	return h, nil

@@ -56,10 +56,10 @@ func readXFS(ctx context.Context, s *space) (f fs, err error) {
 }
 
 // sealed tells whether the CRC at an offset of b is right.
-func sealed(b []byte, at int) bool {
+func (x *xfs) sealed(b []byte, at int) bool {
 	crc := crc32.Update(0, castagnoli, b[:at])
 	crc = crc32.Update(crc, castagnoli, []byte{0, 0, 0, 0})
-	return crc32.Update(crc, castagnoli, b[at+4:]) == le.Uint32(b[at:])
+	return !x.s.m.wrong(crc32.Update(crc, castagnoli, b[at+4:]), le.Uint32(b[at:]))
 }
 
 func (x *xfs) superblock(ctx context.Context) error {
@@ -86,7 +86,7 @@ func (x *xfs) superblock(ctx context.Context) error {
 	case 4:
 	case 5:
 		x.v5 = true
-		if !sealed(b, 224) {
+		if !x.sealed(b, 224) {
 			return errors.New("the checksum of its superblock is wrong")
 		}
 		incompat := be.Uint32(b[216:])
@@ -233,7 +233,7 @@ func (x *xfs) checkRecord(h []byte, headers uint64, body []byte) error {
 		for i := uint64(1); i < headers; i++ {
 			crc = crc32.Update(crc, castagnoli, h[i*xfsSector:][:4+256])
 		}
-		if crc32.Update(crc, castagnoli, body) == want {
+		if !x.s.m.wrong(crc32.Update(crc, castagnoli, body), want) {
 			return nil
 		}
 	}
@@ -251,7 +251,7 @@ func (x *xfs) group(ctx context.Context, ag uint64, yield func(byteRun)) error {
 	if err != nil {
 		return err
 	}
-	if x.v5 && (!sealed(agf, 216) || !bytes.Equal(agf[64:80], x.uuid)) {
+	if x.v5 && (!x.sealed(agf, 216) || !bytes.Equal(agf[64:80], x.uuid)) {
 		return fmt.Errorf("the checksum of allocation group %d is wrong", ag)
 	}
 	root, levels := uint64(be.Uint32(agf[16:])), be.Uint32(agf[28:])
@@ -315,7 +315,7 @@ func (t *xfsTree) walk(ctx context.Context, at uint64, level uint32) error {
 	magic, header := "ABTB", uint64(16)
 	if x.v5 {
 		magic, header = "AB3B", 56
-		if !sealed(b, 52) || be.Uint64(b[16:]) != (t.start+at)*x.bs/xfsSector || !bytes.Equal(b[32:48], x.uuid) || uint64(be.Uint32(b[48:])) != t.ag {
+		if !x.sealed(b, 52) || be.Uint64(b[16:]) != (t.start+at)*x.bs/xfsSector || !bytes.Equal(b[32:48], x.uuid) || uint64(be.Uint32(b[48:])) != t.ag {
 			return fmt.Errorf("the checksum of a tree of allocation group %d is wrong", t.ag)
 		}
 	}

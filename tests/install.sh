@@ -1,6 +1,6 @@
 #!/bin/sh
 # Installs what the tests need on Debian through apt: the peers that they talk to
-# (tgtd, libiscsi's tools, qemu's tools, ext4's tools) and a C compiler for the race
+# (tgtd, libiscsi's tools, qemu's tools, those of file systems and partition tables) and a C compiler for the race
 # detector. It does nothing when all are there.
 set -eu
 
@@ -22,6 +22,9 @@ need qemu-img qemu-utils
 need mkfs.ext4 e2fsprogs
 need debugfs e2fsprogs
 need dumpe2fs e2fsprogs
+need mkfs.xfs xfsprogs
+need mkntfs ntfs-3g
+need sfdisk fdisk
 # The bench compares with one target more, and counts system calls.
 if [ "${1:-}" = bench ]; then
 	need istgt istgt
