@@ -21,7 +21,7 @@ const childEnv = "LUNSHIFT_STATE_TEST_DIR"
 
 func TestMain(m *testing.M) {
 	if dir := os.Getenv(childEnv); dir != "" {
-		if err := setUntilKilled(dir); err != nil {
+		if err := changeUntilKilled(dir); err != nil {
 			fmt.Fprintln(os.Stderr, err)
 			os.Exit(1)
 		}
@@ -31,9 +31,10 @@ func TestMain(m *testing.M) {
 
 var crashGeometry = Geometry{Blocks: 1 << 22, RegionBlocks: 2048}
 
-// setUntilKilled sets flags from several goroutines and prints each run once it
-// is acknowledged.
-func setUntilKilled(dir string) error {
+// changeUntilKilled changes flags from several goroutines, in one turn after the other, and
+// prints each change when it is tried and once it is acknowledged.
+func changeUntilKilled(dir string) error {
+	ctx := context.Background()
 	s, err := Open(dir, Options{})
 	if err != nil {
 		return err
@@ -42,49 +43,184 @@ func setUntilKilled(dir string) error {
 	if err != nil {
 		return err
 	}
-	var wg sync.WaitGroup
-	var out sync.Mutex
-	for range 8 {
-		wg.Go(func() {
-			for {
-				k := Kinds(1 + rand.IntN(3))
-				r := Run{rand.Uint64N(crashGeometry.Blocks - 4096), 1 + rand.Uint64N(8)}
-				if rand.IntN(4) == 0 {
-					r.Blocks = 1 + rand.Uint64N(4096)
-				}
-				var err error
-				switch rand.IntN(3) {
-				case 0:
-					err = f.Set(context.Background(), k, r)
-				case 1:
-					err = f.Note(context.Background(), k, r)
-				case 2:
-					k = Valid | Dirty
-					err = keep(context.Background(), f, []Run{r})
-				}
-				if err != nil {
-					fmt.Fprintln(os.Stderr, err)
-					os.Exit(1)
-				}
-				out.Lock()
-				fmt.Printf("%d %d %d\n", k, r.Start, r.Blocks)
-				out.Unlock()
-			}
-		})
+	if err := proveAll(ctx, f); err != nil {
+		return err
 	}
-	wg.Wait()
-	return nil
+	var out sync.Mutex
+	say := func(format string, a ...any) {
+		out.Lock()
+		defer out.Unlock()
+		fmt.Printf(format+"\n", a...)
+	}
+	say("open %v", f.Backward())
+	for n := 0; ; {
+		var wg sync.WaitGroup
+		for range 8 {
+			n++
+			first := n * 1000
+			wg.Go(func() {
+				for id := first; id < first+40; id++ {
+					k := Kinds(1 + rand.IntN(3))
+					r := Run{rand.Uint64N(crashGeometry.Blocks - 4096), 1 + rand.Uint64N(8)}
+					if rand.IntN(4) == 0 {
+						r.Blocks = 1 + rand.Uint64N(4096)
+					}
+					way := rand.IntN(3)
+					if way == 2 {
+						k = Valid | Dirty
+					}
+					say("try %d %d %d %d", id, k, r.Start, r.Blocks)
+					var err error
+					switch {
+					case way == 2:
+						err = keep(ctx, f, []Run{r})
+					case way == 1:
+						err = f.Note(ctx, k, r)
+					case f.Backward():
+						err = f.Clear(ctx, k, r)
+					default:
+						err = f.Set(ctx, k, r)
+					}
+					if err != nil {
+						fmt.Fprintln(os.Stderr, err)
+						os.Exit(1)
+					}
+					say("done %d", id)
+				}
+			})
+		}
+		wg.Wait()
+		if err := f.Await(ctx, Run{Blocks: crashGeometry.Blocks}); err != nil {
+			return err
+		}
+		back := !f.Backward()
+		say("turn")
+		if err := s.Turn(ctx, []Turning{{f, back}}); err != nil {
+			return err
+		}
+		say("turned %v", back)
+	}
 }
 
-func TestEveryAcknowledgedFlagSurvivesKills(t *testing.T) {
-	t.Parallel()
-	dir := t.TempDir()
-	type ack struct {
+// proveAll tells that all that was intended was written.
+func proveAll(ctx context.Context, f *Flags) error {
+	var written []Run
+	for _, sum := range f.Unproven() {
+		if sum.Hash != 7 {
+			return fmt.Errorf("%v was never intended", sum)
+		}
+		written = append(written, sum.Run)
+	}
+	return f.Prove(ctx, written...)
+}
+
+// The flags as the parent of a child that is killed knows them.
+const (
+	isClear = iota
+	isSet
+	isEither
+)
+
+// killed is what the parent knows.
+type killed struct {
+	blocks   [kindCount][]uint8
+	backward bool
+	turning  bool
+	tried    map[int]struct {
 		k Kinds
 		r Run
 	}
-	var acks []ack
-	for round := range 4 {
+	changes, turns int
+}
+
+// hear takes up a line of the child and reports false where the kill cut it.
+func (c *killed) hear(line string) bool {
+	var id int
+	var what string
+	var n struct {
+		k Kinds
+		r Run
+	}
+	word, rest, _ := strings.Cut(line, " ")
+	switch word {
+	case "open", "turned":
+		if _, err := fmt.Sscan(rest, &what); err != nil || what != "true" && what != "false" {
+			return false
+		}
+		c.backward, c.turning = what == "true", false
+		c.turns++
+	case "turn":
+		c.turning = true
+	case "try":
+		if _, err := fmt.Sscan(rest, &id, &n.k, &n.r.Start, &n.r.Blocks); err != nil {
+			return false
+		}
+		c.tried[id] = n
+	case "done":
+		if _, err := fmt.Sscan(rest, &id); err != nil {
+			return false
+		}
+		to := uint8(isSet)
+		if c.backward {
+			to = isClear
+		}
+		c.mark(c.tried[id].k, c.tried[id].r, to)
+		delete(c.tried, id)
+		c.changes++
+	}
+	return true
+}
+
+func (c *killed) mark(k Kinds, r Run, to uint8) {
+	for i := range c.blocks {
+		for b := r.Start; b < r.end() && k&(1<<i) != 0; b++ {
+			c.blocks[i][b] = to
+		}
+	}
+}
+
+// compare holds the flags against what is known, and learns from them the rest.
+func (c *killed) compare(t *testing.T, f *Flags) {
+	t.Helper()
+	for _, n := range c.tried {
+		c.mark(n.k, n.r, isEither)
+	}
+	clear(c.tried)
+	if !c.turning && f.Backward() != c.backward {
+		t.Fatalf("backward is %v", f.Backward())
+	}
+	for i := range c.blocks {
+		err := f.Runs(1<<i, Run{Blocks: crashGeometry.Blocks}, func(r Run, set bool) bool {
+			is := uint8(isClear)
+			if set {
+				is = isSet
+			}
+			for b := r.Start; b < r.end(); b++ {
+				if was := c.blocks[i][b]; was != is && was != isEither {
+					t.Fatalf("block %d has kind %d: %v, and that was acknowledged otherwise", b, i, set)
+				}
+				c.blocks[i][b] = is
+			}
+			return true
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// Caught: notes that are not synced, and entries that name the generation alone.
+func TestEveryAcknowledgedChangeSurvivesKillsInEachTurn(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	known := &killed{tried: map[int]struct {
+		k Kinds
+		r Run
+	}{}}
+	for i := range known.blocks {
+		known.blocks[i] = make([]uint8, crashGeometry.Blocks)
+	}
+	for round := range 5 {
 		cmd := exec.Command(os.Args[0])
 		cmd.Env = append(os.Environ(), childEnv+"="+dir)
 		cmd.Stderr = os.Stderr
@@ -96,13 +232,11 @@ func TestEveryAcknowledgedFlagSurvivesKills(t *testing.T) {
 			t.Fatal(err)
 		}
 		lines := bufio.NewScanner(out)
-		limit := 300 + rand.IntN(1000)
+		limit := 300 + rand.IntN(2500)
 		for n := 0; lines.Scan(); n++ {
-			var a ack
-			if _, err := fmt.Sscan(lines.Text(), &a.k, &a.r.Start, &a.r.Blocks); err != nil {
-				break // the line that the kill cut
+			if !known.hear(lines.Text()) {
+				break
 			}
-			acks = append(acks, a)
 			if n == limit {
 				if err := cmd.Process.Kill(); err != nil {
 					t.Fatal(err)
@@ -123,27 +257,15 @@ func TestEveryAcknowledgedFlagSurvivesKills(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		// The destination has what was kept, and so what was intended.
-		var written []Run
-		for _, sum := range f.Unproven() {
-			if sum.Hash != 7 {
-				t.Fatalf("round %d: %v was never intended", round, sum)
-			}
-			written = append(written, sum.Run)
-		}
-		if err := f.Prove(t.Context(), written...); err != nil {
+		if err := proveAll(t.Context(), f); err != nil {
 			t.Fatal(err)
 		}
-		for _, a := range acks {
-			if !f.All(a.k, a.r) {
-				t.Fatalf("round %d: %v of kinds %d was acknowledged and is gone", round, a.r, a.k)
-			}
-		}
+		known.compare(t, f)
 		if err := s.Close(); err != nil {
 			t.Fatal(err)
 		}
 	}
-	t.Logf("%d acknowledged calls", len(acks))
+	t.Logf("%d acknowledged changes in %d turns", known.changes, known.turns)
 }
 
 // copyState copies a directory as a crash would leave it.

@@ -27,6 +27,7 @@ type stage struct {
 	chunks  map[uint64]*chunk
 	regions map[uint64]*stagedRegion
 	blocks  [kindCount]int64 // that gain the flag, less those that lose it
+	unit    int              // unitBytes, less in tests
 	err     error            // why the batch cannot be worked out
 }
 
@@ -44,6 +45,7 @@ func newStage(f *Flags) *stage {
 		f:       f,
 		chunks:  map[uint64]*chunk{},
 		regions: map[uint64]*stagedRegion{},
+		unit:    unitBytes,
 	}
 }
 
@@ -263,7 +265,7 @@ func (s *stage) finish() (units [][]op, err error) {
 			}
 		}
 		for _, g := range slices.Sorted(slices.Values(byChunk[c])) {
-			if size >= unitBytes {
+			if size >= s.unit {
 				upTo(g)
 				units, unit, size = append(units, unit), nil, 0
 			}
@@ -274,7 +276,7 @@ func (s *stage) finish() (units [][]op, err error) {
 			}
 		}
 		upTo((c + 1) * chunkRegions)
-		if size >= unitBytes {
+		if size >= s.unit {
 			units, unit, size = append(units, unit), nil, 0
 		}
 	}
