@@ -129,6 +129,7 @@ func (b *block) identify(sys string) {
 		case strings.HasPrefix(mpath, "2"):
 			b.info.ID = "eui." + mpath[1:]
 		}
+		b.info.Identity = mapIdentity(sys)
 		return
 	}
 	b.info.Vendor, b.info.Product = sysAttr(dev, "vendor"), sysAttr(dev, "model")
@@ -146,6 +147,9 @@ func (b *block) identify(sys string) {
 		b.info.ID = wwid
 	}
 	b.scsi = sysAttr(dev, "scsi_level") != ""
+	if b.scsi {
+		b.info.Identity = deviceIdentity(dev)
+	}
 }
 
 func (b *block) Info() Info { return b.info }

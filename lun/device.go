@@ -115,6 +115,9 @@ type Info struct {
 	// "eui.…" or "t10.…"; "file:<dev>:<inode>" for a file; "block:<major>:<minor>"
 	// for a block device that is not SCSI. Never empty.
 	ID string
+	// Identity is what another unit must say to be taken for this one; nil where the device
+	// has none (files, block devices that are not SCSI, partitions).
+	Identity *Identity
 
 	// Thin: the device can leave blocks without storage (SBC-3 4.7.3).
 	Thin bool

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"slices"
 	"sync"
 	"sync/atomic"
 )
@@ -65,7 +66,7 @@ func (r *remote) setUp(ctx context.Context) error {
 		return err
 	}
 	var c Command
-	buf := make([]byte, 1024)
+	buf := make([]byte, longestPage)
 	ask := func(what string) ([]byte, error) {
 		c.In = buf
 		if err := r.run(ctx, &c); err != nil {
@@ -78,7 +79,8 @@ func (r *remote) setUp(ctx context.Context) error {
 	if err := r.run(ctx, &c); err != nil {
 		return fmt.Errorf("INQUIRY: %w", err)
 	}
-	inq, err := parseInquiry(buf[:c.Received])
+	standard := slices.Clone(buf[:c.Received])
+	inq, err := parseInquiry(standard)
 	if err != nil {
 		return err
 	}
@@ -107,8 +109,10 @@ func (r *remote) setUp(ctx context.Context) error {
 		return append([]byte(nil), b...)
 	}
 	pages := page(0x00)
+	var serial []byte
 	if hasVPD(pages, 0x80) {
-		r.info.Serial = parseSerial(page(0x80))
+		serial = page(0x80)
+		r.info.Serial = parseSerial(serial)
 	}
 	r.mu.Lock()
 	r.info.ID = r.identity.designator
@@ -118,6 +122,7 @@ func (r *remote) setUp(ctx context.Context) error {
 	if r.info.ID == "" {
 		r.info.ID = fmt.Sprintf("iscsi:%s:%d", r.addr.Target, r.addr.LUN)
 	}
+	r.info.Identity = newIdentity(standard, serial, page(0x83))
 	r.limits = parseBlockLimits(page(0xb0))
 	prov := provisioning{}
 	if capa.provisioned {

@@ -16,6 +16,8 @@ var (
 	attnReservationsPreempted  = sense{keyUnitAttention, 0x2a, 0x03}
 	attnReservationsReleased   = sense{keyUnitAttention, 0x2a, 0x04}
 	attnRegistrationsPreempted = sense{keyUnitAttention, 0x2a, 0x05}
+	attnAccessChanged          = sense{keyUnitAttention, 0x2a, 0x06}
+	attnInquiryChanged         = sense{keyUnitAttention, 0x3f, 0x03}
 )
 
 // precedence orders the conditions of ASC 29h: power on tells more than a reset, a reset

@@ -106,6 +106,11 @@ type Unit struct {
 	Vendor, Product, Revision, Serial string
 	// NAA is the NAA designator of VPD page 83h; 0 makes one from IQN and LUN.
 	NAA uint64
+	// Identity, unless nil, is what INQUIRY says in the place of the five above: that of
+	// another unit, to which initiators then have one more path.
+	Identity *lun.Identity
+	// Access is the state that the unit begins with.
+	Access AccessState
 	// Alias is the TargetAlias; may be empty.
 	Alias string
 	// Initiators may see the unit; the first that matches counts, and

@@ -47,7 +47,15 @@ func FuzzSession(f *testing.F) {
 		h.SetTTT(1)
 		h.SetBufferOffset(512)
 	}, 512)
+	groups := func(format byte) []byte {
+		return pdu(iscsi.OpSCSICommand, iscsi.FlagRead, func(h *iscsi.BHS) {
+			copy(h.CDB(), []byte{0xa3, 0x0a | format<<5, 0, 0, 0, 0, 0, 0, 2})
+			h.SetExpectedLength(512)
+			h.SetITT(11)
+		}, 0)
+	}
 	for _, pdus := range [][][]byte{
+		{groups(0), groups(1), groups(7)}, // REPORT TARGET PORT GROUPS
 		{write, rest, read},
 		{write, pdu(iscsi.OpTaskMgmt, iscsi.TMFAbortTask, func(h *iscsi.BHS) { h.SetITT(9); h.SetTTT(7) }, 0), rest},
 		{write, pdu(iscsi.OpTaskMgmt, iscsi.TMFTargetWarmReset, func(h *iscsi.BHS) { h.SetImmediate() }, 0), read},

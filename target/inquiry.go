@@ -8,28 +8,41 @@ import (
 	"strings"
 
 	"lunshift/iscsi"
+	"lunshift/lun"
 )
 
 // inquiryData is what INQUIRY answers for a unit: the standard data and the vital
 // product data pages by page code.
 type inquiryData struct {
+	identity *lun.Identity // whose it is; nil for the unit's own
 	standard []byte
 	pages    map[byte][]byte
+	unit     []byte // the designators of the unit in page 83h
 }
 
 // Block sizes and limits are in blocks; optimalTransfer is bytes.
 const optimalTransfer = 1 << 20
 
-func newInquiryData(u *unit) inquiryData {
-	d := inquiryData{standard: standardInquiry(u.Vendor, u.Product, u.Revision)}
+// newInquiryData is what a unit says of itself, or as the unit whose identity it has.
+func newInquiryData(u *unit, identity *lun.Identity) *inquiryData {
+	d := &inquiryData{identity: identity, standard: standardInquiry(u.Vendor, u.Product, u.Revision), unit: ownDesignators(u)}
+	serial := []byte(u.Serial)
+	if identity != nil {
+		copy(d.standard[8:36], identity.Standard)
+		serial, d.unit = identity.Serial, identity.Designators
+	}
+	d.standard[5] |= 0x10 // TPGS: implicit asymmetric logical unit access
 	d.pages = map[byte][]byte{
-		0x80: []byte(u.Serial),
+		0x80: serial,
 		0x83: nil, // depends on the portal group of the session
 		0x86: extended(u),
 		0x8f: thirdPartyCopy(),
 		0xb0: blockLimits(u),
 		0xb1: make([]byte, 60), // block device characteristics: nothing is reported (SBC-3 6.6.2)
 		0xb2: provisioning(u),
+	}
+	if serial == nil {
+		delete(d.pages, 0x80)
 	}
 	list := slices.Sorted(maps.Keys(d.pages))
 	d.pages[0x00] = append([]byte{0x00}, list...)
@@ -67,22 +80,29 @@ func pad(b []byte, s string) {
 	}
 }
 
-// identification is VPD page 83h (SPC-4 7.8.6): the unit by NAA and by T10 vendor
-// identification, and the target port of the session by name and by number. The portal
-// group is the port (RFC 7143 4.4.1), and its tag the port's number.
-func identification(u *unit, group uint16) []byte {
-	var b []byte
-	add := func(set, kind byte, value []byte) {
-		b = append(b, set, kind, 0, byte(len(value)))
-		b = append(b, value...)
-	}
-	naa := binary.BigEndian.AppendUint64(nil, u.NAA)
-	add(0x01, 0x03, naa)
+// designator appends a designation descriptor of at most 255 bytes (SPC-4 7.8.6.1).
+func designator(b []byte, set, kind byte, value []byte) []byte {
+	return append(append(b, set, kind, 0, byte(len(value))), value...)
+}
+
+// ownDesignators name the unit by NAA and by T10 vendor identification.
+func ownDesignators(u *unit) []byte {
 	vendor := make([]byte, 8)
 	pad(vendor, u.Vendor)
-	add(0x02, 0x01, append(vendor, u.Serial...))
+	b := designator(nil, 0x01, 0x03, binary.BigEndian.AppendUint64(nil, u.NAA))
+	return designator(b, 0x02, 0x01, append(vendor, u.Serial...))
+}
+
+// identification is VPD page 83h (SPC-4 7.8.6): the designators of the unit, and the target
+// port of the session by number, by its group and by name. The portal group is the port
+// (RFC 7143 4.4.1).
+func identification(u *unit, group uint16) []byte {
+	b := slices.Clone(u.inq.Load().unit)
+	add := func(set, kind byte, value []byte) { b = designator(b, set, kind, value) }
 	const port = 0x90 // PIV, association with the target port
-	add(0x51, port|0x04, []byte{0, 0, byte(group >> 8), byte(group)})
+	number := u.port(group)
+	add(0x51, port|0x04, []byte{0, 0, byte(number >> 8), byte(number)})
+	add(0x51, port|0x05, []byte{0, 0, targetPortGroup >> 8, targetPortGroup & 0xff})
 	name := fmt.Appendf(nil, "%s,t,0x%04x", u.IQN, group)
 	for name = append(name, 0); len(name)%4 != 0; {
 		name = append(name, 0)
@@ -152,9 +172,9 @@ func inquiry(t *task) error {
 	case !evpd && code != 0:
 		return badField{at: 2, bit: -1}
 	case !evpd:
-		return t.reply(t.u.inq.standard, n)
+		return t.reply(t.u.inq.Load().standard, n)
 	}
-	b, ok := t.u.inq.pages[code]
+	b, ok := t.u.inq.Load().pages[code]
 	if !ok {
 		return badField{at: 2, bit: -1}
 	}

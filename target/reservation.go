@@ -73,7 +73,7 @@ func registrants(kind byte) bool {
 type nexus struct {
 	name  string
 	isid  iscsi.ISID
-	group uint16 // target portal group tag, which is the relative target port identifier
+	group uint16 // target portal group tag, which tells the target port (see unit.port)
 }
 
 // nexus is the I_T nexus of a session at this unit.

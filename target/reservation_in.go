@@ -46,7 +46,7 @@ func persistentReserveIn(t *task) error {
 			if p.holds(&r) {
 				d[4], d[5] = 0x01, p.kind // R_HOLDER
 			}
-			binary.BigEndian.PutUint16(d[10:], r.group)
+			binary.BigEndian.PutUint16(d[10:], t.u.port(r.group))
 			binary.BigEndian.PutUint32(d[12:], uint32(len(id)))
 			b = append(append(b, d...), id...)
 		}

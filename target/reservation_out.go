@@ -188,10 +188,12 @@ func (u *unit) decodeRequest(t *task) (*prRequest, error) {
 			return nil, senseParamField
 		}
 		q.to = ids[0]
-		q.to.group = binary.BigEndian.Uint16(list[18:])
-		if !slices.Contains(groups, q.to.group) {
+		port := binary.BigEndian.Uint16(list[18:])
+		at := slices.IndexFunc(groups, func(g uint16) bool { return u.port(g) == port })
+		if at < 0 {
 			return nil, senseParamField
 		}
+		q.to.group = groups[at]
 		return q, nil
 	}
 	specified, allPorts := list[20]&8 != 0, list[20]&4 != 0

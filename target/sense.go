@@ -41,6 +41,7 @@ var (
 	senseSavingParams  = sense{keyIllegalRequest, 0x39, 0x00}
 	senseInvalidIU     = sense{keyIllegalRequest, 0x0e, 0x03} // INVALID FIELD IN COMMAND INFORMATION UNIT
 	senseBecomingReady = sense{keyNotReady, 0x04, 0x01}
+	senseUnavailable   = sense{keyNotReady, 0x04, 0x0c} // TARGET PORT IN UNAVAILABLE STATE
 	senseInternal      = sense{keyHardwareError, 0x44, 0x00}
 	senseDataLost      = sense{keyAbortedCommand, 0x47, 0x05} // PROTOCOL SERVICE CRC ERROR
 
@@ -99,7 +100,7 @@ func statusOf(t *task, err error) (code byte, data []byte) {
 	default:
 		s = senseInternal
 	}
-	if s.Key != keyIllegalRequest && s.Key != keyUnitAttention && s.Key != keyMiscompare && s.Key != keyCopyAborted && s != senseBecomingReady {
+	if s.Key != keyIllegalRequest && s.Key != keyUnitAttention && s.Key != keyMiscompare && s.Key != keyCopyAborted && s != senseBecomingReady && s != senseUnavailable {
 		log := t.c.log.WithError(err).WithField("lun", t.lunField>>48&0x3fff)
 		if s == senseDataLost {
 			log.Warnf("%s failed", t.op.name) // the initiator's fault, or the network's

@@ -366,10 +366,11 @@ func (s *Server) RemoveUnit(iqn string, lun uint64) error {
 // command reaches the device, and commands in flight finish first. Commands
 // that still come get NOT READY, LOGICAL UNIT IS IN PROCESS OF BECOMING READY
 // (04h/01h), which initiators retry, on another path if they have one, rather than
-// report as lost. When the last unit of a target is retired its sessions are asked
-// to log out, logins to it end with status 0204h (target removed), and
-// SendTargets lists it no more. Retire returns when these sessions are gone; when ctx
-// ends first it drops them and gives ctx's error. Retiring twice is no error.
+// report as lost; or NOT READY, TARGET PORT IN UNAVAILABLE STATE (04h/0Ch) where SetAccess
+// said so, which has them take another path at once. When the last unit of a target is
+// retired its sessions are asked to log out, logins to it end with status 0204h (target
+// removed), and SendTargets lists it no more. Retire returns when these sessions are gone;
+// when ctx ends first it drops them and gives ctx's error. Retiring twice is no error.
 func (s *Server) Retire(ctx context.Context, iqn string, lun uint64) error {
 	s.mu.Lock()
 	n, u, err := s.mapped(iqn, lun)

@@ -285,7 +285,7 @@ func (t *task) perform() (err error) {
 		}
 	}
 	if !t.u.gate.enter() {
-		return senseBecomingReady
+		return t.u.shut()
 	}
 	defer t.u.gate.leave()
 	if err := t.Err(); err != nil {

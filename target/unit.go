@@ -25,7 +25,10 @@ type unit struct {
 	prober lun.Prober // nil where the device is none
 	lu     *api.SCSILu
 	gate   gate
-	inq    inquiryData
+	inq    atomic.Pointer[inquiryData] // what INQUIRY says
+	state  atomic.Uint32               // AccessState
+	// changed: the state is not what it was at first.
+	changed atomic.Bool
 
 	reserved *reservations
 }
@@ -60,7 +63,8 @@ func newUnit(u Unit) (*unit, error) {
 	n.prober, _ = u.Device.(lun.Prober)
 	n.rules.Store(&rules{u.Initiators, u.PortalGroups})
 	n.gate.drained = make(chan struct{})
-	n.inq = newInquiryData(n)
+	n.inq.Store(newInquiryData(n, u.Identity))
+	n.state.Store(uint32(u.Access))
 	n.lu = newLogicalUnit(n)
 	var err error
 	n.reserved, err = newReservations(n)
