@@ -172,11 +172,22 @@ func (b *bitmaps) unpin(f *Flags, g uint64) {
 	if h.pinned = false; h.maps.empty() {
 		s.remove(h)
 	}
+	s.makeRoom(0)
 }
 
-// add makes room for h first. Where all that is left is pinned, it exceeds the limit.
+// add makes room for h first.
 func (s *shard) add(h *held) {
 	need := h.maps.bytes() + heldOverhead
+	s.makeRoom(need)
+	h.at = len(s.ring)
+	s.held[h.id] = h
+	s.ring = append(s.ring, h)
+	s.bytes += need
+}
+
+// makeRoom drops what was not used lately until need more bytes fit. Where all that is left is
+// pinned, the limit is exceeded.
+func (s *shard) makeRoom(need int) {
 	// In two rounds the hand meets everything once after it cleared its mark.
 	for n := 2 * len(s.ring); n > 0 && len(s.ring) > 0 && s.bytes+need > s.limit; n-- {
 		s.hand %= len(s.ring)
@@ -187,10 +198,6 @@ func (s *shard) add(h *held) {
 			s.remove(old)
 		}
 	}
-	h.at = len(s.ring)
-	s.held[h.id] = h
-	s.ring = append(s.ring, h)
-	s.bytes += need
 }
 
 func (s *shard) remove(h *held) {
