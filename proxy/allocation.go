@@ -85,7 +85,11 @@ type usage struct {
 }
 
 // frozen tells whether the source is as it was at the start, so that its file systems may be read.
-func (v *Volume) frozen() bool { return v.Phase() == Migrating }
+func (v *Volume) frozen() bool {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	return v.Phase() == Migrating && !v.record.Mirrored
+}
 
 // sourceIdle looks, while commands are held for the start, whether anybody can have a file system of
 // the source mounted. XFS and NTFS write data into blocks that are free on the medium before the medium

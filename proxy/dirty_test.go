@@ -26,7 +26,7 @@ func TestACopiedBlockIsDirtyBeforeItIsWritten(t *testing.T) {
 	r.destination.Before = func(_ context.Context, op luntest.Op, e lun.Extent) error {
 		if op == luntest.Write || op == luntest.Zero || op == luntest.Unmap {
 			written.Add(1)
-			if !v.flags.All(state.Dirty, run(e)) {
+			if !v.raw().All(state.Dirty, run(e)) {
 				clean.Add(1)
 			}
 		}
@@ -54,22 +54,28 @@ func TestOnlyTheCopiedPartOfAWriteIsDirtyBefore(t *testing.T) {
 	must(t, v.Pause(ctx))
 	// The last region is not copied; of this extent half is called so.
 	e := lun.Extent{Start: 1000, Blocks: 16}
-	must(t, v.flags.Set(ctx, state.Valid, state.Run{Start: 1000, Blocks: 8}))
+	must(t, v.raw().Set(ctx, state.Valid, state.Run{Start: 1000, Blocks: 8}))
 	r.destination.Before = func(_ context.Context, op luntest.Op, at lun.Extent) error {
 		if op != luntest.Write {
 			return nil
 		}
-		if !v.flags.All(state.Dirty, state.Run{Start: 1000, Blocks: 8}) {
+		if !v.raw().All(state.Dirty, state.Run{Start: 1000, Blocks: 8}) {
 			t.Error("what was copied is written before it is dirty")
 		}
-		if v.flags.Any(state.Valid|state.Dirty, state.Run{Start: 1008, Blocks: 8}) {
+		if v.raw().Any(state.Valid|state.Dirty, state.Run{Start: 1008, Blocks: 8}) {
 			t.Error("what was not copied is flagged before it is written")
 		}
 		return nil
 	}
 	p := make([]byte, 16*testBlock)
 	must(t, v.WriteAt(ctx, p, e.Start))
-	if !v.flags.All(state.Valid|state.Dirty, run(e)) {
+	if !v.raw().All(state.Valid|state.Dirty, run(e)) {
 		t.Error("an acknowledged write is not flagged")
 	}
+}
+
+// replaceFlags has all of v see other flags. Nothing is under way.
+func replaceFlags(v *Volume, f flags) {
+	w := v.ways.Load()
+	w.flags, w.forward.flags, w.back.flags = f, f, reversed{f, v.info.Blocks}
 }

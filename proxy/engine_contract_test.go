@@ -3,6 +3,7 @@ package proxy
 import (
 	"context"
 	"fmt"
+	"io/fs"
 	"math/rand/v2"
 	"os"
 	"slices"
@@ -50,9 +51,13 @@ func TestEngineStoreKeepsTheContractOfTheState(t *testing.T) {
 						return true
 					}))
 					for g := range uint64(7) {
-						m, partial, missing := f[i].Missing(k, g)
+						m, missing := f[i].Missing(k, g)
 						p, ok := f[i].NextPartial(k, g)
-						text = fmt.Append(text, m, partial, missing, p, ok)
+						s, some := f[i].Next(k, g)
+						if !some {
+							s = 0
+						}
+						text = fmt.Append(text, m, missing, s, some, p, ok)
 					}
 				}
 				for b := range uint64(blocks) {
@@ -70,19 +75,43 @@ func TestEngineStoreKeepsTheContractOfTheState(t *testing.T) {
 		must(t, disk.PutRecords(ctx, state.Record{Volume: "vol", Phase: string(Ready)}))
 		must(t, model.PutRecords(ctx, state.Record{Volume: "vol", Phase: string(Ready)}))
 		f = take()
-		for step := range 60 {
+		var under [2][]intent
+		backward := false
+		for step := range 100 {
+			if step == 60 {
+				// The second part is after a rollback.
+				for i := range f {
+					for _, n := range under[i] {
+						must(t, n.Withdraw())
+					}
+					must(t, f[i].Await(ctx, state.Run{Blocks: blocks}))
+				}
+				backward = true
+				r := state.Record{Volume: "vol", Phase: string(RollingBack)}
+				must(t, stored{disk}.Turn(ctx, []turning{{f[0], true}}, r))
+				must(t, model.Turn(ctx, []turning{{f[1], true}}, r))
+				look(step, "a turn")
+			}
 			start := rnd.Uint64N(blocks)
 			r := state.Run{Start: start, Blocks: 1 + rnd.Uint64N(min(12, blocks-start))}
 			kinds := state.Kinds(1 + rnd.IntN(3))
 			kind := rnd.IntN(7)
+			has := f[0].Any(state.Valid|state.Dirty, r)
+			if backward {
+				has = !f[0].All(state.Valid|state.Dirty, r)
+			}
 			for i := range f {
 				switch kind {
 				case 0:
-					must(t, f[i].Set(ctx, kinds, r))
+					if backward {
+						must(t, f[i].Clear(ctx, kinds, r))
+					} else {
+						must(t, f[i].Set(ctx, kinds, r))
+					}
 				case 1, 2:
 					must(t, f[i].Note(ctx, kinds, r))
 				case 3, 4, 5:
-					if !f[i].Any(state.Valid|state.Dirty, r) && len(f[i].Unproven()) == 0 {
+					if !has && len(f[i].Unproven()) == 0 {
 						n, err := f[i].Intend(ctx, state.SumOf(r, []byte{byte(step)}))
 						must(t, err)
 						switch step % 3 {
@@ -90,6 +119,8 @@ func TestEngineStoreKeepsTheContractOfTheState(t *testing.T) {
 							n.Keep()
 						case 1:
 							must(t, n.Withdraw())
+						default:
+							under[i] = append(under[i], n)
 						}
 					}
 				case 6:
@@ -100,8 +131,8 @@ func TestEngineStoreKeepsTheContractOfTheState(t *testing.T) {
 			if step%20 == 19 {
 				// What a kill leaves is what the files hold while they are open.
 				from, left := dir, disk
-				dir = t.TempDir()
-				must(t, os.CopyFS(dir, os.DirFS(from)))
+				dir, under = t.TempDir(), [2][]intent{}
+				snapshot(t, dir, from)
 				disk, model = open(), model.reopen()
 				must(t, left.Close())
 				f = take()
@@ -119,5 +150,24 @@ func TestEngineStoreKeepsTheContractOfTheState(t *testing.T) {
 			}
 		}
 		must(t, disk.Close())
+	}
+}
+
+// snapshot copies a state that is open. Its database removes files of its own accord, so a
+// copy during which it did is made again.
+func snapshot(t *testing.T, to, from string) {
+	names := func(dir string) (list []string) {
+		must(t, fs.WalkDir(os.DirFS(dir), ".", func(path string, _ fs.DirEntry, _ error) error {
+			list = append(list, path)
+			return nil
+		}))
+		return list
+	}
+	for {
+		must(t, os.RemoveAll(to))
+		before := names(from)
+		if err := os.CopyFS(to, os.DirFS(from)); err == nil && slices.Equal(before, names(to)) && slices.Equal(before, names(from)) {
+			return
+		}
 	}
 }

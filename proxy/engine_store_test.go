@@ -26,6 +26,7 @@ type engineState struct {
 	unproven    []state.Sum
 	unused      []byte
 	brought     []bool // made valid by a write, not by a copy
+	backward    bool   // notes and intents clear
 	reservation []byte
 }
 
@@ -48,11 +49,11 @@ func (s *engineState) reopen() *engineState {
 	n := &engineState{
 		call: s.call, record: s.record, saved: s.saved, geometry: s.geometry,
 		flags:    [2][]bool{slices.Clone(s.flags[0]), slices.Clone(s.flags[1])},
-		unproven: slices.Clone(s.unproven), brought: slices.Clone(s.brought), reservation: s.reservation,
+		backward: s.backward, unproven: slices.Clone(s.unproven), brought: slices.Clone(s.brought), reservation: s.reservation,
 	}
 	for _, o := range s.notes {
 		if o.intent == nil {
-			n.set(o.kinds, o.runs, true)
+			n.put(o.kinds, o.runs, !n.backward, true)
 		}
 	}
 	for _, i := range s.intents {
@@ -79,7 +80,7 @@ func (s *engineState) write(ctx context.Context, what string, effect func()) err
 	})
 }
 
-func (s *engineState) set(k state.Kinds, runs []state.Run, brought bool) {
+func (s *engineState) put(k state.Kinds, runs []state.Run, value, brought bool) {
 	for i := range s.flags {
 		if k>>i&1 == 0 {
 			continue
@@ -89,7 +90,7 @@ func (s *engineState) set(k state.Kinds, runs []state.Run, brought bool) {
 				if i == 0 && !s.flags[0][b] {
 					s.brought[b] = brought
 				}
-				s.flags[i][b] = true
+				s.flags[i][b] = value
 			}
 		}
 	}
@@ -99,7 +100,7 @@ func (s *engineState) set(k state.Kinds, runs []state.Run, brought bool) {
 func (s *engineState) settle() {
 	s.notes = slices.DeleteFunc(s.notes, func(n *engineNote) bool {
 		if n.visible {
-			s.set(n.kinds, n.runs, true)
+			s.put(n.kinds, n.runs, !s.backward, true)
 			s.intents = slices.DeleteFunc(s.intents, func(i *engineIntent) bool { return i == n.intent })
 		}
 		return n.visible
@@ -124,9 +125,27 @@ func (s *engineState) PutRecords(ctx context.Context, records ...state.Record) e
 	})
 }
 
-func (s *engineState) Renew(string, ...state.Record) error {
+func (s *engineState) Turn(ctx context.Context, turns []turning, records ...state.Record) error {
+	if len(s.notes)+len(s.intents)+len(s.unproven) > 0 {
+		return fmt.Errorf("a turn with %d notes, %d intents, %d unproven", len(s.notes), len(s.intents), len(s.unproven))
+	}
+	return s.write(ctx, "turn to "+records[0].Phase, func() {
+		s.saved, s.backward = &records[0], turns[0].backward
+		if s.record != nil {
+			s.record(records[0])
+		}
+	})
+}
+
+func (s *engineState) Renew(_ string, instead ...state.Record) error {
 	return s.write(context.Background(), "renew", func() {
-		s.saved, s.flags, s.notes, s.intents, s.unproven, s.unused = nil, [2][]bool{}, nil, nil, nil, nil
+		s.saved, s.flags, s.notes, s.intents, s.unproven, s.unused, s.backward = nil, [2][]bool{}, nil, nil, nil, nil, false
+		if len(instead) > 0 {
+			s.saved = &instead[0]
+			if s.record != nil {
+				s.record(instead[0])
+			}
+		}
 	})
 }
 
@@ -168,15 +187,12 @@ func (f *engineFlags) state() *engineState { return (*engineState)(f) }
 
 // has tells whether a block has one kind; mu is held.
 func (f *engineFlags) has(i int, b uint64) bool {
-	if f.flags[i][b] {
-		return true
-	}
 	for _, n := range f.notes {
 		if n.visible && n.kinds>>i&1 != 0 && slices.ContainsFunc(n.runs, func(r state.Run) bool { return r.Start <= b && b < r.Start+r.Blocks }) {
-			return true
+			return !f.backward
 		}
 	}
-	return false
+	return f.flags[i][b]
 }
 
 func (f *engineFlags) All(k state.Kinds, r state.Run) bool {
@@ -199,6 +215,10 @@ func (f *engineFlags) all(k state.Kinds, r state.Run) bool {
 func (f *engineFlags) Any(k state.Kinds, r state.Run) bool {
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	return f.any(k, r)
+}
+
+func (f *engineFlags) any(k state.Kinds, r state.Run) bool {
 	for b := r.Start; b < r.Start+r.Blocks; b++ {
 		for i := range f.flags {
 			if k>>i&1 != 0 && f.has(i, b) {
@@ -253,33 +273,42 @@ func (f *engineFlags) region(k state.Kinds, g uint64) (have, lack bool) {
 	return have, lack
 }
 
-func (f *engineFlags) Missing(k state.Kinds, from uint64) (uint64, bool, bool) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	for g := from; g*f.geometry.RegionBlocks < f.geometry.Blocks; g++ {
-		if have, lack := f.region(k, g); lack {
-			return g, have, true
-		}
-	}
-	return 0, false, false
+func (f *engineFlags) Missing(k state.Kinds, from uint64) (uint64, bool) {
+	return f.next(from, func(g uint64) bool { _, lack := f.region(k, g); return lack })
 }
 
-func (f *engineFlags) NextPartial(k state.Kinds, from uint64) (uint64, bool) {
+func (f *engineFlags) Next(k state.Kinds, from uint64) (uint64, bool) {
+	return f.next(from, func(g uint64) bool { have, _ := f.region(k, g); return have })
+}
+
+// next is the first region from from on of which is holds.
+func (f *engineFlags) next(from uint64, is func(g uint64) bool) (uint64, bool) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	for g := from; g*f.geometry.RegionBlocks < f.geometry.Blocks; g++ {
-		if have, lack := f.region(k, g); have && lack {
+		if is(g) {
 			return g, true
 		}
 	}
 	return 0, false
 }
 
+func (f *engineFlags) NextPartial(k state.Kinds, from uint64) (uint64, bool) {
+	return f.next(from, func(g uint64) bool { have, lack := f.region(k, g); return have && lack })
+}
+
+func (f *engineFlags) Clear(ctx context.Context, k state.Kinds, runs ...state.Run) error {
+	if len(runs) == 0 {
+		return nil
+	}
+	return f.state().write(ctx, fmt.Sprintf("clear %d %v", k, runs), func() { f.state().put(k, runs, false, false) })
+}
+
 func (f *engineFlags) Set(ctx context.Context, k state.Kinds, runs ...state.Run) error {
 	if len(runs) == 0 {
 		return nil
 	}
-	return f.state().write(ctx, fmt.Sprintf("set %d %v", k, runs), func() { f.state().set(k, runs, k != state.Valid) })
+	return f.state().write(ctx, fmt.Sprintf("set %d %v", k, runs), func() { f.state().put(k, runs, true, k != state.Valid) })
 }
 
 func (f *engineFlags) Note(ctx context.Context, k state.Kinds, runs ...state.Run) error {
@@ -339,7 +368,7 @@ func (f *engineFlags) Unproven() (sums []state.Sum) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	for _, s := range f.unproven {
-		if !f.all(state.Valid|state.Dirty, s.Run) {
+		if f.backward && f.any(state.Valid|state.Dirty, s.Run) || !f.backward && !f.all(state.Valid|state.Dirty, s.Run) {
 			sums = append(sums, s)
 		}
 	}
@@ -347,7 +376,11 @@ func (f *engineFlags) Unproven() (sums []state.Sum) {
 }
 
 func (f *engineFlags) Prove(ctx context.Context, written ...state.Run) error {
-	if err := f.Set(ctx, state.Valid|state.Dirty, written...); err != nil {
+	put := f.Set
+	if f.backward {
+		put = f.Clear
+	}
+	if err := put(ctx, state.Valid|state.Dirty, written...); err != nil {
 		return err
 	}
 	f.mu.Lock()

@@ -55,6 +55,9 @@ type engine struct {
 	quiet               bool  // no faults any more
 	sourceLost          bool  // what was written to the source while nobody knew of the start
 	reuse               bool  // the destination has most of the data, and is compared
+	mirror              bool  // by the configuration
+	mirrored            bool  // writes may have gone to both sides
+	unsure              bool  // nobody knew of a step for a while, so commands went the old way
 
 	registers [engineBlocks]*register
 	clients   [engineClients]*engineCommand
@@ -161,8 +164,11 @@ func (d engineOpen) do(ctx context.Context, op string, e lun.Extent, change bool
 	return d.x.call(ctx, d.life, &engineCall{
 		what: fmt.Sprintf("%s %s %d+%d", d.name, op, e.Start, e.Blocks), change: change,
 		effect: func(part bool) {
-			if v := d.x.vol; change && d.name == "source" && (v == nil || v.Phase() != Ready) {
+			if v := d.x.vol; change && d.name == "source" && (v == nil || (v.Phase() == Migrating || v.Phase() == Synced || v.Phase() == Cutover) && v.mirror.Load() == nil) {
 				d.x.fail("the source is written after the start: %s %v", op, e)
+			}
+			if v := d.x.vol; change && d.name == "destination" && (v == nil || v.Phase() == RollingBack || v.Phase() == RolledBack) {
+				d.x.fail("the destination is written after the rollback: %s %v", op, e)
 			}
 			for i := range int(e.Blocks) {
 				if !part || d.x.choose(2) == 0 {
@@ -242,6 +248,8 @@ func newEngine(choose func(n int) int) *engine {
 	}
 	x.source, x.destination = disk("source"), disk("destination")
 	x.reuse = choose(2) == 1
+	x.mirror = choose(3) == 0
+	x.mirrored = x.mirror
 	for at := range uint64(engineBlocks) {
 		if choose(4) != 0 {
 			x.source.now[at] = 1 + at
@@ -258,7 +266,7 @@ func newEngine(choose func(n int) int) *engine {
 		x.registers[at] = newRegister(x.source.now[at])
 	}
 	x.state = &engineState{record: func(r state.Record) {
-		if old := x.phaseSaved(); old == Ready && Phase(r.Phase) != Ready || old != Cutover && Phase(r.Phase) == Cutover {
+		if old, now := x.phaseSaved(), Phase(r.Phase); old == Ready && now != Ready || old != now && (now == Cutover || now == RollingBack) {
 			// Nothing is under way, and the side that takes writes until now was flushed.
 			for _, g := range x.registers {
 				g.kept = g.values()
@@ -285,7 +293,7 @@ func (x *engine) open() {
 		var err error
 		v, err = Open(context.Background(), Config{
 			Name: "vol", IQN: "iqn.2026-11.net.example:vol", Source: engineOpen{x.source, life}, Destination: engineOpen{x.destination, life},
-			RegionSize: engineRegion * testBlock, CopyDepth: 2, Overwrite: true, store: x.state, Target: tgt, Log: quiet(),
+			RegionSize: engineRegion * testBlock, CopyDepth: 2, Overwrite: true, Mirror: x.mirror, store: x.state, Target: tgt, Log: quiet(),
 		})
 		opened <- err
 	}()
@@ -310,7 +318,7 @@ func (x *engine) open() {
 // checkCopies wants every block that is not dirty as it is on the source: verify takes
 // another for a wrong copy.
 func (x *engine) checkCopies() {
-	if p := x.phaseSaved(); p == Ready || p == Cutover || x.sourceLost || x.violation != nil {
+	if !x.phaseSaved().Moving() || x.sourceLost || x.violation != nil {
 		return
 	}
 	f := (*engineFlags)(x.state)
@@ -383,6 +391,7 @@ func (x *engine) outcome(c *engineCall) {
 	case c.state:
 		x.failed = true
 		done := kind == 14
+		x.unsure = x.unsure || done && (strings.Contains(c.what, "turn to ") || strings.Contains(c.what, "record migrating"))
 		x.note("%s: fails for good, done %v", c.what, done)
 		if done {
 			c.effect(false)
@@ -450,18 +459,25 @@ func (x *engine) kill() {
 	x.state, x.failed = next, false
 }
 
-// powerLoss is one of the destination, or of both.
-func (x *engine) powerLoss(both bool) {
+// powerLoss is one of the destination, the source, or both.
+func (x *engine) powerLoss(destination, source bool) {
 	x.mu.Lock()
 	defer x.mu.Unlock()
-	x.destination.powerLoss()
-	if both {
+	phase := x.phaseSaved()
+	if destination {
+		x.destination.powerLoss()
+	}
+	if source {
 		for _, old := range x.source.cached {
-			x.sourceLost = x.sourceLost || len(old) > 0 && x.phaseSaved() != Ready
+			x.sourceLost = x.sourceLost || len(old) > 0 && (phase == Migrating || phase == Synced) && (!x.mirrored || x.unsure)
 		}
 		x.source.powerLoss()
 	}
-	if both || x.phaseSaved() != Ready {
+	serves := source
+	if phase == Migrating || phase == Synced || phase == Cutover {
+		serves = destination
+	}
+	if serves || x.unsure || x.failed {
 		for _, g := range x.registers {
 			g.powerLoss()
 		}
@@ -544,7 +560,7 @@ func (x *engine) send(slot int) {
 	x.clients[slot] = c
 	moving := x.phaseSaved() == Migrating
 	for at := c.e.Start; at < c.e.End(); at++ {
-		first := moving && !x.vol.flags.Any(state.Valid, state.Run{Start: uint64(at), Blocks: 1})
+		first := moving && !x.vol.raw().Any(state.Valid, state.Run{Start: uint64(at), Blocks: 1})
 		x.registers[at].send(slot, registerOp{reads: c.reads, writes: c.writes, value: c.version, first: first})
 	}
 	x.sinceFlush()
@@ -608,7 +624,7 @@ func (x *engine) collect() {
 		default:
 		}
 	}
-	if x.vol != nil && slices.Index(Phases, x.vol.Phase()) > slices.Index(Phases, x.phaseSaved()) {
+	if x.vol != nil && x.vol.Phase() != RolledBack && slices.Index(Phases, x.vol.Phase()) > slices.Index(Phases, x.phaseSaved()) {
 		x.fail("phase %s is taken, and %s is on stable storage", x.vol.Phase(), x.phaseSaved())
 	}
 }
@@ -640,7 +656,13 @@ func (x *engine) decide() {
 			return
 		}
 		v := x.vol
-		switch x.choose(6) {
+		switch x.choose(9) {
+		case 6, 7:
+			x.take("rollback", func(ctx context.Context) error { return v.Rollback(ctx, RollbackOptions{}) })
+		case 8:
+			on := x.choose(2) == 0
+			x.mirrored = x.mirrored || on
+			x.take(fmt.Sprint("mirror ", on), func(ctx context.Context) error { return v.SetMirror(ctx, on) })
 		case 0, 1, 2:
 			x.take("start", func(ctx context.Context) error { return v.Start(ctx, StartOptions{Reuse: x.reuse}) })
 		case 3:
@@ -673,8 +695,13 @@ func (x *engine) decide() {
 			}
 		}
 	case kind < 98:
+		if x.choose(3) == 0 {
+			x.note("the source loses its cache")
+			x.powerLoss(false, true)
+			return
+		}
 		x.note("the destination loses its cache")
-		x.powerLoss(false)
+		x.powerLoss(true, false)
 	default:
 		power := x.choose(2) == 0
 		x.note("killed, power lost %v", power)
@@ -685,13 +712,13 @@ func (x *engine) decide() {
 func (x *engine) restart(power bool) {
 	x.kill()
 	if power {
-		x.powerLoss(true)
+		x.powerLoss(true, true)
 	}
 	x.open()
 }
 
-// finish has all faults end, and the migration with them: then every block must be right,
-// by the volume and on the destination alone.
+// finish has all faults end, and the migration or its rollback with them: then every block
+// must be right, by the volume and on the side that stands alone.
 func (x *engine) finish() {
 	x.note("no more faults")
 	x.quiet = true
@@ -707,22 +734,38 @@ func (x *engine) finish() {
 			}
 			if !x.proceed() {
 				time.Sleep(500 * time.Millisecond)
+				x.state.mu.Lock()
+				x.state.settle()
+				x.state.mu.Unlock()
 			}
 		}
-		x.fail("never: %s; phase %s, waiting %d", what, x.vol.Phase(), len(x.waiting()))
+		x.fail("never: %s; phase %s, waiting %d, degraded %q, mirror %+v", what, x.vol.Phase(), len(x.waiting()), x.vol.Status().DegradedReason, x.vol.Status().Mirror)
 	}
 	idle := func() bool {
 		return x.stepping == nil && !slices.ContainsFunc(x.clients[:], func(c *engineCommand) bool { return c != nil })
 	}
 	until("all commands and steps end", idle)
 	v := x.vol
-	if x.violation == nil && x.phaseSaved() != Cutover {
+	disk := x.destination
+	if back := x.phaseSaved() == RollingBack; x.violation == nil && (back || x.phaseSaved() == RolledBack && x.choose(2) == 0) {
+		disk = x.source
+		if back {
+			x.take("resume", v.Resume)
+			until("rolled back", func() bool { return idle() && v.Phase() == RolledBack })
+		}
+	} else if x.violation == nil && x.phaseSaved() != Cutover {
 		x.take("start", func(ctx context.Context) error { return v.Start(ctx, StartOptions{Reuse: x.reuse}) })
 		until("started", idle)
 	}
 	if x.violation == nil && x.phaseSaved() == Migrating {
 		x.take("resume", v.Resume)
 		until("synced", func() bool { return idle() && v.Phase() == Synced })
+	}
+	if x.violation == nil && x.phaseSaved() == Synced && v.mirror.Load() != nil {
+		until("both sides are the same", func() bool { return v.Status().Mirror.State == "whole" && v.raw().Count(state.Dirty) == 0 })
+		if x.violation == nil && !x.sourceLost && x.source.now != x.destination.now {
+			x.fail("the mirror is whole, and the source has versions %d, the destination %d", x.source.now, x.destination.now)
+		}
 	}
 	if x.violation == nil && x.phaseSaved() == Synced {
 		x.take("cutover", func(ctx context.Context) error { return v.Cutover(ctx, CutoverOptions{}) })
@@ -731,13 +774,13 @@ func (x *engine) finish() {
 	if x.violation != nil {
 		return
 	}
-	if v.Phase() != Cutover {
-		x.fail("at the end: phase %s", v.Phase())
+	if p := v.Phase(); p != Cutover && p != RolledBack {
+		x.fail("at the end: phase %s", p)
 	}
-	x.powerLoss(true)
+	x.powerLoss(true, true)
 	for at, g := range x.registers {
-		if !slices.Contains(g.values(), x.destination.now[at]) {
-			x.fail("at the end the destination has version %d of block %d, which can be one of %d", x.destination.now[at], at, g.values())
+		if !slices.Contains(g.values(), disk.now[at]) {
+			x.fail("at the end the %s has version %d of block %d, which can be one of %d", disk.name, disk.now[at], at, g.values())
 		}
 	}
 }

@@ -326,7 +326,7 @@ func TestManyFailedWritesToOneBlockAreOneSuspect(t *testing.T) {
 	for range 1000 {
 		v.WriteAt(context.Background(), stamp(1000, 2), 1000)
 	}
-	if n := len(v.suspects); n > 10 {
+	if n := len(v.way().suspects); n > 10 {
 		t.Fatalf("%d suspects for one block", n)
 	}
 }

@@ -303,6 +303,9 @@ func (v *Volume) stopGuard(ctx context.Context) error {
 
 // untilNextLook waits until the fences are to be looked at; false says that ctx ended.
 func (v *Volume) untilNextLook(ctx context.Context) bool {
+	v.mu.Lock()
+	changed := v.changed
+	v.mu.Unlock()
 	every := v.cfg.fenceEvery
 	if every == 0 {
 		every = fenceEvery
@@ -324,6 +327,7 @@ func (v *Volume) untilNextLook(ctx context.Context) bool {
 	defer round.Stop()
 	select {
 	case <-round.C:
+	case <-changed:
 	case <-told[0]:
 	case <-told[1]:
 	case <-ctx.Done():
@@ -390,36 +394,35 @@ func (v *Volume) lookForOthers(ctx context.Context) {
 // the channel is closed when that was tried once; what failed is tried again until
 // stopGuard. The caller holds step.
 func (v *Volume) release(ctx context.Context) <-chan struct{} {
-	err := v.unfence(ctx, v.destination)
+	pending := []*unit{v.source}
+	if v.unfence(ctx, v.destination) != nil {
+		pending = append(pending, v.destination)
+	}
 	tried := make(chan struct{})
 	v.guard = begin(func(ctx context.Context) {
-		pending := []*unit{v.source}
-		if err != nil {
-			pending = append(pending, v.destination)
-		}
-		for first := true; ; first = false {
-			var errs []error
-			var left []*unit
-			for _, u := range pending {
-				failed := err
-				if !first || u == v.source {
-					failed = v.unfence(ctx, u)
-				}
-				if failed != nil {
-					errs, left = append(errs, failed), append(left, u)
-				}
-			}
-			pending = left
-			v.released(ctx, errs)
-			if first {
-				close(tried)
-			}
-			if len(errs) == 0 || !v.untilNextLook(ctx) {
-				return
-			}
-		}
+		v.keepReleasing(ctx, pending, sync.OnceFunc(func() { close(tried) }))
 	})
 	return tried
+}
+
+// keepReleasing gives the fences of units up, and tries again what failed until ctx ends. It
+// calls tried after each attempt.
+func (v *Volume) keepReleasing(ctx context.Context, pending []*unit, tried func()) {
+	for {
+		var errs []error
+		var left []*unit
+		for _, u := range pending {
+			if err := v.unfence(ctx, u); err != nil {
+				errs, left = append(errs, err), append(left, u)
+			}
+		}
+		pending = left
+		v.released(ctx, errs)
+		tried()
+		if len(errs) == 0 || !v.untilNextLook(ctx) {
+			return
+		}
+	}
 }
 
 // released notes that the fences are given up, or what failed.

@@ -11,110 +11,137 @@ import (
 	"lunshift/state"
 )
 
-// ledger is the volume as the copier sees it.
-type ledger Volume
+// What follows is the pass as its copier sees it.
 
-func (l *ledger) NextPartial(from uint64) (uint64, bool) {
-	return l.flags.NextPartial(state.Valid, from)
+// NextPartial implements copier.Ledger.
+func (w *pass) NextPartial(from uint64) (uint64, bool) {
+	return w.next(from, w.flags.NextPartial)
 }
 
-func (l *ledger) NextMissing(from uint64) (uint64, bool) {
-	region, _, ok := l.flags.Missing(state.Valid, from)
-	return region, ok
+// NextMissing implements copier.Ledger.
+func (w *pass) NextMissing(from uint64) (uint64, bool) {
+	return w.next(from, w.flags.Missing)
+}
+
+// next is the first region from from on that find gives and of which something is to be
+// copied.
+func (w *pass) next(from uint64, find func(state.Kinds, uint64) (uint64, bool)) (uint64, bool) {
+	for region, ok := find(state.Valid, from); ok; region, ok = find(state.Valid, region+1) {
+		if w.mirroring() == nil {
+			return region, true
+		}
+		// An error is met again by the copier, which shows it.
+		if left, err := w.invalid(w.v.region(region)); err != nil || len(left) > 0 {
+			return region, true
+		}
+	}
+	return 0, false
 }
 
 // Begin clears the suspicion of e: what is copied from here on is newer than the
 // write that failed.
-func (l *ledger) Begin(e lun.Extent) (era uint64) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	l.suspects = lun.Subtract(l.suspects, e)
-	return l.destination.Resets()
+func (w *pass) Begin(e lun.Extent) (era uint64) {
+	w.v.mu.Lock()
+	defer w.v.mu.Unlock()
+	w.suspects = lun.Subtract(w.suspects, e)
+	return w.era()
 }
 
-func (l *ledger) Invalid(e lun.Extent) ([]lun.Extent, error) {
+func (w *pass) Invalid(e lun.Extent) ([]lun.Extent, error) {
 	// Regions count by what is settled. Without this one that writes have just filled
 	// would be handed out again and again. It takes milliseconds, or fails.
-	if err := l.flags.Await(context.Background(), run(e)); err != nil {
+	if err := w.flags.Await(context.Background(), run(e)); err != nil {
 		return nil, err
 	}
-	return (*Volume)(l).invalid(e)
+	return w.invalid(e)
 }
 
-// invalid gives the runs of e that are not valid, in rising order.
-func (v *Volume) invalid(e lun.Extent) ([]lun.Extent, error) {
+// invalid gives the runs of e that are to be copied, in rising order.
+func (w *pass) invalid(e lun.Extent) ([]lun.Extent, error) {
 	var runs []lun.Extent
-	err := v.flags.Runs(state.Valid, run(e), func(r state.Run, valid bool) bool {
+	err := w.flags.Runs(state.Valid, run(e), func(r state.Run, valid bool) bool {
 		if !valid {
 			runs = append(runs, extent(r))
 		}
 		return true
 	})
 	if err != nil {
-		return nil, v.unknown(err)
+		return nil, w.v.unknown(err)
+	}
+	if m := w.mirroring(); m != nil && len(runs) > 0 {
+		for _, same := range m.alike(e) {
+			runs = lun.Subtract(runs, same)
+		}
 	}
 	return runs, nil
 }
 
-func (l *ledger) Exclude(ctx context.Context, e lun.Extent) (func(), error) {
-	held, err := l.writes.Lock(ctx, e)
+func (w *pass) Exclude(ctx context.Context, e lun.Extent) (func(), error) {
+	held, err := w.v.writes.Lock(ctx, e)
 	if err != nil {
 		return nil, err
 	}
-	return func() { l.writes.Unlock(held) }, nil
+	return func() { w.v.writes.Unlock(held) }, nil
 }
 
-func (l *ledger) TryExclude(e lun.Extent) (func(), bool) {
-	held, ok := l.writes.TryLock(e)
+func (w *pass) TryExclude(e lun.Extent) (func(), bool) {
+	held, ok := w.v.writes.TryLock(e)
 	if !ok {
 		return nil, false
 	}
-	return func() { l.writes.Unlock(held) }, true
+	return func() { w.v.writes.Unlock(held) }, true
 }
 
 // Commit flags copied blocks in the order of the write rule.
-func (l *ledger) Commit(ctx context.Context, copied []copier.Copied) error {
+func (w *pass) Commit(ctx context.Context, copied []copier.Copied) error {
 	if len(copied) == 0 {
 		return nil
 	}
 	failpoint.Here("copy.written")
-	volatile := l.destination.Info().VolatileCache
-	if volatile {
-		if err := l.destinationFlush.Flush(ctx); err != nil {
-			return err
-		}
+	volatile, err := w.flush(ctx)
+	if err != nil {
+		return err
 	}
-	era := l.destination.Resets()
+	era := w.era()
 	var done []lun.Extent
 	for _, c := range copied {
 		if !volatile || c.Era == era {
 			done = append(done, c.Extent)
 		}
 	}
-	if err := l.commits.take(ctx); err != nil {
+	if err := w.v.commits.take(ctx); err != nil {
 		return err
 	}
-	defer l.commits.give()
-	l.mu.Lock()
-	for _, e := range slices.Concat(l.suspects, l.writing) {
+	defer w.v.commits.give()
+	w.v.mu.Lock()
+	for _, e := range slices.Concat(w.suspects, w.writing) {
 		done = lun.Subtract(done, e)
 	}
-	l.committing, l.committed = done, make(chan struct{})
-	l.mu.Unlock()
+	w.committing, w.committed = done, make(chan struct{})
+	w.v.mu.Unlock()
+	// Of a mirror, what was written to both sides since, and perhaps after the flush. Whoever
+	// writes there now waits.
+	if m := w.mirroring(); m != nil {
+		for _, c := range copied {
+			for _, e := range m.alike(c.Extent) {
+				done = lun.Subtract(done, e)
+			}
+		}
+	}
 	defer func() {
-		l.mu.Lock()
-		defer l.mu.Unlock()
-		l.committing = nil
-		close(l.committed)
+		w.v.mu.Lock()
+		defer w.v.mu.Unlock()
+		w.committing = nil
+		close(w.committed)
 	}()
 	failpoint.Here("copy.stable")
-	err := l.flags.Set(ctx, state.Valid, runs(done)...)
+	err = w.flags.Set(ctx, state.Valid, runs(done)...)
 	failpoint.Here("copy.flagged")
 	if errors.Is(err, state.ErrFailed) {
 		// The database may have them all the same, and show it after a restart.
-		l.mu.Lock()
-		l.unsure = err
-		l.mu.Unlock()
+		w.v.mu.Lock()
+		w.unsure = err
+		w.v.mu.Unlock()
 	}
 	return err
 }

@@ -13,18 +13,20 @@ import (
 	"lunshift/state"
 )
 
-// The lifecycle of a volume. All of it is in this file; nothing else assigns the
-// phase.
+// The lifecycle of a volume. All of it is in this file and in together.go; nothing else
+// assigns the phase.
 //
 //	ready ──start──▶ migrating ──all valid──▶ synced ──cutover──▶ cutover
-//	                  ▲      │
-//	                  └ pause, resume
+//	  ▲               ▲      │                  │
+//	  │               └ pause, resume           │
+//	  │                      └────rollback──────┴──▶ rolling-back ──none dirty──▶ rolled-back
+//	  └───────────────────────────────start──────────────────────────────────────────┘
 //
 // ready: the source takes writes and serves reads; the destination is
 // untouched. On disk: the record. A crash means nothing.
 //
-// migrating: the destination takes writes; reads come from the destination
-// where a block is valid, else from the source, which no one writes any more. On
+// migrating: the destination takes writes, and with a mirror the source does too; reads
+// come from the destination where a block is valid, else from the source. On
 // disk: the record, and the flags of every acknowledged write and every committed
 // copy. After a crash the copy goes on from the flags. Pause stops the
 // copier, never the initiators.
@@ -35,9 +37,18 @@ import (
 // cutover: nobody's I/O passes; the destination stands alone, and initiators meet it
 // without lunshift. On disk: the record, until Remove. After a crash the volume is
 // not served and its units are not opened.
+//
+// rolling-back: migrating with the ends exchanged. The source takes writes; reads come from
+// the destination where a block is dirty, else from the source. On disk: the record, and the
+// flags, which are cleared as blocks come to the source. After a crash the copy goes on.
+//
+// rolled-back: as ready, but for the record. The destination is of no more use.
 
 // next holds the transitions that are allowed.
-var next = map[Phase]Phase{Ready: Migrating, Migrating: Synced, Synced: Cutover}
+var next = map[Phase][]Phase{
+	Ready: {Migrating}, Migrating: {Synced, RollingBack}, Synced: {Cutover, RollingBack},
+	RollingBack: {RolledBack}, RolledBack: {Ready},
+}
 
 // Times that bound the steps.
 const (
@@ -57,29 +68,10 @@ const (
 // Phase is where the volume stands.
 func (v *Volume) Phase() Phase { return v.phase.Load().(Phase) }
 
-// advance takes the volume to the next phase: it writes the record as change leaves
+// advance takes the volume to the next phase: it writes the record as edit leaves
 // it, then takes the phase and wakes those who wait for it.
-func (v *Volume) advance(ctx context.Context, to Phase, change func(*state.Record)) error {
-	if from := v.Phase(); next[from] != to {
-		return v.notAllowed("the step to "+string(to), "")
-	}
-	failpoint.Here("phase.leaving." + string(v.Phase()))
-	err := v.save(ctx, func(r *state.Record) {
-		r.Phase = string(to)
-		change(r)
-	})
-	if err != nil {
-		return err
-	}
-	failpoint.Here("phase.saved." + string(to))
-	v.phase.Store(to)
-	v.mu.Lock()
-	close(v.changed)
-	v.changed = make(chan struct{})
-	v.mu.Unlock()
-	v.log.Infof("phase %s", to)
-	failpoint.Here("phase.taken." + string(to))
-	return nil
+func (v *Volume) advance(ctx context.Context, to Phase, edit func(*state.Record)) error {
+	return advance(ctx, change{v: v, to: to, edit: edit})
 }
 
 // resumePhase goes on with what the phase asks for.
@@ -95,12 +87,20 @@ func (v *Volume) resumePhase(ctx context.Context) {
 		}
 	case Migrating:
 		v.runGuard()
-		v.log.Infof("takes up the migration: %d of %d blocks are valid", v.flags.Count(state.Valid), v.info.Blocks)
+		v.log.Infof("takes up the migration: %d of %d blocks are valid", v.raw().Count(state.Valid), v.info.Blocks)
+		v.runMirror()
 		if !v.record.Paused {
 			v.runCopier()
 		}
 	case Synced:
 		v.runGuard()
+		v.runMirror()
+	case RollingBack:
+		v.runGuard()
+		v.log.Infof("takes up the rollback: %d of %d blocks are still on the destination alone", v.raw().Count(state.Dirty), v.info.Blocks)
+		if !v.record.Paused {
+			v.runCopier()
+		}
 	}
 }
 
@@ -114,7 +114,7 @@ type StartOptions struct {
 	Reuse bool `json:"reuse"`
 }
 
-// Start begins the migration: ready → migrating. In a later phase but cutover it
+// Start begins the migration: ready or rolled-back → migrating. Where it is under way it
 // does nothing. It fails with a Refusal where Check refuses, and with a FencedError where
 // others have reserved a unit or, unless told to ignore them, are registered there.
 func (v *Volume) Start(ctx context.Context, o ...StartOptions) error {
@@ -124,8 +124,15 @@ func (v *Volume) Start(ctx context.Context, o ...StartOptions) error {
 		return v.errorf("start: %w", lun.ErrClosed)
 	}
 	switch v.Phase() {
+	case RolledBack:
+		if err := v.becomeReady(ctx); err != nil {
+			return err
+		}
+		fallthrough
 	case Ready:
 		return v.becomeMigrating(ctx, append(o, StartOptions{})[0])
+	case RollingBack:
+		return v.notAllowed("start", fmt.Sprintf("wait until it is rolled back (lunshift wait %s --for %s)", v.cfg.Name, RolledBack))
 	case Cutover:
 		return v.notAllowed("start", "it is done; remove the volume to use its name again")
 	}
@@ -160,12 +167,17 @@ func (v *Volume) becomeMigrating(ctx context.Context, o StartOptions) error {
 		if err := v.source.Flush(ctx); err != nil {
 			return err
 		}
-		v.sourceFlushed.Store(true)
+		v.fromFlushed.Store(true)
 		v.sourceIdle()
 		now := time.Now()
-		return v.advance(ctx, Migrating, func(r *state.Record) {
+		err := v.advance(ctx, Migrating, func(r *state.Record) {
 			r.StartedAt, r.Fenced, r.Compare, r.AcceptedKeys = &now, true, compare, accepted
+			r.Mirrored = v.wantsMirror(*r)
 		})
+		if err == nil {
+			v.runMirror()
+		}
+		return err
 	})
 	if err != nil {
 		// Where it is not known whether the start was recorded, the fences stay until the
@@ -176,7 +188,7 @@ func (v *Volume) becomeMigrating(ctx context.Context, o StartOptions) error {
 		return v.errorf("start: %w", err)
 	}
 	v.fault("start", nil)
-	v.copier.SetCompare(compare)
+	v.ways.Load().forward.copier.SetCompare(compare)
 	v.runGuard()
 	if !v.record.Paused {
 		v.runCopier()
@@ -184,18 +196,50 @@ func (v *Volume) becomeMigrating(ctx context.Context, o StartOptions) error {
 	return nil
 }
 
-// held runs do while no command of an initiator is under way and new ones wait, and
-// tells how long they waited.
-func (v *Volume) held(ctx context.Context, do func(context.Context) error) (time.Duration, error) {
-	ctx, cancel := context.WithTimeout(ctx, holdLimit)
-	defer cancel()
-	began := time.Now()
-	if err := v.gate.hold(ctx); err != nil {
-		return 0, fmt.Errorf("commands in flight did not end within %v: %w", holdLimit, err)
+// becomeReady begins a migration anew that was rolled back: with new flags.
+func (v *Volume) becomeReady(ctx context.Context) error {
+	if err := errors.Join(v.stopCopier(ctx), v.stopGuard(ctx)); err != nil {
+		return err
 	}
-	defer v.gate.release()
-	err := do(ctx)
-	return time.Since(began), err
+	v.mu.Lock()
+	old := v.record
+	v.mu.Unlock()
+	r := state.Record{
+		Volume: v.cfg.Name, SourceID: old.SourceID, DestinationID: old.DestinationID,
+		BlockSize: old.BlockSize, Blocks: old.Blocks, RegionBlocks: max(1, v.cfg.RegionSize/uint64(old.BlockSize)),
+		Phase: string(Ready), RateLimit: old.RateLimit, Mirror: old.Mirror, CreatedAt: time.Now(),
+	}
+	if err := v.store.Renew(v.cfg.Name, r); err != nil {
+		return v.errorf("start: renew its state: %w", err)
+	}
+	flags, err := v.store.Flags(v.cfg.Name, state.Geometry{Blocks: r.Blocks, RegionBlocks: r.RegionBlocks})
+	if err != nil {
+		return v.errorf("start: %w", err)
+	}
+	v.mu.Lock()
+	v.record = r
+	v.mu.Unlock()
+	v.ways.Store(v.newWays(flags, false))
+	v.usage.left.Store(nil)
+	v.usage.wrote.Store(true)
+	v.take(Ready)
+	return nil
+}
+
+// take makes p the phase, for those as well who wait for it.
+func (v *Volume) take(p Phase) {
+	v.phase.Store(p)
+	v.mu.Lock()
+	close(v.changed)
+	v.changed = make(chan struct{})
+	v.mu.Unlock()
+	v.log.Infof("phase %s", p)
+	failpoint.Here("phase.taken." + string(p))
+}
+
+// held is heldAll of one volume.
+func (v *Volume) held(ctx context.Context, do func(context.Context) error) (time.Duration, error) {
+	return heldAll(ctx, holdLimit, []*Volume{v}, do)
 }
 
 // oneLine joins the reasons of a refusal.
@@ -220,19 +264,23 @@ func (v *Volume) stopCopier(ctx context.Context) error {
 	return nil
 }
 
-// copy runs the copier to its end and then makes the volume synced.
+// copy runs the copier to its end and then makes the volume synced, or rolled back.
 func (v *Volume) copy(ctx context.Context) {
+	w, end := v.way(), v.becomeSynced
+	if v.Phase() == RollingBack {
+		end = v.becomeRolledBack
+	}
 	watching := make(chan struct{})
 	wctx, stop := context.WithCancel(ctx)
 	go func() {
 		defer close(watching)
-		v.watch(wctx)
+		v.watch(wctx, w)
 	}()
-	err := v.copier.Run(ctx)
+	err := w.copier.Run(ctx)
 	stop()
 	<-watching
 	for err == nil {
-		if err = v.becomeSynced(ctx); err == nil {
+		if err = end(ctx); err == nil {
 			return
 		}
 		// The state could not be written; the fault is shown, and all is valid
@@ -248,11 +296,8 @@ func (v *Volume) copy(ctx context.Context) {
 // becomeSynced follows from every block being valid; nothing changes for
 // initiators.
 func (v *Volume) becomeSynced(ctx context.Context) error {
-	if err := v.flags.Await(ctx, run(v.info.All())); err != nil {
-		return v.stateError(ctx, err)
-	}
-	if region, _, missing := v.flags.Missing(state.Valid, 0); missing {
-		return v.errorf("not synced: blocks of region %d are not valid", region)
+	if err := v.complete(ctx, v.way()); err != nil {
+		return err
 	}
 	now := time.Now()
 	// Before the phase shows: whatever kept the copy from its end is over.
@@ -260,14 +305,31 @@ func (v *Volume) becomeSynced(ctx context.Context) error {
 	return v.advance(ctx, Synced, func(r *state.Record) { r.SyncedAt, r.Paused = &now, false })
 }
 
+// complete fails while to lacks a block, as far as the database has it.
+func (v *Volume) complete(ctx context.Context, w *pass) error {
+	if err := w.flags.Await(ctx, run(v.info.All())); err != nil {
+		return v.stateError(ctx, err)
+	}
+	if region, missing := w.flags.Missing(state.Valid, 0); missing {
+		return v.errorf("blocks of region %d are not on the %s", region, w.to.role)
+	}
+	return nil
+}
+
 // becomeSyncedWithout gives up what the source cannot read, which is all that is left.
 func (v *Volume) becomeSyncedWithout(ctx context.Context) error {
+	return v.without(ctx, v.becomeSynced)
+}
+
+// without gives up what cannot be read, which is all that is left, and goes on to the phase
+// that follows.
+func (v *Volume) without(ctx context.Context, follow func(context.Context) error) error {
 	if err := v.stopCopier(ctx); err != nil {
 		return err
 	}
 	err := v.acceptUnreadable(ctx)
 	if err == nil {
-		err = v.becomeSynced(ctx)
+		err = follow(ctx)
 	}
 	if err != nil && !v.record.Paused {
 		v.runCopier()
@@ -276,13 +338,13 @@ func (v *Volume) becomeSyncedWithout(ctx context.Context) error {
 }
 
 // watch measures the rate and writes down the progress until ctx ends.
-func (v *Volume) watch(ctx context.Context) {
+func (v *Volume) watch(ctx context.Context, w *pass) {
 	sampling, saving := time.NewTicker(sampleEvery), time.NewTicker(progressEvery)
 	defer sampling.Stop()
 	defer saving.Stop()
 	take := func(now time.Time) {
 		v.mu.Lock()
-		v.samples = append(v.samples, sample{now, v.copier.Progress().Read})
+		v.samples = append(v.samples, sample{now, w.copier.Progress().Read})
 		if len(v.samples) > samplesKept {
 			v.samples = slices.Delete(v.samples, 0, 1)
 		}
@@ -321,7 +383,7 @@ func (v *Volume) setPaused(ctx context.Context, paused bool) error {
 	v.step.Lock()
 	defer v.step.Unlock()
 	switch v.Phase() {
-	case Ready, Cutover:
+	case Ready, Cutover, RolledBack:
 		return v.notAllowed(map[bool]string{true: "pause", false: "resume"}[paused], "nothing is being copied")
 	case Synced:
 		return nil
@@ -379,61 +441,87 @@ type CutoverOptions struct {
 // target asks the sessions to leave and takes no more. From its return on
 // no command passes. Done already, it does nothing.
 func (v *Volume) Cutover(ctx context.Context, o CutoverOptions) error {
-	v.step.Lock()
-	defer v.step.Unlock()
-	if v.Phase() == Migrating && o.AcceptUnreadable && !v.closed && v.onlyUnreadable() {
+	return Do(ctx, CutoverStep(o), Together{}, v)
+}
+
+// CutoverStep is Cutover as a step of several volumes.
+func CutoverStep(o CutoverOptions) Step { return cutover{o} }
+
+type cutover struct{ o CutoverOptions }
+
+func (cutover) name() string { return "cutover" }
+
+func (s cutover) prepare(ctx context.Context, v *Volume) (skip bool, err error) {
+	if v.Phase() == Migrating && s.o.AcceptUnreadable && !v.closed && v.onlyUnreadable() {
 		if err := v.becomeSyncedWithout(ctx); err != nil {
-			return err
+			return false, err
 		}
 	}
 	switch v.Phase() {
 	case Cutover:
-		return nil
+		return true, nil
 	case Synced:
 	default:
-		hint := fmt.Sprintf("wait for phase %s (lunshift wait %s --for %s)", Synced, v.cfg.Name, Synced)
-		if v.Phase() == Ready {
-			hint = fmt.Sprintf("start it first (lunshift start %s)", v.cfg.Name)
-		}
-		if v.Phase() == Migrating && v.onlyUnreadable() {
-			_, size := v.shown(v.unreadable())
-			hint = fmt.Sprintf("the source cannot read the last %d bytes (lunshift status %s shows where): mend it, or give them up with --accept-unreadable; they then read as zeroes", size, v.cfg.Name)
-		}
-		return v.notAllowed("cutover", hint)
+		return false, v.notAllowed("cutover", v.untilSynced())
 	}
 	if v.closed {
-		return v.errorf("cutover: %w", lun.ErrClosed)
+		return false, v.errorf("cutover: %w", lun.ErrClosed)
 	}
 	if err := v.stopCopier(ctx); err != nil {
-		return err
+		return false, err
 	}
-	if v.set().VerifySample > 0 && !o.NoVerify {
+	if v.set().VerifySample > 0 && !s.o.NoVerify {
 		if err := v.verifySample(ctx); err != nil {
-			return v.errorf("cutover not begun: %w", err)
+			return false, v.errorf("cutover not begun: %w", err)
 		}
+	}
+	if err := v.stopMirror(ctx); err != nil {
+		s.undo(v)
+		return false, err
 	}
 	// Most of what the destination has in its cache is flushed before commands are held.
 	if err := v.destinationFlush.Flush(ctx); err != nil {
-		return v.errorf("cutover not begun: %w", err)
+		s.undo(v)
+		return false, v.errorf("cutover not begun: %w", err)
 	}
-	began := time.Now()
-	_, err := v.held(ctx, func(ctx context.Context) error {
-		if err := v.destinationFlush.Flush(ctx); err != nil {
-			return err
-		}
-		now := time.Now()
-		return v.advance(ctx, Cutover, func(r *state.Record) {
-			r.CutoverAt = &now
-			hold := now.Sub(began) // but for the writing of this record
-			r.Hold = &hold
-		})
-	})
-	switch {
-	case errors.Is(err, state.ErrFailed):
-		return v.errorf("cutover: whether it was recorded is not known; it goes on as %s: restart the service, and look at the phase then: %w", v.Phase(), err)
-	case err != nil:
-		return v.errorf("cutover undone, still %s: %w", v.Phase(), err)
+	return false, nil
+}
+
+// untilSynced says what to do about a volume that is not synced.
+func (v *Volume) untilSynced() string {
+	switch phase := v.Phase(); {
+	case phase == Ready || phase == RolledBack:
+		return fmt.Sprintf("start it first (lunshift start %s)", v.cfg.Name)
+	case phase == RollingBack:
+		return "it goes back to the source"
+	case phase == Migrating && v.onlyUnreadable():
+		_, size := v.shown(v.unreadable())
+		return fmt.Sprintf("the source cannot read the last %d bytes (lunshift status %s shows where): mend it, or give them up with --accept-unreadable; they then read as zeroes", size, v.cfg.Name)
 	}
+	return fmt.Sprintf("wait for phase %s (lunshift wait %s --for %s)", Synced, v.cfg.Name, Synced)
+}
+
+func (cutover) undo(v *Volume) {
+	if v.mirror.Load() != nil {
+		v.workMirror()
+	}
+}
+
+// settle leaves a mirror as it is where it can: the source then holds what the destination
+// does at this instant. It is no reason not to cut over.
+func (cutover) settle(ctx context.Context, v *Volume) error {
+	return v.destinationFlush.Flush(ctx)
+}
+
+func (cutover) after(context.Context, *Volume) {}
+
+func (cutover) change(v *Volume, held time.Duration) change {
+	now := time.Now()
+	return change{v: v, to: Cutover, edit: func(r *state.Record) { r.CutoverAt, r.Hold = &now, &held }}
+}
+
+func (cutover) finish(ctx context.Context, v *Volume) error {
+	v.mirror.Store(nil)
 	if err := v.stopGuard(ctx); err != nil {
 		return v.errorf("cut over, but the fences stay until the service is started again: %w", err)
 	}
@@ -450,7 +538,8 @@ func (v *Volume) Cutover(ctx context.Context, o CutoverOptions) error {
 	return nil
 }
 
-// Wait returns when the volume is in phase p or past it.
+// Wait returns when the volume is in phase p or past it. It fails with a PhaseError where it
+// cannot come there any more by itself.
 func (v *Volume) Wait(ctx context.Context, p Phase) error {
 	if !slices.Contains(Phases, p) {
 		return v.errorf("there is no phase %q", p)
@@ -459,8 +548,12 @@ func (v *Volume) Wait(ctx context.Context, p Phase) error {
 		v.mu.Lock()
 		changed := v.changed
 		v.mu.Unlock()
-		if slices.Index(Phases, v.Phase()) >= slices.Index(Phases, p) {
+		reached, possible := Reached(v.Phase(), p)
+		if reached {
 			return nil
+		}
+		if !possible {
+			return v.notAllowed("to wait for phase "+string(p), "it does not come there any more by itself")
 		}
 		select {
 		case <-changed:
@@ -504,7 +597,7 @@ func (v *Volume) Shutdown(ctx context.Context) error {
 func (v *Volume) Withdraw(ctx context.Context) error {
 	v.step.Lock()
 	defer v.step.Unlock()
-	if p := v.Phase(); p == Migrating || p == Synced {
+	if v.Phase().Moving() {
 		return v.notAllowed("to drop it", "")
 	}
 	return v.shutdown(ctx)
@@ -521,14 +614,14 @@ func (v *Volume) shutdown(ctx context.Context) error {
 	}
 	v.closed = true
 	err = errors.Join(err, v.cfg.Target.RemoveUnit(v.cfg.IQN, v.cfg.LUN))
-	err = errors.Join(err, v.stopCopier(ctx))
+	err = errors.Join(err, v.stopCopier(ctx), v.stopMirror(ctx))
 	v.gate.close()
 	if held := v.gate.hold(ctx); held != nil {
 		err = errors.Join(err, v.errorf("commands in flight did not end: %w", held))
 	} else {
 		v.gate.release()
 	}
-	err = errors.Join(err, v.destinationFlush.wait(ctx))
+	err = errors.Join(err, v.destinationFlush.wait(ctx), v.sourceFlush.wait(ctx))
 	// Written down even where the commands in flight used up the time.
 	return errors.Join(err, v.save(context.WithoutCancel(ctx), func(*state.Record) {}))
 }

@@ -125,7 +125,7 @@ func TestRebuildFindsEachBlocksSide(t *testing.T) {
 			check("through the volume", v)
 			waitFor(t, v, Synced)
 			check("synced", r.destination)
-			if dirty := v.flags.Count(state.Dirty); zeroes == SideSource && dirty != 200 || zeroes == SideDestination && dirty != 424 {
+			if dirty := v.raw().Count(state.Dirty); zeroes == SideSource && dirty != 200 || zeroes == SideDestination && dirty != 424 {
 				t.Errorf("%d blocks are dirty", dirty)
 			}
 			must(t, v.Shutdown(ctx))
@@ -178,8 +178,8 @@ func TestRebuildThatDidNotEndIsNotBelieved(t *testing.T) {
 	must(t, flags.Set(ctx, state.Valid, state.Run{Blocks: lostSize}))
 	v, err := Open(ctx, cfg)
 	must(t, err)
-	if v.Phase() != Ready || v.flags.Count(state.Valid) != 0 {
-		t.Errorf("taken for new: phase %s with %d valid blocks", v.Phase(), v.flags.Count(state.Valid))
+	if v.Phase() != Ready || v.raw().Count(state.Valid) != 0 {
+		t.Errorf("taken for new: phase %s with %d valid blocks", v.Phase(), v.raw().Count(state.Valid))
 	}
 	must(t, v.Shutdown(ctx))
 }

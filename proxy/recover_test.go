@@ -70,7 +70,7 @@ func (r *rig) journaled(t *testing.T, before, n uint64) {
 // it goes with the next loss of power.
 func TestAKillAtEachInstantOfAFirstWrite(t *testing.T) {
 	e := lun.Extent{Start: 500, Blocks: 3}
-	dirty := func(v *Volume) bool { return v.flags.All(state.Valid|state.Dirty, run(e)) }
+	dirty := func(v *Volume) bool { return v.raw().All(state.Valid|state.Dirty, run(e)) }
 	for _, c := range []struct {
 		name   string
 		at     luntest.Op // where the kill comes; "" is after the answer
@@ -264,12 +264,12 @@ func TestACopyIsNotFlaggedWhereAFirstWriteIsUnderWay(t *testing.T) {
 	go func() { written <- v.WriteAt(context.Background(), stamp(at, 2), at) }()
 	<-under
 	close(proceed)
-	for end := time.Now().Add(30 * time.Second); v.flags.Count(state.Valid) < blocks-1; time.Sleep(time.Millisecond) {
+	for end := time.Now().Add(30 * time.Second); v.raw().Count(state.Valid) < blocks-1; time.Sleep(time.Millisecond) {
 		if time.Now().After(end) {
 			t.Fatal("the copy was not flagged")
 		}
 	}
-	if v.flags.Any(state.Valid, state.Run{Start: at, Blocks: 1}) {
+	if v.raw().Any(state.Valid, state.Run{Start: at, Blocks: 1}) {
 		t.Error("the block that is being written is valid")
 	}
 	close(write)
@@ -291,7 +291,7 @@ func TestNoFirstWriteTouchesTheDestinationAfterACommitOfUnknownOutcome(t *testin
 	fill(t, r.source, lun.Extent{Blocks: 128}, 1)
 	must(t, r.source.Flush(t.Context()))
 	v := r.open(t)
-	v.flags = unsure{v.flags}
+	replaceFlags(v, unsure{v.raw()})
 	must(t, v.Start(t.Context()))
 	eventually(t, v, "the copy could not be flagged", func(s Status) bool { return s.Degraded })
 	must(t, v.Pause(t.Context()))

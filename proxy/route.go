@@ -44,10 +44,13 @@ func (v *Volume) TryReadAt(p []byte, start lun.LBA) (bool, error) {
 	}
 	defer v.gate.leave()
 	switch phase := v.Phase(); {
-	case phase == Ready:
+	case phase == Ready || phase == RolledBack:
 		return v.source.TryReadAt(p, start)
-	case phase != Cutover && v.flags.All(state.Valid, run(e)):
-		return v.destination.TryReadAt(p, start)
+	case phase == Cutover:
+		return false, nil
+	}
+	if w := v.way(); w.flags.All(state.Valid, run(e)) {
+		return w.to.TryReadAt(p, start)
 	}
 	return false, nil
 }
@@ -55,7 +58,7 @@ func (v *Volume) TryReadAt(p []byte, start lun.LBA) (bool, error) {
 // WriteAt implements lun.Device by the write rule.
 func (v *Volume) WriteAt(ctx context.Context, p []byte, start lun.LBA) error {
 	e := lun.Extent{Start: start, Blocks: uint64(len(p)) / uint64(v.info.BlockSize)}
-	return v.change(ctx, e, p, func(u *unit) error { return u.WriteAt(ctx, p, start) })
+	return v.change(ctx, e, p, func(ctx context.Context, u *unit) error { return u.WriteAt(ctx, p, start) })
 }
 
 // Unmap implements lun.Device. The blocks read as zeroes afterwards.
@@ -63,12 +66,12 @@ func (v *Volume) Unmap(ctx context.Context, e lun.Extent) error {
 	if !v.info.Thin {
 		return lun.ErrUnsupported
 	}
-	return v.change(ctx, e, nil, func(u *unit) error { return u.discard(ctx, e) })
+	return v.change(ctx, e, nil, func(ctx context.Context, u *unit) error { return u.discard(ctx, e) })
 }
 
 // WriteZeroes implements lun.Device.
 func (v *Volume) WriteZeroes(ctx context.Context, e lun.Extent) error {
-	return v.change(ctx, e, nil, func(u *unit) error { return u.WriteZeroes(ctx, e) })
+	return v.change(ctx, e, nil, func(ctx context.Context, u *unit) error { return u.WriteZeroes(ctx, e) })
 }
 
 // Update implements lun.Updater.
@@ -89,32 +92,35 @@ func (v *Volume) Update(ctx context.Context, e lun.Extent, modify func([]byte) e
 	if err := modify(p); err != nil {
 		return err
 	}
-	return v.write(ctx, e, p, func(u *unit) error { return u.WriteAt(ctx, p, e.Start) })
+	return v.write(ctx, e, p, func(ctx context.Context, u *unit) error { return u.WriteAt(ctx, p, e.Start) })
 }
 
-// Flush implements lun.Device. From the start on no write goes to the source, and
-// the start itself flushed it. Only where the state failed, so that nobody knew whether the
-// start was recorded, did writes go there until the service was started again: the first
-// flush of one that takes up a migration is of both.
+// Flush implements lun.Device. From the start on no write goes to the source, and from a
+// rollback on none to the destination; the step itself flushed that side. Only where the
+// state failed, so that nobody knew whether the step was recorded, did writes go there until
+// the service was started again: the first flush of one that takes the volume up is of both.
 func (v *Volume) Flush(ctx context.Context) error {
 	if err := v.enter(ctx, lun.Extent{}); err != nil {
 		return err
 	}
 	defer v.gate.leave()
 	switch v.Phase() {
-	case Ready:
+	case Ready, RolledBack:
 		return v.source.Flush(ctx)
 	case Cutover:
 		return errRetired
-	case Migrating:
-		if !v.sourceFlushed.Load() {
-			if err := v.source.Flush(ctx); err != nil {
-				return err
-			}
-			v.sourceFlushed.Store(true)
-		}
 	}
-	return v.destinationFlush.Flush(ctx)
+	if m := v.mirror.Load(); m != nil {
+		return m.flush(ctx)
+	}
+	w := v.way()
+	if !v.fromFlushed.Load() {
+		if err := w.fromFlush.Flush(ctx); err != nil {
+			return err
+		}
+		v.fromFlushed.Store(true)
+	}
+	return w.toFlush.Flush(ctx)
 }
 
 // Resets implements lun.Resetter: it counts the losses of either side's cache.
@@ -136,16 +142,17 @@ func (v *Volume) Extents(ctx context.Context, e lun.Extent) ([]lun.Allocation, e
 		return nil, nil
 	}
 	switch v.Phase() {
-	case Ready:
+	case Ready, RolledBack:
 		return v.source.Extents(ctx, e)
 	case Cutover:
 		return nil, errRetired
 	}
-	side := v.source
-	err := v.flags.Runs(state.Valid, run(e), func(r state.Run, valid bool) bool {
+	w := v.way()
+	side := w.from
+	err := w.flags.Runs(state.Valid, run(e), func(r state.Run, valid bool) bool {
 		e = extent(r)
 		if valid {
-			side = v.destination
+			side = w.to
 		}
 		return false // the first run alone; the caller asks again for the rest
 	})
@@ -163,28 +170,29 @@ func (v *Volume) enter(ctx context.Context, e lun.Extent) error {
 	return v.gate.enter(ctx)
 }
 
-// read fills p with e; the caller is inside the gate. It takes no lock: the source
-// does not change while a block is read from it, so a read that was routed there just
-// before the block became valid is an ordinary read beside a write.
+// read fills p with e; the caller is inside the gate. It takes no lock: the side that is
+// copied from does not change but by writes of a mirror, which go to both, so a read that was
+// routed there just before the block became valid is an ordinary read beside a write.
 func (v *Volume) read(ctx context.Context, p []byte, e lun.Extent) error {
 	switch v.Phase() {
-	case Ready:
+	case Ready, RolledBack:
 		return v.source.ReadAt(ctx, p, e.Start)
 	case Cutover:
 		return errRetired
 	}
-	if v.flags.All(state.Valid, run(e)) {
-		return v.destination.ReadAt(ctx, p, e.Start)
+	w := v.way()
+	if w.flags.All(state.Valid, run(e)) {
+		return w.to.ReadAt(ctx, p, e.Start)
 	}
-	if !v.flags.Any(state.Valid, run(e)) {
-		return v.source.ReadAt(ctx, p, e.Start)
+	if !w.flags.Any(state.Valid, run(e)) {
+		return w.from.ReadAt(ctx, p, e.Start)
 	}
 	parts, gctx := errgroup.WithContext(ctx)
 	parts.SetLimit(splitDepth)
-	err := v.flags.Runs(state.Valid, run(e), func(r state.Run, valid bool) bool {
-		side, part := v.source, extent(r)
+	err := w.flags.Runs(state.Valid, run(e), func(r state.Run, valid bool) bool {
+		side, part := w.from, extent(r)
 		if valid {
-			side = v.destination
+			side = w.to
 		}
 		from := uint64(part.Start-e.Start) * uint64(v.info.BlockSize)
 		q := p[from : from+v.info.Bytes(part)]
@@ -206,7 +214,7 @@ func (v *Volume) unknown(err error) error {
 
 // change passes the gate, keeps other changes of e out and makes this one. content is
 // what the blocks hold afterwards, nil for zeroes.
-func (v *Volume) change(ctx context.Context, e lun.Extent, content []byte, do func(*unit) error) error {
+func (v *Volume) change(ctx context.Context, e lun.Extent, content []byte, do doer) error {
 	if err := v.enter(ctx, e); err != nil {
 		return err
 	}

@@ -24,6 +24,7 @@ type Settings struct {
 	CopyDepth    int
 	CopyRate     uint64
 	Readback     bool
+	Mirror       bool
 	VerifySample uint64
 	Overwrite    bool
 	Seeded       bool
@@ -33,7 +34,7 @@ type Settings struct {
 
 func (c *Config) settings() Settings {
 	return Settings{
-		CopyDepth: c.CopyDepth, CopyRate: c.CopyRate, Readback: c.Readback, VerifySample: c.VerifySample,
+		CopyDepth: c.CopyDepth, CopyRate: c.CopyRate, Readback: c.Readback, Mirror: c.Mirror, VerifySample: c.VerifySample,
 		Overwrite: c.Overwrite, Seeded: c.Seeded, Initiators: c.Initiators, PortalGroups: c.PortalGroups,
 	}
 }
@@ -51,9 +52,11 @@ func (v *Volume) Set(s Settings) error {
 			return v.errorf("%w", err)
 		}
 	}
-	if v.copier != nil {
-		v.copier.SetDepth(s.CopyDepth)
-		v.copier.SetReadback(s.Readback)
+	if w := v.ways.Load(); w != nil {
+		for _, p := range []*pass{w.forward, w.back} {
+			p.copier.SetDepth(s.CopyDepth)
+			p.copier.SetReadback(s.Readback)
+		}
 	}
 	v.mu.Lock()
 	defer v.mu.Unlock()

@@ -3,6 +3,7 @@ package proxy
 import (
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"lunshift/target"
@@ -11,16 +12,36 @@ import (
 // Phase is where a volume stands in its life; lifecycle.go holds what each means.
 type Phase string
 
-// The phases, in the order of a migration.
+// The phases, in the order of a migration, and of one that is undone.
 const (
-	Ready     Phase = "ready"
-	Migrating Phase = "migrating"
-	Synced    Phase = "synced"
-	Cutover   Phase = "cutover"
+	Ready       Phase = "ready"
+	Migrating   Phase = "migrating"
+	Synced      Phase = "synced"
+	Cutover     Phase = "cutover"
+	RollingBack Phase = "rolling-back"
+	RolledBack  Phase = "rolled-back"
 )
 
-// Phases lists every phase in the order of a migration.
-var Phases = []Phase{Ready, Migrating, Synced, Cutover}
+// Phases lists every phase in that order.
+var Phases = []Phase{Ready, Migrating, Synced, Cutover, RollingBack, RolledBack}
+
+// Moving tells whether blocks are on both sides: the flags count, and both units are
+// needed and fenced.
+func (p Phase) Moving() bool { return p == Migrating || p == Synced || p == RollingBack }
+
+// Reached tells whether a volume in phase at has been in phase p since it was started;
+// possible is false where it cannot come there any more by itself.
+func Reached(at, p Phase) (reached, possible bool) {
+	a, b := slices.Index(Phases, at), slices.Index(Phases, p)
+	undone := at == RollingBack || at == RolledBack
+	switch {
+	case undone && (p == Synced || p == Cutover):
+		return false, false
+	case at == Cutover && b > a:
+		return false, false
+	}
+	return a >= b, true
+}
 
 // ErrPhase marks a step that is not allowed in the volume's phase.
 var ErrPhase = errors.New("not allowed in this phase")
@@ -112,7 +133,13 @@ type Status struct {
 	Equal    uint64 `json:"equal_bytes"`
 	// InitiatorWritten is the size of the blocks initiators wrote since start.
 	InitiatorWritten uint64 `json:"initiator_written_bytes"`
-	// Remaining is what is not yet valid on the destination.
+	// CopiedBack is what was copied from the destination back to the source: after a
+	// rollback, or for a mirror that was behind.
+	CopiedBack uint64 `json:"copied_back_bytes"`
+	// Mirror is how far the source follows; null where writes go to the destination alone.
+	Mirror *MirrorStatus `json:"mirror"`
+	// Remaining is what is not yet valid on the destination; in phase rolling-back on the
+	// source.
 	Remaining uint64 `json:"remaining_bytes"`
 	// Unreadable is the size of the blocks that the source cannot read and no initiator
 	// wrote since, UnreadableRuns where they are. They are part of Remaining.
@@ -137,7 +164,10 @@ type Status struct {
 	StartedAt *time.Time `json:"started_at,omitempty"`
 	SyncedAt  *time.Time `json:"synced_at,omitempty"`
 	CutoverAt *time.Time `json:"cutover_at,omitempty"`
-	// Hold is how long initiator I/O was held at cutover, in milliseconds.
+	// RollbackAt is when the source took the writes again, RolledBackAt when it had everything.
+	RollbackAt   *time.Time `json:"rollback_at,omitempty"`
+	RolledBackAt *time.Time `json:"rolled_back_at,omitempty"`
+	// Hold is how long initiator I/O was held at cutover, or else at the rollback, in milliseconds.
 	Hold *float64 `json:"cutover_hold_ms,omitempty"`
 
 	// Verify is null where source and destination were never compared.

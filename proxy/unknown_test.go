@@ -36,7 +36,7 @@ func TestFlagsThatCannotBeReadFailTheCommand(t *testing.T) {
 	for region := lun.LBA(0); region < regions && lost.Empty(); region++ {
 		e := lun.Extent{Start: region * testRegion / testBlock, Blocks: 16}
 		rest := lun.Extent{Start: e.Start + 8, Blocks: 8}
-		if !v.flags.All(state.Valid, run(lun.Extent{Start: e.Start, Blocks: 8})) && v.flags.Any(state.Valid, run(rest)) {
+		if !v.raw().All(state.Valid, run(lun.Extent{Start: e.Start, Blocks: 8})) && v.raw().Any(state.Valid, run(rest)) {
 			lost = e
 		}
 	}

@@ -17,8 +17,11 @@ import (
 const mostUnreadable = 10000
 
 // Unreadable implements copier.Ledger: bad takes the place of what was known of e.
-func (l *ledger) Unreadable(ctx context.Context, e lun.Extent, bad []lun.Extent) {
-	v := (*Volume)(l)
+func (w *pass) Unreadable(ctx context.Context, e lun.Extent, bad []lun.Extent) {
+	v := w.v
+	if w != v.way() {
+		return // a mirror that is behind; its fault shows it
+	}
 	renew := func(known []state.Run) []state.Run {
 		list := append(lun.Subtract(extents(known), e), bad...)
 		slices.SortFunc(list, byStart)
@@ -35,14 +38,15 @@ func (l *ledger) Unreadable(ctx context.Context, e lun.Extent, bad []lun.Extent)
 	_ = v.save(ctx, func(r *state.Record) { r.Unreadable = renew(r.Unreadable) })
 }
 
-// unreadable gives the runs that the source cannot read and no initiator wrote since.
+// unreadable gives the runs that the side which is copied from cannot read and no initiator
+// wrote since.
 func (v *Volume) unreadable() []lun.Extent {
 	v.mu.Lock()
 	known := v.record.Unreadable
 	v.mu.Unlock()
 	var left []lun.Extent
 	for _, r := range known {
-		invalid, err := v.invalid(extent(r))
+		invalid, err := v.way().invalid(extent(r))
 		if err != nil { // shown by the volume; what is not known counts as not read
 			invalid = []lun.Extent{extent(r)}
 		}
@@ -54,14 +58,13 @@ func (v *Volume) unreadable() []lun.Extent {
 // onlyUnreadable tells whether all that keeps the volume from being synced is what the
 // source cannot read.
 func (v *Volume) onlyUnreadable() bool {
-	lost, any := v.unreadable(), false
-	size := v.copier.RegionBlocks
+	lost, any, w := v.unreadable(), false, v.way()
 	for from := uint64(0); ; {
-		region, _, missing := v.flags.Missing(state.Valid, from)
+		region, missing := w.flags.Missing(state.Valid, from)
 		if !missing {
 			return any
 		}
-		left, err := v.invalid(lun.Extent{Start: lun.LBA(region * size), Blocks: size}.Intersect(v.info.All()))
+		left, err := w.invalid(v.region(region))
 		if err != nil {
 			return false
 		}
@@ -89,43 +92,43 @@ func (v *Volume) acceptUnreadable(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	l := (*ledger)(v)
+	w := v.way()
 	for _, e := range lost {
-		if err := l.zero(ctx, e); err != nil {
+		if err := w.zero(ctx, e); err != nil {
 			return v.errorf("give up %v: %w", e, err)
 		}
 	}
-	v.log.Warnf("%d runs of blocks that the source cannot read were given up; they read as zeroes", len(lost))
+	v.log.Warnf("%d runs of blocks that the %s cannot read were given up; they read as zeroes", len(lost), w.from.role)
 	return nil
 }
 
 // zero makes the blocks of e that are not valid read as zeroes on the destination, and
 // valid.
-func (l *ledger) zero(ctx context.Context, e lun.Extent) error {
+func (w *pass) zero(ctx context.Context, e lun.Extent) error {
 	for range mostRepeats {
-		release, err := l.Exclude(ctx, e)
+		release, err := w.Exclude(ctx, e)
 		if err != nil {
 			return err
 		}
 		var zeroed []copier.Copied
-		era := l.Begin(e)
-		parts, err := l.Invalid(e)
+		era := w.Begin(e)
+		parts, err := w.Invalid(e)
 		for _, part := range parts {
-			err = errors.Join(err, l.destination.WriteZeroes(ctx, part))
+			err = errors.Join(err, w.to.WriteZeroes(ctx, part))
 			zeroed = append(zeroed, copier.Copied{Extent: part, Era: era})
 		}
 		release()
 		if err == nil {
-			err = l.Commit(ctx, zeroed)
+			err = w.Commit(ctx, zeroed)
 		}
 		if err != nil {
 			return err
 		}
-		if left, err := l.Invalid(e); err != nil || len(left) == 0 {
+		if left, err := w.Invalid(e); err != nil || len(left) == 0 {
 			return err
 		}
 	}
-	return fmt.Errorf("destination: lost its cache %d times: %w", mostRepeats, lun.ErrUnavailable)
+	return fmt.Errorf("%s: lost its cache %d times: %w", w.to.role, mostRepeats, lun.ErrUnavailable)
 }
 
 func byStart(a, b lun.Extent) int { return cmp.Compare(a.Start, b.Start) }

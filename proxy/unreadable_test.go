@@ -198,8 +198,8 @@ func TestAcceptUnreadableLooksAtEachBlockAndBelievesNoCount(t *testing.T) {
 	}
 	v := r.open(t)
 	defer r.close(t)
-	c := &counted{flags: v.flags}
-	v.flags = c
+	c := &counted{flags: v.raw()}
+	replaceFlags(v, c)
 	must(t, v.Start(t.Context()))
 	var left uint64
 	eventually(t, v, "all but the slow region is copied", func(s Status) bool {

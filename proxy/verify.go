@@ -196,29 +196,43 @@ func (x *verification) chunk(ctx context.Context, e lun.Extent) error {
 		if err := x.throttle.Wait(ctx, int(x.v.info.Bytes(c))); err != nil {
 			return err
 		}
-		differ, err := x.differ(ctx, c)
+		differ, err := x.differ(ctx, c, false)
 		if err != nil {
 			return err
 		}
 		x.count(func(r *VerifyReport) { r.Compared += x.v.info.Bytes(c) })
 		for _, d := range differ {
-			// The dirty flag of a write is set before the write: what came between the
-			// look at the flags and the reads has it by now.
-			still, err := x.clean(d)
-			if err != nil {
+			if err := x.again(ctx, d); err != nil {
 				return err
 			}
-			x.differs(still)
 		}
 	}
 	x.count(func(r *VerifyReport) { r.Written += left * uint64(x.v.info.BlockSize) })
 	return nil
 }
 
+// again compares e once more with writes to it kept out, and enters what differs and is not
+// dirty: a write between the look at the flags and the reads may have come to both sides by
+// now, in one after the other.
+func (x *verification) again(ctx context.Context, e lun.Extent) error {
+	differ, err := x.differ(ctx, e, true)
+	if err != nil {
+		return err
+	}
+	for _, d := range differ {
+		still, err := x.clean(d)
+		if err != nil {
+			return err
+		}
+		x.differs(still)
+	}
+	return nil
+}
+
 // clean gives the runs of e that no initiator wrote and that were not given up.
 func (x *verification) clean(e lun.Extent) ([]lun.Extent, error) {
 	out := []lun.Extent{}
-	err := x.v.flags.Runs(state.Dirty, run(e), func(r state.Run, dirty bool) bool {
+	err := x.v.raw().Runs(state.Dirty, run(e), func(r state.Run, dirty bool) bool {
 		if !dirty {
 			out = append(out, extent(r))
 		}
@@ -233,8 +247,9 @@ func (x *verification) clean(e lun.Extent) ([]lun.Extent, error) {
 	return out, nil
 }
 
-// differ reads e of both sides and gives the runs in which they differ.
-func (x *verification) differ(ctx context.Context, e lun.Extent) ([]lun.Extent, error) {
+// differ reads e of both sides, alone with no write to it beside, and gives the runs in
+// which they differ.
+func (x *verification) differ(ctx context.Context, e lun.Extent, alone bool) ([]lun.Extent, error) {
 	v := x.v
 	if err := v.gate.enter(ctx); err != nil {
 		return nil, err
@@ -242,6 +257,13 @@ func (x *verification) differ(ctx context.Context, e lun.Extent) ([]lun.Extent, 
 	defer v.gate.leave()
 	if v.Phase() != Synced {
 		return nil, fmt.Errorf("the volume is in phase %s now", v.Phase())
+	}
+	if alone {
+		held, err := v.writes.Lock(ctx, e)
+		if err != nil {
+			return nil, err
+		}
+		defer v.writes.Unlock(held)
 	}
 	n := v.info.Bytes(e)
 	a, b := make([]byte, n), make([]byte, n)

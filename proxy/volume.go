@@ -10,7 +10,8 @@
 // kill nor a power loss loses an acknowledged write, or shows an older block than one
 // already read.
 //
-// route.go is the data path, lifecycle.go the phases, check.go the refusals.
+// route.go and write.go are the data path, pass.go its two directions, mirror.go writes that
+// go to both sides, lifecycle.go the phases, check.go the refusals.
 package proxy
 
 import (
@@ -49,6 +50,8 @@ type Config struct {
 	// CopyRate limits the copy in bytes per second; 0 is no limit. A rate set by
 	// Throttle is kept in the state and wins over it.
 	CopyRate uint64
+	// Mirror has writes go to both sides from the start on, unless SetMirror said otherwise.
+	Mirror bool
 	// Readback has what is copied read back from the destination and compared.
 	Readback bool
 	// DestinationCache says whether the destination is flushed before flags are set; empty
@@ -93,12 +96,12 @@ type Volume struct {
 	cfg                 Config
 	log                 logrus.FieldLogger
 	source, destination *unit // nil in phase cutover after a restart
+	sourceFlush         *flusher
 	destinationFlush    *flusher
 	info                lun.Info
 	store               store
-	flags               flags
-	copier              *copier.Copier
-	before              copier.Progress // what earlier runs of the service did
+	ways                atomic.Pointer[ways]
+	mirror              atomic.Pointer[mirror] // nil while writes go to one side
 	throttle            *copier.Throttle
 
 	// Lock order: step, gate, a range of writes, commits, mu.
@@ -110,8 +113,8 @@ type Volume struct {
 	usage usage // of the source by file systems
 
 	phase atomic.Value // Phase; assigned in lifecycle.go only
-	// sourceFlushed: the source has nothing in its cache that was written before the start.
-	sourceFlushed atomic.Bool
+	// fromFlushed: the side that takes no writes has nothing in its cache.
+	fromFlushed atomic.Bool
 
 	setting sync.Mutex // one Set at a time; before mu
 
@@ -119,15 +122,8 @@ type Volume struct {
 	settings Settings
 	record   state.Record
 	changed  chan struct{} // closed and replaced when the phase changes
-	suspects []lun.Extent  // blocks that were not valid when a write to them failed
-	writing  []lun.Extent  // where writes to blocks that are not valid are under way
-	// committing are the copied blocks that are being flagged; committed is closed when
-	// they are.
-	committing []lun.Extent
-	committed  chan struct{}
-	unsure     error // why it is not known what of them is flagged; then no block is made valid any more
-	faults     map[string]string
-	samples    []sample
+	faults   map[string]string
+	samples  []sample
 
 	faulty    atomic.Bool // faults is not empty
 	verifying atomic.Pointer[verification]
@@ -135,6 +131,7 @@ type Volume struct {
 	key     uint64    // of the fences
 	guard   *activity // looks after the fences; guarded by step
 	copying *activity // guarded by step
+	left    *mirror   // that a rollback ended just now; guarded by step
 	closed  bool      // guarded by step
 }
 
@@ -222,35 +219,10 @@ func Open(ctx context.Context, cfg Config) (*Volume, error) {
 	}
 	v.source = &unit{Device: cfg.Source, role: "source", address: cfg.SourceAddress}
 	v.destination = &unit{Device: cfg.Destination, role: "destination", address: cfg.DestinationAddress, cache: cfg.DestinationCache}
-	v.destinationFlush = &flusher{unit: v.destination}
+	v.sourceFlush, v.destinationFlush = &flusher{unit: v.source}, &flusher{unit: v.destination}
 	v.info = frontInfo(cfg.Name, v.source.Info(), v.destination.Info())
 	if err := v.takeUp(ctx, record, found); err != nil {
 		return nil, err
-	}
-	v.copier = copier.New(copier.Options{
-		Source: v.source, Destination: v.destination, Ledger: (*ledger)(v),
-		Volume: v.info.All(), RegionBlocks: v.record.RegionBlocks, Depth: cfg.CopyDepth,
-		Throttle: v.throttle, Readback: cfg.Readback, Compare: v.record.Compare, Survey: v.survey,
-		Fault: func(err error) { v.fault("copy", err) },
-	})
-	v.before = copier.Progress{
-		Copied: v.record.CopiedBytes, Skipped: v.record.SkippedBytes,
-		Compared: v.record.ComparedBytes, Equal: v.record.EqualBytes,
-	}
-	// What is valid and was never written by an initiator came from the copier, also
-	// where a crash kept it from being counted: as what most of it is.
-	brought := (v.flags.Count(state.Valid) - v.flags.Count(state.Dirty)) * uint64(v.info.BlockSize)
-	counted := v.before.Copied + v.before.Skipped + v.before.Equal
-	switch {
-	case brought <= counted:
-	case v.record.Compare:
-		v.before.Compared += brought - counted
-		v.before.Equal += brought - counted
-	default:
-		v.before.Copied += brought - counted
-	}
-	if v.record.AllocatedBytes != nil {
-		v.before.Allocated, v.before.Surveyed = *v.record.AllocatedBytes, true
 	}
 	v.phase.Store(Phase(v.record.Phase))
 	if err := cfg.Target.AddUnit(v.front()); err != nil {
@@ -263,10 +235,12 @@ func Open(ctx context.Context, cfg Config) (*Volume, error) {
 // takeUp makes the record and the flags those of this pair of units, or refuses.
 func (v *Volume) takeUp(ctx context.Context, r state.Record, found bool) error {
 	s, d := v.cfg.Source.Info(), v.cfg.Destination.Info()
-	if found && Phase(r.Phase) != Ready && d.Blocks < r.Blocks {
+	moving := found && Phase(r.Phase).Moving()
+	if moving && d.Blocks < r.Blocks {
 		return &Refusal{fmt.Sprintf("volume %s: destination %s has become smaller than the volume: %d of %d blocks: restore its size", v.cfg.Name, d.ID, d.Blocks, r.Blocks)}
 	}
-	if found && Phase(r.Phase) != Ready && (r.SourceID != s.ID || r.DestinationID != d.ID || r.Blocks != s.Blocks || r.BlockSize != s.BlockSize) {
+	same := r.SourceID == s.ID && r.DestinationID == d.ID && r.Blocks == s.Blocks && r.BlockSize == s.BlockSize
+	if moving && !same {
 		return &Refusal{fmt.Sprintf("volume %s: its state (phase %s) belongs to source %s (%d blocks) and destination %s, but the configuration names source %s (%d blocks) and destination %s: correct the configuration, or give the new pair another name",
 			v.cfg.Name, r.Phase, r.SourceID, r.Blocks, r.DestinationID, s.ID, s.Blocks, d.ID)}
 	}
@@ -275,6 +249,10 @@ func (v *Volume) takeUp(ctx context.Context, r state.Record, found bool) error {
 	}
 	if err := v.openFences(ctx, &r); err != nil {
 		return err
+	}
+	// What was rolled back is whole on the source, and of the destination nothing counts.
+	if Phase(r.Phase) == RolledBack && !same {
+		r.Phase = string(Ready)
 	}
 	if Phase(r.Phase) == Ready {
 		// Nothing is on disk yet that hangs on the units, so the configuration
@@ -300,8 +278,9 @@ func (v *Volume) takeUp(ctx context.Context, r state.Record, found bool) error {
 	if err != nil {
 		return v.errorf("load its flags: %w", err)
 	}
-	v.flags = flags
-	if err := v.recover(ctx); err != nil {
+	v.record = r
+	v.ways.Store(v.newWays(flags, Phase(r.Phase) == RollingBack))
+	if err := v.way().recover(ctx); err != nil {
 		return err
 	}
 	if Phase(r.Phase) == Ready {
@@ -316,7 +295,6 @@ func (v *Volume) takeUp(ctx context.Context, r state.Record, found bool) error {
 	if r.RateLimit != nil {
 		v.throttle.Set(*r.RateLimit)
 	}
-	v.record = r
 	return nil
 }
 
@@ -372,6 +350,7 @@ func (v *Volume) Status() Status {
 	s.Verify = v.verified()
 	v.mu.Unlock()
 	s.StartedAt, s.SyncedAt, s.CutoverAt = r.StartedAt, r.SyncedAt, r.CutoverAt
+	s.RollbackAt, s.RolledBackAt = r.RollbackAt, r.RolledBackAt
 	s.Compare = r.Compare
 	s.UnreadableRuns = []BlockRun{}
 	s.AllocationFound = []string{}
@@ -402,16 +381,26 @@ func (v *Volume) Status() Status {
 	s.Copied, s.Skipped, s.Allocated, s.AllocatedKnown = p.Copied, p.Skipped, p.Allocated, p.Surveyed
 	s.Compared, s.Equal = p.Compared, p.Equal
 	s.ChecksumErrors, s.ReadbackErrors = p.ChecksumErrors, p.ReadbackErrors
-	s.InitiatorWritten = v.flags.Count(state.Dirty) * bs
-	s.Remaining = s.Size - v.flags.Count(state.Valid)*bs
+	s.InitiatorWritten, s.Mirror = r.InitiatorWrittenBytes, v.mirrorStatus()
+	if s.Phase == Migrating || s.Phase == Synced {
+		s.InitiatorWritten = v.raw().Count(state.Dirty) * bs
+	}
+	if s.Phase != RolledBack {
+		s.Remaining = s.Size - v.way().flags.Count(state.Valid)*bs
+	}
+	s.CopiedBack = v.copiedBack()
 	s.UnreadableRuns, s.Unreadable = v.shown(v.unreadable())
-	if s.Phase != Migrating {
+	if s.Phase != Migrating && s.Phase != RollingBack {
 		s.Rate = 0
 		return s
 	}
 	s.Paused = r.Paused
-	if s.AllocatedKnown && s.Rate > 0 && !s.Paused {
-		eta := int64((min(s.Remaining, p.Left) + s.Rate - 1) / s.Rate)
+	known, left := s.AllocatedKnown, min(s.Remaining, p.Left)
+	if s.Phase == RollingBack {
+		known, left = true, s.Remaining
+	}
+	if known && s.Rate > 0 && !s.Paused {
+		eta := int64((left + s.Rate - 1) / s.Rate)
 		s.ETA = &eta
 	}
 	return s
@@ -426,7 +415,7 @@ func (v *Volume) degraded() (bool, string) {
 		}
 		reason += text
 	}
-	for _, kind := range []string{"start", "state", "fence", "registrations", "copy"} {
+	for _, kind := range []string{"start", "state", "fence", "registrations", "copy", "mirror"} {
 		if text := v.faults[kind]; text != "" {
 			add(text)
 		}
@@ -481,47 +470,44 @@ func (v *Volume) rate() uint64 {
 	return 0
 }
 
-// save writes the record as change leaves it, and keeps it once it is on stable
-// storage.
-func (v *Volume) save(ctx context.Context, change func(*state.Record)) error {
-	// One save at a time, so that the last one on disk is the last one made.
-	if err := v.commits.take(ctx); err != nil {
-		return err
-	}
-	defer v.commits.give()
+// save writes the record as edit leaves it, and keeps it once it is on stable storage.
+func (v *Volume) save(ctx context.Context, edit func(*state.Record)) error {
+	return save(ctx, change{v: v, edit: edit})
+}
+
+// tally is the record with what was counted by now.
+func (v *Volume) tally() state.Record {
 	v.mu.Lock()
 	r := v.record
 	v.mu.Unlock()
 	p := v.progress()
 	r.CopiedBytes, r.SkippedBytes, r.ComparedBytes, r.EqualBytes = p.Copied, p.Skipped, p.Compared, p.Equal
+	r.CopiedBackBytes = v.copiedBack()
 	if p.Surveyed {
 		r.AllocatedBytes = &p.Allocated
 	}
-	r.InitiatorWrittenBytes = v.flags.Count(state.Dirty) * uint64(v.info.BlockSize)
-	change(&r)
-	if err := v.store.PutRecords(ctx, r); err != nil {
-		err = v.errorf("write its state: %w", err)
-		if ctx.Err() == nil {
-			v.fault("state", err)
-		}
-		return err
+	if at := Phase(r.Phase); at == Migrating || at == Synced {
+		r.InitiatorWrittenBytes = v.raw().Count(state.Dirty) * uint64(v.info.BlockSize)
 	}
-	v.fault("state", nil)
-	v.mu.Lock()
-	v.record = r
-	v.mu.Unlock()
-	return nil
+	return r
+}
+
+// copiedBack is what was copied to the source since the migration started, in bytes.
+func (v *Volume) copiedBack() uint64 {
+	w := v.ways.Load()
+	return w.beforeBack + w.back.copier.Progress().Copied
 }
 
 // progress is what was copied since the migration started.
 func (v *Volume) progress() copier.Progress {
-	p := v.copier.Progress()
-	p.Copied += v.before.Copied
-	p.Skipped += v.before.Skipped
-	p.Compared += v.before.Compared
-	p.Equal += v.before.Equal
-	if !p.Surveyed && v.before.Surveyed {
-		p.Allocated, p.Surveyed = v.before.Allocated, true
+	w := v.ways.Load()
+	p := w.forward.copier.Progress()
+	p.Copied += w.before.Copied
+	p.Skipped += w.before.Skipped
+	p.Compared += w.before.Compared
+	p.Equal += w.before.Equal
+	if !p.Surveyed && w.before.Surveyed {
+		p.Allocated, p.Surveyed = w.before.Allocated, true
 	}
 	return p
 }
@@ -533,5 +519,5 @@ func (v *Volume) errorf(format string, args ...any) error {
 var (
 	_ lun.Updater   = (*Volume)(nil)
 	_ lun.Prober    = (*Volume)(nil)
-	_ copier.Ledger = (*ledger)(nil)
+	_ copier.Ledger = (*pass)(nil)
 )

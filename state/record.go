@@ -51,6 +51,12 @@ type Record struct {
 	EqualBytes    uint64 `json:"equal_bytes,omitempty"`
 	// AllocatedBytes is the storage of the source; nil until it is known.
 	AllocatedBytes *uint64 `json:"allocated_bytes,omitempty"`
+	// CopiedBackBytes is what was copied to the source.
+	CopiedBackBytes uint64 `json:"copied_back_bytes,omitempty"`
+	// Mirror is whether writes go to both sides; nil where that was never switched.
+	Mirror *bool `json:"mirror,omitempty"`
+	// Mirrored is true once writes went to both sides since the start.
+	Mirrored bool `json:"mirrored,omitempty"`
 	// InitiatorWrittenBytes is the size of the dirty blocks at the last record.
 	InitiatorWrittenBytes uint64 `json:"initiator_written_bytes"`
 
@@ -58,7 +64,11 @@ type Record struct {
 	StartedAt *time.Time `json:"started_at,omitempty"`
 	SyncedAt  *time.Time `json:"synced_at,omitempty"`
 	CutoverAt *time.Time `json:"cutover_at,omitempty"`
-	// Hold is how long initiator I/O was held at cutover.
+	// RollbackAt is when the source took the writes again, RolledBackAt when it had
+	// everything.
+	RollbackAt   *time.Time `json:"rollback_at,omitempty"`
+	RolledBackAt *time.Time `json:"rolled_back_at,omitempty"`
+	// Hold is how long initiator I/O was held at cutover, or else at the rollback.
 	Hold *time.Duration `json:"hold_ns,omitempty"`
 	// Unreadable is what the source could not read when it was last tried, Accepted
 	// what of it was given up and zeroed on the destination; both in rising order.

@@ -1,0 +1,547 @@
+package proxy
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"sync"
+	"time"
+
+	"lunshift/lun"
+	"lunshift/state"
+)
+
+const (
+	// mirrorRound is the time between looks at what both sides hold alike, and at a source
+	// that is gone.
+	mirrorRound = time.Second
+	// mostEqual bounds the extents that are known to be equal and not noted yet; of what is
+	// beyond it the source gets a copy once more.
+	mostEqual = 1 << 16
+	// equalBatch is how many are noted at a time.
+	equalBatch = 1024
+	// goneLimit is how long a write waits for a source that is gone, and goneEvery how often
+	// one that takes longer asks whether it is.
+	goneLimit = 2 * time.Second
+	goneEvery = 100 * time.Millisecond
+)
+
+// mirror has every write go to the source as well, in phases migrating and synced, so that
+// to go back costs nothing.
+//
+// Its intent log are the dirty flags: a block is dirty, durably, before it is written on
+// either side (the write rule), and is cleared of that some time after both have it and
+// were flushed. So after a crash what was in flight is dirty, the destination counts, and the
+// source gets a copy of it: pass back works on what is dirty and not known to be equal.
+// Both writes are made under one lock of their range, so that they come in one order.
+//
+// Where the source fails the mirror is broken: writes go on, on the destination alone, and
+// stay dirty. Once the source answers again it is caught up, while new writes go to both.
+type mirror struct {
+	v    *Volume
+	back *pass
+
+	copying, clearing *activity // guarded by v.step
+	wake              chan struct{}
+
+	mu     sync.Mutex // guards what follows; before v.mu
+	broken error      // why nothing is written to the source
+	breaks chan struct{}
+	equal  map[uint64][]*equal // by region
+	count  int
+}
+
+// equal is an extent, within a region, that both sides hold alike although it is dirty.
+type equal struct {
+	lun.Extent
+	// What Resets told before it was written, and when that was done.
+	source, destination uint64
+	at                  time.Time
+}
+
+// wantsMirror tells whether writes are to go to both sides.
+func (v *Volume) wantsMirror(r state.Record) bool {
+	if r.Mirror != nil {
+		return *r.Mirror
+	}
+	return v.set().Mirror
+}
+
+// runMirror begins to mirror where that is wanted. The caller holds step, and no command is
+// under way or could be.
+func (v *Volume) runMirror() {
+	v.mu.Lock()
+	r := v.record
+	v.mu.Unlock()
+	if !v.wantsMirror(r) || v.mirror.Load() != nil {
+		return
+	}
+	m := &mirror{
+		v: v, back: v.ways.Load().back, wake: make(chan struct{}, 1),
+		breaks: make(chan struct{}), equal: make(map[uint64][]*equal),
+	}
+	v.mirror.Store(m)
+	v.workMirror()
+}
+
+// workMirror begins what a mirror does in the background; the caller holds step.
+func (v *Volume) workMirror() {
+	m := v.mirror.Load()
+	m.copying, m.clearing = begin(m.catchUp), begin(m.clear)
+}
+
+// stopMirror ends that; writes go to both sides still. The caller holds step.
+func (v *Volume) stopMirror(ctx context.Context) error {
+	m := v.mirror.Load()
+	if m == nil {
+		return nil
+	}
+	if err := errors.Join(m.copying.end(ctx), m.clearing.end(ctx)); err != nil {
+		return v.errorf("the mirror did not stop: %w", err)
+	}
+	m.copying, m.clearing = nil, nil
+	return nil
+}
+
+// write has do change e on both sides, on the destination by the write rule.
+func (m *mirror) write(ctx context.Context, e lun.Extent, content []byte, do doer) error {
+	if err := m.back.mark(ctx, e); err != nil {
+		return err
+	}
+	defer m.back.unmark(e)
+	m.forget(e)
+	v := m.v
+	w := v.way()
+	as := equal{source: v.source.Resets(), destination: v.destination.Resets()}
+	var mirrored error
+	var err error
+	if _, broken := m.state(); broken != nil {
+		mirrored = broken
+		err = w.write(ctx, e, content, do)
+	} else if w.flags.All(state.Valid, run(e)) {
+		// By the time it is called the blocks are dirty.
+		err = w.write(ctx, e, content, func(ctx context.Context, u *unit) error {
+			wrote := make(chan error, 1)
+			go func() { wrote <- m.writeSource(ctx, do) }()
+			err := do(ctx, u)
+			mirrored = <-wrote
+			return err
+		})
+	} else if err = w.write(ctx, e, content, do); err == nil {
+		// While a block is not valid the source alone has it: it must not get what the
+		// destination failed to take.
+		mirrored = m.writeSource(ctx, do)
+	}
+	if err == nil && mirrored == nil {
+		as.at = time.Now()
+		m.note(e, as)
+	} else {
+		m.back.suspect(e) // before it is unmarked
+	}
+	return err
+}
+
+// writeSource has do change the source. It ends when the source has been gone for
+// goneLimit, and breaks the mirror where that or anything else fails.
+func (m *mirror) writeSource(ctx context.Context, do doer) error {
+	source := m.v.source
+	sctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	if d, remote := source.Device.(lun.Reachable); remote {
+		watch := time.AfterFunc(goneLimit, func() { m.watch(sctx, d, cancel) })
+		defer watch.Stop()
+	}
+	err := do(sctx, source)
+	if err != nil && ctx.Err() == nil {
+		if cause := context.Cause(sctx); cause != nil {
+			err = cause
+		}
+		m.fail(err)
+	}
+	return err
+}
+
+// watch cancels a write to a source that cannot be reached.
+func (m *mirror) watch(ctx context.Context, d lun.Reachable, cancel context.CancelCauseFunc) {
+	look := time.NewTicker(goneEvery)
+	defer look.Stop()
+	for {
+		if err := d.Unreachable(); err != nil {
+			cancel(fmt.Errorf("source: %w", err))
+			return
+		}
+		select {
+		case <-look.C:
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// state gives a channel that is closed when the mirror breaks, and why it is broken.
+func (m *mirror) state() (<-chan struct{}, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.breaks, m.broken
+}
+
+// fail breaks the mirror.
+func (m *mirror) fail(err error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.broken != nil {
+		return
+	}
+	m.broken = err
+	close(m.breaks)
+	m.v.fault("mirror", fmt.Errorf("broken, writes go to the destination alone: %w", err))
+}
+
+// mend has writes go to the source again.
+func (m *mirror) mend() {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.broken, m.breaks = nil, make(chan struct{})
+	m.v.fault("mirror", nil)
+}
+
+// flush is that of an initiator.
+func (m *mirror) flush(ctx context.Context) error {
+	flushed := make(chan error, 1)
+	_, broken := m.state()
+	if broken == nil {
+		go func() { flushed <- m.v.sourceFlush.Flush(ctx) }()
+	}
+	err := m.v.destinationFlush.Flush(ctx)
+	if broken == nil {
+		if mine := <-flushed; mine != nil && ctx.Err() == nil {
+			m.fail(mine)
+		}
+	}
+	return err
+}
+
+// regions calls do for the parts of e that lie in one region each.
+func (m *mirror) regions(e lun.Extent, do func(region uint64, part lun.Extent)) {
+	size := m.back.copier.RegionBlocks
+	for !e.Empty() {
+		g := uint64(e.Start) / size
+		part := e.Intersect(m.v.region(g))
+		do(g, part)
+		e = lun.Extent{Start: part.End(), Blocks: e.Blocks - part.Blocks}
+	}
+}
+
+// note enters e as equal. The caller holds the range.
+func (m *mirror) note(e lun.Extent, as equal) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.regions(e, func(g uint64, part lun.Extent) {
+		if m.count >= mostEqual {
+			m.back.suspect(part) // a copy under way may be older
+			return
+		}
+		one := as
+		one.Extent = part
+		m.equal[g] = append(m.equal[g], &one)
+		m.count++
+	})
+	if m.count >= mostEqual/2 {
+		m.poke()
+	}
+}
+
+// forget takes out what e touches: it is not equal while it changes.
+func (m *mirror) forget(e lun.Extent) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.regions(e, func(g uint64, part lun.Extent) {
+		var left []*equal
+		for _, x := range m.equal[g] {
+			for _, rest := range lun.Subtract([]lun.Extent{x.Extent}, part) {
+				kept := *x
+				kept.Extent = rest
+				left = append(left, &kept)
+			}
+		}
+		m.replace(g, left)
+	})
+}
+
+// replace makes left what is equal of a region; mu is held.
+func (m *mirror) replace(g uint64, left []*equal) {
+	m.count += len(left) - len(m.equal[g])
+	if len(left) == 0 {
+		delete(m.equal, g)
+	} else {
+		m.equal[g] = left
+	}
+}
+
+// alike gives what of e both sides hold alike, unless one lost its cache meanwhile (settle). A
+// copy of it that was begun before must not be written: what leaves this is a suspect.
+func (m *mirror) alike(e lun.Extent) (list []lun.Extent) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.regions(e, func(g uint64, part lun.Extent) {
+		for _, x := range m.equal[g] {
+			if o := x.Intersect(part); !o.Empty() {
+				list = append(list, o)
+			}
+		}
+	})
+	return list
+}
+
+// older gives what was equal by then.
+func (m *mirror) older(then time.Time) (list []*equal) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for _, of := range m.equal {
+		for _, x := range of {
+			if !x.at.After(then) {
+				list = append(list, x)
+			}
+		}
+	}
+	return list
+}
+
+// drop takes one out, if it is there still.
+func (m *mirror) drop(x *equal) bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	g := uint64(x.Start) / m.back.copier.RegionBlocks
+	i := slices.Index(m.equal[g], x)
+	if i < 0 {
+		return false
+	}
+	m.replace(g, slices.Delete(slices.Clone(m.equal[g]), i, i+1))
+	return true
+}
+
+// settle clears the dirty flags of what was equal by then, once both sides have it on stable
+// storage; where the source serves from now on, once that does. What a side lost
+// with its cache stays dirty.
+func (m *mirror) settle(ctx context.Context, then time.Time, sourceServes bool) error {
+	list := m.older(then)
+	if len(list) == 0 {
+		return nil
+	}
+	v := m.v
+	if err := v.sourceFlush.Flush(ctx); err != nil {
+		if ctx.Err() == nil {
+			m.fail(err)
+		}
+		return err
+	}
+	if !sourceServes {
+		if err := v.destinationFlush.Flush(ctx); err != nil {
+			return err
+		}
+	}
+	source, destination := v.source.Resets(), v.destination.Resets()
+	slices.SortFunc(list, func(a, b *equal) int { return byStart(a.Extent, b.Extent) })
+	for len(list) > 0 {
+		n := min(equalBatch, len(list))
+		batch := list[:n]
+		list = list[n:]
+		lost := func(x *equal) bool {
+			return x.source != source || !sourceServes && x.destination != destination
+		}
+		kinds := state.Dirty
+		if sourceServes {
+			kinds |= state.Valid // the destination may lose it
+		}
+		if err := m.clearBatch(ctx, batch, kinds, lost); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (m *mirror) clearBatch(ctx context.Context, batch []*equal, kinds state.Kinds, lost func(*equal) bool) error {
+	var clean []state.Run
+	var same []*equal
+	v := m.v
+	for _, x := range batch {
+		held, ok := v.writes.TryLock(x.Extent)
+		if !ok {
+			continue // it is being written; in a later round
+		}
+		defer v.writes.Unlock(held)
+		switch {
+		case !m.has(x):
+		case lost(x):
+			// The destination counts, and the source gets a copy.
+			m.back.suspect(x.Extent)
+			m.drop(x)
+		default:
+			if err := v.raw().Await(ctx, run(x.Extent)); err != nil {
+				return v.stateError(ctx, err)
+			}
+			clean, same = append(clean, run(x.Extent)), append(same, x)
+		}
+	}
+	if len(clean) == 0 {
+		return nil
+	}
+	if err := v.raw().Clear(ctx, kinds, clean...); err != nil {
+		return v.stateError(ctx, err)
+	}
+	for _, x := range same {
+		m.drop(x)
+	}
+	return nil
+}
+
+func (m *mirror) has(x *equal) bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return slices.Contains(m.equal[uint64(x.Start)/m.back.copier.RegionBlocks], x)
+}
+
+func (m *mirror) poke() {
+	select {
+	case m.wake <- struct{}{}:
+	default:
+	}
+}
+
+// clear clears flags by and by. What was written again meanwhile stays dirty, so that it costs
+// no commit to write it again.
+func (m *mirror) clear(ctx context.Context) {
+	round := time.NewTicker(mirrorRound)
+	defer round.Stop()
+	for {
+		then := time.Now()
+		select {
+		case <-ctx.Done():
+			return
+		case <-round.C:
+			then = then.Add(-mirrorRound)
+		case <-m.wake:
+			then = time.Now()
+		}
+		if _, broken := m.state(); broken == nil {
+			_ = m.settle(ctx, then, false) // shown as a fault, and tried again
+		}
+	}
+}
+
+// catchUp brings the source what is dirty and not equal, and mends the mirror.
+func (m *mirror) catchUp(ctx context.Context) {
+	round := time.NewTicker(mirrorRound)
+	defer round.Stop()
+	for ctx.Err() == nil {
+		gone, broken := m.state()
+		if broken != nil {
+			if m.sourceIsBack(ctx) {
+				m.mend()
+				continue
+			}
+		} else if _, missing := m.back.NextMissing(0); missing {
+			run, stop := context.WithCancel(ctx)
+			go func() {
+				select {
+				case <-gone:
+					stop()
+				case <-run.Done():
+				}
+			}()
+			_ = m.back.copier.Run(run) // it ends with ctx, the mirror, or the last block
+			stop()
+		}
+		select {
+		case <-round.C:
+		case <-ctx.Done():
+		}
+	}
+}
+
+// sourceIsBack tells whether the source takes commands.
+func (m *mirror) sourceIsBack(ctx context.Context) bool {
+	if d, ok := m.v.source.Device.(lun.Reachable); ok && d.Unreachable() != nil {
+		return false
+	}
+	return m.v.sourceFlush.Flush(ctx) == nil
+}
+
+// SetMirror switches the mirror on or off. It is kept over restarts, and wins over the
+// configuration.
+func (v *Volume) SetMirror(ctx context.Context, on bool) error {
+	v.step.Lock()
+	defer v.step.Unlock()
+	if v.closed {
+		return v.errorf("mirror: %w", lun.ErrClosed)
+	}
+	remember := func(r *state.Record) {
+		r.Mirror = &on
+		r.Mirrored = r.Mirrored || on && Phase(r.Phase) != Ready
+	}
+	switch v.Phase() {
+	case Ready:
+		return v.save(ctx, remember)
+	case Migrating, Synced:
+	default:
+		return v.notAllowed("mirror", "writes go to one side for good")
+	}
+	if err := v.stopMirror(ctx); err != nil {
+		return err
+	}
+	_, err := v.held(ctx, func(ctx context.Context) error {
+		if err := v.save(ctx, remember); err != nil {
+			return err
+		}
+		if on {
+			v.runMirror()
+		} else if m := v.mirror.Swap(nil); m != nil {
+			v.fromFlushed.Store(false)
+			v.fault("mirror", nil)
+		}
+		return nil
+	})
+	if m := v.mirror.Load(); m != nil && m.copying == nil {
+		v.workMirror()
+	}
+	if err != nil {
+		return v.errorf("mirror: %w", err)
+	}
+	return nil
+}
+
+// MirrorStatus is how far the source follows.
+type MirrorStatus struct {
+	// State is "whole": both sides are the same but for writes in flight; "behind": the
+	// source is being caught up; or "broken": it fails, and writes go to the destination
+	// alone, because of Reason.
+	State  string `json:"state"`
+	Reason string `json:"reason,omitempty"`
+	// Behind is what the source is still to get, in bytes.
+	Behind uint64 `json:"behind_bytes"`
+}
+
+// mirrorStatus is nil where there is no mirror.
+func (v *Volume) mirrorStatus() *MirrorStatus {
+	m := v.mirror.Load()
+	if m == nil {
+		return nil
+	}
+	bs := uint64(v.info.BlockSize)
+	s := &MirrorStatus{State: "whole", Behind: v.raw().Count(state.Dirty) * bs}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for _, list := range m.equal {
+		for _, x := range list {
+			s.Behind -= min(s.Behind, x.Blocks*bs)
+		}
+	}
+	switch {
+	case m.broken != nil:
+		s.State, s.Reason = "broken", m.broken.Error()
+	case s.Behind > 0:
+		s.State = "behind"
+	}
+	return s
+}

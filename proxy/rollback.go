@@ -1,0 +1,136 @@
+package proxy
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	"lunshift/lun"
+	"lunshift/state"
+)
+
+// RollbackOptions say what a rollback does besides.
+type RollbackOptions struct {
+	// AcceptUnreadable gives up blocks that the destination cannot read, where they are all
+	// that is left to copy back: they read as zeroes on the source from then on.
+	AcceptUnreadable bool `json:"accept_unreadable"`
+}
+
+// Rollback goes back to the source: migrating or synced → rolling-back → rolled-back. From
+// its return on the source takes all writes; what initiators wrote since the start is
+// copied back in the background, and is served meanwhile. Initiators stay. Under way or done
+// already, it does nothing.
+func (v *Volume) Rollback(ctx context.Context, o RollbackOptions) error {
+	return Do(ctx, RollbackStep(o), Together{}, v)
+}
+
+// RollbackStep is Rollback as a step of several volumes.
+func RollbackStep(o RollbackOptions) Step { return rollback{o} }
+
+type rollback struct{ o RollbackOptions }
+
+func (rollback) name() string { return "rollback" }
+
+func (s rollback) prepare(ctx context.Context, v *Volume) (skip bool, err error) {
+	if v.closed {
+		return false, v.errorf("rollback: %w", lun.ErrClosed)
+	}
+	switch v.Phase() {
+	case RolledBack:
+		return true, nil
+	case RollingBack:
+		if s.o.AcceptUnreadable && v.onlyUnreadable() {
+			return true, v.becomeRolledBackWithout(ctx)
+		}
+		return true, nil
+	case Ready:
+		return false, v.notAllowed("rollback", "nothing was moved")
+	case Cutover:
+		return false, v.notAllowed("rollback", "initiators use the destination without lunshift; move it back as a new volume with source and destination exchanged (lunshift start --reuse copies only what differs)")
+	}
+	if err := v.stopCopier(ctx); err != nil {
+		return false, err
+	}
+	if err := v.stopMirror(ctx); err != nil {
+		s.undo(v)
+		return false, err
+	}
+	if err := s.ready(ctx, v); err != nil {
+		s.undo(v)
+		return false, v.errorf("rollback not begun: %w", err)
+	}
+	return false, nil
+}
+
+// ready does before commands are held what would take long while they are.
+func (s rollback) ready(ctx context.Context, v *Volume) error {
+	if m := v.mirror.Load(); m != nil {
+		_ = m.settle(ctx, time.Now(), false) // what is left is dealt with in after
+	}
+	return s.settle(ctx, v)
+}
+
+// settle makes durable what the source has, and what the destination alone has.
+func (rollback) settle(ctx context.Context, v *Volume) error {
+	if err := v.sourceFlush.Flush(ctx); err != nil {
+		return err
+	}
+	if err := v.raw().Await(ctx, run(v.info.All())); err != nil {
+		return v.stateError(ctx, err)
+	}
+	err := v.destinationFlush.Flush(ctx)
+	// Of a mirror, what both sides hold alike does not count, and the destination may be gone.
+	if _, missing := v.ways.Load().back.NextMissing(0); missing && err != nil {
+		return fmt.Errorf("blocks are on the destination alone: %w", err)
+	}
+	return nil
+}
+
+// after clears what a mirror had on both sides, now that the source serves. If a crash comes
+// first, the destination has it as well.
+func (rollback) after(ctx context.Context, v *Volume) {
+	if m := v.left; m != nil {
+		v.left = nil
+		_ = m.settle(ctx, time.Now(), true) // what stays dirty is copied back
+	}
+}
+
+func (rollback) undo(v *Volume) {
+	if v.mirror.Load() != nil {
+		v.workMirror()
+	}
+	if v.Phase() == Migrating && !v.record.Paused {
+		v.runCopier()
+	}
+}
+
+func (rollback) change(v *Volume, held time.Duration) change {
+	now := time.Now()
+	return change{v: v, to: RollingBack, back: true, edit: func(r *state.Record) {
+		r.RollbackAt, r.Hold, r.Paused, r.Unreadable = &now, &held, false, nil
+	}}
+}
+
+func (rollback) finish(_ context.Context, v *Volume) error {
+	v.fromFlushed.Store(true)
+	v.fault("mirror", nil)
+	v.runCopier()
+	return nil
+}
+
+// becomeRolledBack follows from the source having every block; nothing changes for
+// initiators.
+func (v *Volume) becomeRolledBack(ctx context.Context) error {
+	if err := v.complete(ctx, v.way()); err != nil {
+		return err
+	}
+	now := time.Now()
+	v.fault("copy", nil)
+	return v.advance(ctx, RolledBack, func(r *state.Record) { r.RolledBackAt, r.Paused = &now, false })
+}
+
+// becomeRolledBackWithout gives up what the destination cannot read, which is all that is
+// left. The caller holds step.
+func (v *Volume) becomeRolledBackWithout(ctx context.Context) error {
+	return v.without(ctx, v.becomeRolledBack)
+}
