@@ -1,0 +1,235 @@
+package proxy
+
+import (
+	"context"
+	"errors"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"lunshift/lun"
+	"lunshift/lun/luntest"
+	"lunshift/state"
+	"lunshift/target"
+)
+
+// A migration that is half done goes back: the source has what initiators wrote before the
+// start, since, and while it went back; also over a restart in the middle. Then it can be
+// started again. Caught: a rollback that copies nothing back; a copier that takes the
+// source's map of what is allocated for the destination's.
+func TestRollbackLeavesEverythingOnTheSource(t *testing.T) {
+	const blocks = 40 * testRegion / testBlock
+	ctx := t.Context()
+	r := newRig(t, blocks)
+	r.cfg.Overwrite = true
+	all := lun.Extent{Blocks: blocks}
+	fill(t, r.source, lun.Extent{Blocks: blocks / 2}, 1) // the rest is a hole
+	must(t, r.source.Flush(ctx))
+	v := r.open(t)
+	defer func() { r.close(t) }()
+	must(t, v.Throttle(ctx, testRegion))
+	must(t, v.Start(ctx))
+	want := make([]uint64, blocks)
+	for at := range blocks / 2 {
+		want[at] = 1
+	}
+	write := func(v *Volume, start, n, version uint64) {
+		t.Helper()
+		fill(t, v, lun.Extent{Start: lun.LBA(start), Blocks: n}, version)
+		for at := start; at < start+n; at++ {
+			want[at] = version
+		}
+	}
+	check := func(dev lun.Device) {
+		t.Helper()
+		for at, version := range want {
+			expect(t, dev, lun.Extent{Start: lun.LBA(at), Blocks: 1}, version)
+		}
+	}
+	write(v, 100, 300, 2)
+	write(v, blocks-200, 130, 3)
+	must(t, v.Unmap(ctx, lun.Extent{Start: 150, Blocks: 64}))
+	for at := 150; at < 214; at++ {
+		want[at] = 0
+	}
+	if _, err := r.source.Extents(ctx, all); err != nil {
+		t.Fatal(err)
+	}
+	must(t, v.Rollback(ctx, RollbackOptions{}))
+	write(v, 120, 10, 4)          // on the destination alone
+	write(v, blocks/2+700, 20, 5) // on neither
+	write(v, 4000, 8, 6)          // on both, or the source
+	check(v)
+	if p := v.Phase(); p != RollingBack {
+		t.Fatalf("phase %s", p)
+	}
+	r.close(t)
+	v = r.open(t)
+	check(v)
+	if p := v.Phase(); p != RollingBack && p != RolledBack {
+		t.Fatalf("phase %s after a restart", p)
+	}
+	must(t, v.Throttle(ctx, 0))
+	waitFor(t, v, RolledBack)
+	must(t, v.Rollback(ctx, RollbackOptions{}))
+	check(v)
+	check(r.source)
+	writes := r.destination.Count(luntest.Write)
+	write(v, 77, 5, 7)
+	if n := r.destination.Count(luntest.Write); n != writes {
+		t.Error("the destination is written after the rollback")
+	}
+	if err := v.Wait(ctx, Synced); !errors.Is(err, ErrPhase) {
+		t.Errorf("waiting for %s of what was rolled back: %v", Synced, err)
+	}
+	r.close(t)
+	v = r.open(t)
+	if p := v.Phase(); p != RolledBack {
+		t.Fatalf("phase %s after a restart", p)
+	}
+	must(t, v.Start(ctx, StartOptions{Reuse: true}))
+	waitFor(t, v, Synced)
+	write(v, 5, 9, 8)
+	must(t, v.Cutover(ctx, CutoverOptions{}))
+	check(r.destination)
+}
+
+// With a mirror the source follows every write, so that going back is over at once; what was
+// written while the source was gone is caught up. Caught: a mirror that is not caught up, and
+// one that fails writes when the source is gone.
+func TestMirrorFollowsAndIsCaughtUp(t *testing.T) {
+	const blocks = 20 * testRegion / testBlock
+	ctx := t.Context()
+	r := newRig(t, blocks)
+	fill(t, r.source, lun.Extent{Blocks: blocks}, 1)
+	must(t, r.source.Flush(ctx))
+	var gone atomic.Bool
+	r.source.Before = func(_ context.Context, op luntest.Op, _ lun.Extent) error {
+		if gone.Load() && (op == luntest.Write || op == luntest.Flush) {
+			return lun.ErrUnavailable
+		}
+		return nil
+	}
+	r.cfg.Mirror = true
+	v := r.open(t)
+	defer func() { r.close(t) }()
+	must(t, v.Start(ctx))
+	fill(t, v, lun.Extent{Start: 30, Blocks: 50}, 2)
+	waitFor(t, v, Synced)
+	fill(t, v, lun.Extent{Start: 70, Blocks: 50}, 3)
+	mirror := func(state string) func(Status) bool {
+		return func(s Status) bool { return s.Mirror != nil && s.Mirror.State == state }
+	}
+	eventually(t, v, "the mirror is whole", mirror("whole"))
+	expect(t, r.source, lun.Extent{Start: 70, Blocks: 50}, 3)
+
+	gone.Store(true)
+	fill(t, v, lun.Extent{Start: 200, Blocks: 300}, 4)
+	eventually(t, v, "the mirror is broken", mirror("broken"))
+	if s := v.Status(); !s.Degraded || s.Mirror.Behind < 300*testBlock {
+		t.Errorf("degraded %v, behind %d", s.Degraded, s.Mirror.Behind)
+	}
+	if err := v.Rollback(ctx, RollbackOptions{}); err == nil {
+		t.Fatal("it goes back to a source that is gone")
+	}
+	fill(t, v, lun.Extent{Start: 250, Blocks: 20}, 5)
+	gone.Store(false)
+	eventually(t, v, "the mirror is whole again", mirror("whole"))
+	expect(t, r.source, lun.Extent{Start: 250, Blocks: 20}, 5)
+	expect(t, r.source, lun.Extent{Start: 270, Blocks: 230}, 4)
+	eventually(t, v, "what is alike is noted", func(Status) bool { return v.raw().Count(state.Dirty) == 0 })
+
+	fill(t, v, lun.Extent{Start: 900, Blocks: 100}, 6)
+	began := time.Now()
+	must(t, v.Rollback(ctx, RollbackOptions{}))
+	waitFor(t, v, RolledBack)
+	t.Logf("rolled back within %v", time.Since(began))
+	if back := v.Status().CopiedBack; back > 350*testBlock {
+		t.Errorf("%d bytes were copied back", back)
+	}
+	expect(t, r.source, lun.Extent{Start: 900, Blocks: 100}, 6)
+	expect(t, r.source, lun.Extent{Start: 30, Blocks: 40}, 2)
+}
+
+// Steps of several volumes change all or none: one that is not ready keeps the others where
+// they are, and commands go on. Caught: a step that leaves out who is not ready.
+func TestStepsTogetherChangeAllOrNone(t *testing.T) {
+	ctx := t.Context()
+	pair := newPair(t, 256)
+	a, b := pair[0].vol, pair[1].vol
+	for _, r := range pair {
+		fill(t, r.source, lun.Extent{Blocks: 256}, 1)
+	}
+	must(t, a.Start(ctx))
+	waitFor(t, a, Synced)
+	err := Do(ctx, CutoverStep(CutoverOptions{NoVerify: true}), Together{}, a, b)
+	if !errors.Is(err, ErrPhase) || a.Phase() != Synced || b.Phase() != Ready {
+		t.Fatalf("cutover of one that is not synced: %v; phases %s and %s", err, a.Phase(), b.Phase())
+	}
+	must(t, b.Start(ctx))
+	waitFor(t, b, Synced)
+	fill(t, a, lun.Extent{Blocks: 4}, 2)
+	fill(t, b, lun.Extent{Blocks: 4}, 2)
+
+	// One that hangs past the limit keeps both.
+	release := make(chan struct{})
+	entered := make(chan struct{}, 1)
+	pair[1].destination.Before = func(_ context.Context, op luntest.Op, e lun.Extent) error {
+		if op == luntest.Write && e.Start == 99 {
+			entered <- struct{}{}
+			<-release
+		}
+		return nil
+	}
+	written := make(chan error, 1)
+	go func() { written <- b.WriteAt(ctx, stamp(99, 3), 99) }()
+	<-entered
+	began := time.Now()
+	err = Do(ctx, RollbackStep(RollbackOptions{}), Together{HoldLimit: 200 * time.Millisecond}, a, b)
+	if err == nil || a.Phase() != Synced || b.Phase() != Synced {
+		t.Fatalf("rollback beside a write that hangs: %v; phases %s and %s", err, a.Phase(), b.Phase())
+	}
+	if took := time.Since(began); took > 20*time.Second {
+		t.Errorf("undone after %v", took)
+	}
+	fill(t, a, lun.Extent{Start: 8, Blocks: 4}, 3) // not held any more
+	close(release)
+	must(t, <-written)
+	must(t, Do(ctx, RollbackStep(RollbackOptions{}), Together{}, a, b))
+	waitFor(t, a, RolledBack)
+	waitFor(t, b, RolledBack)
+	for i, r := range pair {
+		expect(t, r.source, lun.Extent{Blocks: 4}, 2)
+		if i == 1 {
+			expect(t, r.source, lun.Extent{Start: 99, Blocks: 1}, 3)
+		}
+	}
+}
+
+// newPair are two volumes of one service.
+func newPair(t *testing.T, blocks uint64) []*rig {
+	t.Helper()
+	store, err := state.Open(t.TempDir(), state.Options{Log: quiet()})
+	must(t, err)
+	tgt, err := target.New(target.Config{Log: quiet()})
+	must(t, err)
+	var pair []*rig
+	for _, name := range []string{"a", "b"} {
+		r := &rig{source: luntest.NewThinMemory(testBlock, blocks), destination: luntest.NewThinMemory(testBlock, blocks)}
+		r.vol, err = Open(t.Context(), Config{
+			Name: name, IQN: "iqn.2026-11.net.example:" + name, Source: r.source, Destination: r.destination,
+			RegionSize: testRegion, CopyDepth: copyDepth, Store: store, Target: tgt, Log: quiet(),
+		})
+		must(t, err)
+		pair = append(pair, r)
+	}
+	t.Cleanup(func() {
+		ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+		defer cancel()
+		for _, r := range pair {
+			must(t, r.vol.Shutdown(ctx))
+		}
+		must(t, store.Close())
+	})
+	return pair
+}
