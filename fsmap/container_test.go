@@ -42,15 +42,8 @@ func moved(runs []byteRun, by uint64) (out []byteRun) {
 func table(t testing.TB, path, script string) {
 	t.Helper()
 	peer.Need(t, "sfdisk")
-	cmd := exec.CommandContext(t.Context(), "sfdisk", "--no-reread", "--no-tell-kernel", "-q", path)
-	cmd.Env = append(os.Environ(), "PATH="+os.Getenv("PATH")+":/usr/sbin:/sbin")
-	if cmd.Path == "sfdisk" {
-		cmd.Path = "/usr/sbin/sfdisk"
-		cmd.Err = nil
-	}
-	cmd.Stdin = strings.NewReader(script)
-	if out, err := cmd.CombinedOutput(); err != nil {
-		t.Fatalf("sfdisk: %v: %s", err, out)
+	if err := peer.Partition(t.Context(), path, script); err != nil {
+		t.Fatal(err)
 	}
 }
 

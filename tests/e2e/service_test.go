@@ -254,6 +254,7 @@ type status struct {
 	BlockSize        uint32  `json:"block_size"`
 	Allocated        uint64  `json:"allocated_bytes"`
 	Copied           uint64  `json:"copied_bytes"`
+	Unused           uint64  `json:"unused_bytes"`
 	Skipped          uint64  `json:"skipped_bytes"`
 	Compare          bool    `json:"compare"`
 	Compared         uint64  `json:"compared_bytes"`

@@ -184,3 +184,17 @@ func Allocated(path string) (uint64, error) {
 	}
 	return uint64(st.Blocks) * 512, nil
 }
+
+// Partition has sfdisk write a partition table into an image by a script of its own.
+func Partition(ctx context.Context, image, script string) error {
+	path, err := lookPath("sfdisk")
+	if err != nil {
+		return err
+	}
+	cmd := exec.CommandContext(ctx, path, "--no-reread", "--no-tell-kernel", "-q", image)
+	cmd.Stdin = strings.NewReader(script)
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return &ToolError{Tool: "sfdisk", Status: cmd.ProcessState.ExitCode(), Output: string(out)}
+	}
+	return nil
+}
