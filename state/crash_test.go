@@ -209,7 +209,8 @@ func (c *killed) compare(t *testing.T, f *Flags) {
 	}
 }
 
-// Caught: notes that are not synced, and entries that name the generation alone.
+// Caught: entries that name the generation alone, a Prove that sets in a backward turn, and
+// intents that are told there by the question of a forward one.
 func TestEveryAcknowledgedChangeSurvivesKillsInEachTurn(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()

@@ -294,9 +294,10 @@ func (v *modelled) opened(t *rapid.T, s *Store, volume string) {
 	}
 }
 
-// Caught, each by a change of the product: leaving the turn out of turnID (so that entries
-// of the turn before count after a crash), and out of the check in setNoted; clearing the
-// bit in all without writing the chunk; notes of a backward turn that read as set.
+// Caught: entries that name the generation alone, so that those of the turn before count after
+// a crash; notes of a backward turn that read as set, that count as set, or that are
+// settled by setting; bitmaps that stay where a whole region is cleared; a fast path of
+// Clear that asks for all blocks; a Next that finds regions that are all.
 func TestFlagsAnswerLikePlainArraysAcrossTurnsReopensAndCrashes(t *testing.T) {
 	t.Parallel()
 	s, n := open(t, t.TempDir()), 0

@@ -17,6 +17,7 @@ func FuzzStoredFlags(f *testing.F) {
 	f.Add(uint64(15), append([]byte{3}, make([]byte, 16)...))
 	f.Add(uint64(0), make([]byte, chunkWords*8))
 	f.Add(uint64(0), []byte(`{"schema":1,"generation":7,"blocks":10,"region_blocks":8,"chunk_regions":8192}`))
+	f.Add(uint64(0), []byte(`{"schema":3,"generation":7,"blocks":10,"region_blocks":8,"chunk_regions":8192,"turn":3,"backward":true}`))
 	f.Fuzz(func(t *testing.T, n uint64, value []byte) {
 		flags := newFlags(nil, "v", 1, Geometry{Blocks: 1000, RegionBlocks: 64})
 		flags.loadChunk(int(n%3), n/3, value)
@@ -34,7 +35,9 @@ func FuzzStoredFlags(f *testing.F) {
 				}
 			}
 		}
-		decodeHeader(value)
+		if h, err := decodeHeader(value); err == nil && (h.Turn > 0) != (h.Schema == turnSchema) {
+			t.Fatal(h)
+		}
 		s := &Store{dir: "/d"}
 		if rec, err := s.decodeRecord("v", value); err == nil && rec.Volume != "v" {
 			t.Fatal(rec)

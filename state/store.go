@@ -3,8 +3,8 @@
 // block whether the destination holds its current content (valid) and whether the
 // initiators wrote it since the start (dirty).
 //
-// Its guarantee: what PutRecords, PutReservation, Flags.Set, Note and Intend have acknowledged is
-// on stable storage and comes back at the next Open, after a kill or a power loss as well;
+// Its guarantee: what PutRecords, PutReservation, Turn, Flags.Set, Clear, Note and Intend have
+// acknowledged is on stable storage and comes back at the next Open, after a kill or a power loss as well;
 // if it does not, Open or Store.Flags fails and says so. A store never begins
 // again from nothing by itself.
 //
@@ -362,7 +362,8 @@ type Stats struct {
 	Failures uint64
 	// Journaled counts what was put into the journal, Frames the syncs that took.
 	Journaled, Frames uint64
-	// FlagsSet counts the blocks of any kind whose flag was newly set.
+	// FlagsSet counts the blocks of any kind whose flag was newly set, less those that lost
+	// that kind in the same commit.
 	FlagsSet uint64
 	// BitmapBytes is about how many bytes the bitmaps in memory take now, BitmapReads how
 	// often one had to be read from the database.
