@@ -46,7 +46,7 @@ func run() error {
 		}
 	}
 	short := flag.Bool("short", false, "one short round of each")
-	only := flag.String("only", "", "comma-separated parts to run: target, files, perf, arrays, first, slow, copy, seeded")
+	only := flag.String("only", "", "comma-separated parts to run: target, files, perf, arrays, first, slow, copy, seeded, mirror")
 	dir := flag.String("dir", "/dev/shm", "where the LUNs' files are; about 3 GiB")
 	state := flag.String("state", os.TempDir(), "where lunshift's state is; a disk, as in service")
 	output := flag.String("o", "", "a Markdown file to write the tables to, between its lines <!-- bench --> and <!-- /bench -->")
@@ -79,7 +79,7 @@ func run() error {
 	for _, part := range []struct {
 		name string
 		run  func() error
-	}{{"target", b.target}, {"files", b.files}, {"perf", b.perf}, {"arrays", b.arrays}, {"first", b.firstWrites}, {"slow", b.slowArrays}, {"copy", b.copies}, {"seeded", b.seeded}} {
+	}{{"target", b.target}, {"files", b.files}, {"perf", b.perf}, {"arrays", b.arrays}, {"first", b.firstWrites}, {"slow", b.slowArrays}, {"copy", b.copies}, {"seeded", b.seeded}, {"mirror", b.mirror}} {
 		if *only != "" && !strings.Contains(","+*only+",", ","+part.name+",") {
 			continue
 		}
