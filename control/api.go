@@ -26,6 +26,8 @@ type Volume interface {
 	Resume(ctx context.Context) error
 	Throttle(ctx context.Context, rate uint64) error
 	Cutover(ctx context.Context, o proxy.CutoverOptions) error
+	Rollback(ctx context.Context, o proxy.RollbackOptions) error
+	SetMirror(ctx context.Context, on bool) error
 	Verify(ctx context.Context, o proxy.VerifyOptions) (proxy.VerifyReport, error)
 	Wait(ctx context.Context, p proxy.Phase) error
 	Remove(ctx context.Context, instead ...state.Record) error

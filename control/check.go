@@ -234,7 +234,7 @@ func checkVolume(ctx context.Context, service conf.Service, client *Client, serv
 		}
 	}
 	report.inspect(ctx, inspected, source, destination, proxy.FenceKeyOf(id, v.Name))
-	if s, d := report.Source.ID, report.Destination.ID; known && report.Phase != proxy.Ready && (s != record.SourceID || d != record.DestinationID) {
+	if s, d := report.Source.ID, report.Destination.ID; known && report.Phase.Moving() && (s != record.SourceID || d != record.DestinationID) {
 		report = report.refuse("volume %s: its state belongs to source %s and destination %s, but the configuration names source %s and destination %s: correct the configuration, or give the new pair another name",
 			v.Name, record.SourceID, record.DestinationID, s, d)
 	}
@@ -285,7 +285,7 @@ func (r VolumeReport) refuse(format string, args ...any) VolumeReport {
 func (r *VolumeReport) inspect(ctx context.Context, v conf.Volume, source, destination lun.Device, key uint64) {
 	r.Source, r.Destination = unitReport(v.Source.Address, source.Info()), unitReport(v.Destination.Address, destination.Info())
 	// Once the migration has started, the destination holds what it put there.
-	overwrite := v.Overwrite || v.Seeded || r.Phase != proxy.Ready
+	overwrite := v.Overwrite || v.Seeded || !idle(r.Phase)
 	refused, err := proxy.Check(ctx, source, destination, overwrite)
 	if err != nil {
 		refused = append(refused, err)
@@ -304,7 +304,7 @@ func (r *VolumeReport) inspect(ctx context.Context, v conf.Volume, source, desti
 		*r = r.refuse("volume %s: source: read its file systems: %s", v.Name, oneLine(err))
 		return
 	}
-	if r.Phase != proxy.Ready || r.Allocated == 0 {
+	if !idle(r.Phase) || r.Allocated == 0 {
 		return
 	}
 	rate, err := readRate(ctx, source, runs)

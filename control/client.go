@@ -105,7 +105,7 @@ func (c *Client) CutoverWhenSynced(ctx context.Context, volume string, timeout t
 	if status.Phase == phaseUnknown {
 		return status, &proxy.PhaseError{Volume: volume, Step: "cutover", Phase: status.Phase, Hint: "adopt it first: " + status.DegradedReason}
 	}
-	if status.Phase == proxy.Ready {
+	if idle(status.Phase) {
 		return status, &proxy.PhaseError{Volume: volume, Step: "cutover", Phase: status.Phase, Hint: fmt.Sprintf("start it first (lunshift start %s)", volume)}
 	}
 	if status, err = c.wait(ctx, volume, proxy.Synced, timeout, true); err != nil {
@@ -133,8 +133,11 @@ func (c *Client) wait(ctx context.Context, volume string, p proxy.Phase, timeout
 // where the service does not tell.
 func (c *Client) Stuck(ctx context.Context, volume string, p proxy.Phase) string {
 	status, err := c.Status(ctx, volume)
-	if err != nil || !status.Paused || status.Phase != proxy.Migrating || p != proxy.Synced && p != proxy.Cutover {
+	if over, possible := proxy.Reached(status.Phase, p); err != nil || !status.Paused || !copies(status.Phase) || over || !possible {
 		return ""
+	}
+	if status.Phase == proxy.Migrating && (p == proxy.RollingBack || p == proxy.RolledBack) {
+		return "" // a rollback takes the pause back
 	}
 	return fmt.Sprintf("volume %s is paused; resume it with: lunshift resume %s", volume, volume)
 }

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"maps"
-	"slices"
 	"strings"
 	"sync"
 
@@ -101,11 +100,13 @@ func (e *entry) wait(ctx context.Context, phase proxy.Phase, served bool) error 
 		e.mu.Unlock()
 		switch {
 		case gone:
-			return nil
+			_, err := reached(e.name, proxy.Cutover, phase)
+			return err
 		case volume != nil:
 			return volume.Wait(ctx, phase)
-		case !served && slices.Index(proxy.Phases, recorded) >= slices.Index(proxy.Phases, phase):
-			return nil
+		}
+		if over, err := reached(e.name, recorded, phase); err != nil || over && !served {
+			return err
 		}
 		select {
 		case <-opened:
@@ -194,7 +195,7 @@ func (e *entry) drop(ctx context.Context) error {
 	var err error
 	if volume != nil {
 		err = volume.Withdraw(ctx)
-	} else if phase == proxy.Migrating || phase == proxy.Synced {
+	} else if phase.Moving() {
 		err = &proxy.PhaseError{Volume: e.name, Step: "to drop it", Phase: phase}
 	}
 	if errors.Is(err, proxy.ErrPhase) {

@@ -96,6 +96,15 @@ func (f *fakeVolume) Cutover(_ context.Context, o proxy.CutoverOptions) error {
 	f.mu.Unlock()
 	return f.step(proxy.Synced, "cutover", func(s *proxy.Status) { s.Phase = proxy.Cutover })
 }
+func (f *fakeVolume) Rollback(_ context.Context, o proxy.RollbackOptions) error {
+	f.mu.Lock()
+	f.asked = o
+	f.mu.Unlock()
+	return f.step("", "rollback", func(s *proxy.Status) { s.Phase = proxy.RollingBack })
+}
+func (f *fakeVolume) SetMirror(_ context.Context, on bool) error {
+	return f.step("", "mirror", func(s *proxy.Status) { s.Mirrored = on })
+}
 func (f *fakeVolume) Remove(context.Context, ...state.Record) error {
 	return f.step(proxy.Cutover, "remove", func(*proxy.Status) {})
 }

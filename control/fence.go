@@ -123,7 +123,7 @@ func (r *VolumeReport) inspectFences(ctx context.Context, v conf.Volume, source,
 		{"source", v.Source.Address, source, &r.Source},
 		{"destination", v.Destination.Address, destination, &r.Destination},
 	} {
-		refused, held, err := proxy.CheckFence(ctx, v.Name, side.role, side.address, side.dev, key, r.Phase == proxy.Ready)
+		refused, held, err := proxy.CheckFence(ctx, v.Name, side.role, side.address, side.dev, key, idle(r.Phase))
 		if errors.Is(err, lun.ErrUnsupported) {
 			side.report.Fence = FenceReport{Means: "none", Others: []RegistrantReport{}}
 			continue

@@ -30,7 +30,7 @@ type collector struct {
 	statuses func() []proxy.Status
 	stats    func() state.Stats
 
-	build, phase                                                *prometheus.Desc
+	build, phase, mirror                                        *prometheus.Desc
 	volume                                                      []volumeMetric
 	unitUp, unitErrors                                          *prometheus.Desc
 	commits, requests, failures, journaled, frames, flags, sync *prometheus.Desc
@@ -53,8 +53,9 @@ func newCollector(version string, statuses func() []proxy.Status, stats func() s
 	const gauge, counter = prometheus.GaugeValue, prometheus.CounterValue
 	return &collector{
 		version: version, statuses: statuses, stats: stats,
-		build: desc("build_info", "1, with the version of the service.", "version"),
-		phase: desc("volume_phase", "1 for the phase that the volume is in, 0 for the others.", "volume", "phase"),
+		build:  desc("build_info", "1, with the version of the service.", "version"),
+		phase:  desc("volume_phase", "1 for the phase that the volume is in, 0 for the others.", "volume", "phase"),
+		mirror: desc("volume_mirror", "1 for the state that the mirror is in, 0 for the others.", "volume", "state"),
 		volume: []volumeMetric{
 			volume("size_bytes", "Capacity.", gauge, func(s proxy.Status) float64 { return float64(s.Size) }),
 			volume("allocated_bytes", "What the source has storage for, as far as it is known.", gauge, func(s proxy.Status) float64 { return float64(s.Allocated) }),
@@ -63,7 +64,14 @@ func newCollector(version string, statuses func() []proxy.Status, stats func() s
 			volume("compared_bytes_total", "What was read from both sides and compared.", counter, func(s proxy.Status) float64 { return float64(s.Compared) }),
 			volume("equal_bytes_total", "What of it was on the destination already.", counter, func(s proxy.Status) float64 { return float64(s.Equal) }),
 			volume("initiator_written_bytes", "Size of the blocks that initiators wrote since the start.", gauge, func(s proxy.Status) float64 { return float64(s.InitiatorWritten) }),
-			volume("remaining_bytes", "What is not yet valid on the destination.", gauge, func(s proxy.Status) float64 { return float64(s.Remaining) }),
+			volume("copied_back_bytes_total", "What was copied from the destination back to the source.", counter, func(s proxy.Status) float64 { return float64(s.CopiedBack) }),
+			volume("mirror_behind_bytes", "What the source is still to get so that both sides are the same; 0 without a mirror.", gauge, func(s proxy.Status) float64 {
+				if s.Mirror == nil {
+					return 0
+				}
+				return float64(s.Mirror.Behind)
+			}),
+			volume("remaining_bytes", "What is not yet valid on the destination; after a rollback, on the source.", gauge, func(s proxy.Status) float64 { return float64(s.Remaining) }),
 			volume("copy_rate_bytes_per_second", "Speed of the background copy.", gauge, func(s proxy.Status) float64 { return float64(s.Rate) }),
 			volume("copy_rate_limit_bytes_per_second", "Limit of the background copy; 0 is none.", gauge, func(s proxy.Status) float64 { return float64(s.RateLimit) }),
 			volume("checksum_errors_total", "Blocks that changed in memory between source and destination; they were copied again.", counter, func(s proxy.Status) float64 { return float64(s.ChecksumErrors) }),
@@ -71,7 +79,7 @@ func newCollector(version string, statuses func() []proxy.Status, stats func() s
 			volume("paused", "1 while the background copy is paused.", gauge, func(s proxy.Status) float64 { return truth(s.Paused) }),
 			volume("degraded", "1 while something is wrong; status tells what.", gauge, func(s proxy.Status) float64 { return truth(s.Degraded) }),
 			volume("sessions", "Sessions of initiators.", gauge, func(s proxy.Status) float64 { return float64(len(s.Sessions)) }),
-			volume("cutover_hold_seconds", "How long commands of initiators were held at cutover; 0 before.", gauge, func(s proxy.Status) float64 {
+			volume("cutover_hold_seconds", "How long commands of initiators were held at the cutover or the rollback; 0 before.", gauge, func(s proxy.Status) float64 {
 				if s.Hold == nil {
 					return 0
 				}
@@ -92,7 +100,7 @@ func newCollector(version string, statuses func() []proxy.Status, stats func() s
 
 // Describe implements prometheus.Collector.
 func (c *collector) Describe(ch chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{c.build, c.phase, c.unitUp, c.unitErrors, c.commits, c.requests, c.failures, c.journaled, c.frames, c.flags, c.sync} {
+	for _, d := range []*prometheus.Desc{c.build, c.phase, c.mirror, c.unitUp, c.unitErrors, c.commits, c.requests, c.failures, c.journaled, c.frames, c.flags, c.sync} {
 		ch <- d
 	}
 	for _, m := range c.volume {
@@ -109,6 +117,13 @@ func (c *collector) Collect(ch chan<- prometheus.Metric) {
 	for _, s := range c.statuses() {
 		for _, p := range proxy.Phases {
 			send(c.phase, prometheus.GaugeValue, truth(s.Phase == p), s.Name, string(p))
+		}
+		is := "off"
+		if s.Mirror != nil {
+			is = s.Mirror.State
+		}
+		for _, state := range []string{"off", "whole", "behind", "broken"} {
+			send(c.mirror, prometheus.GaugeValue, truth(is == state), s.Name, state)
 		}
 		for _, m := range c.volume {
 			send(m.desc, m.kind, m.value(s), s.Name)

@@ -58,10 +58,10 @@ func (s *Service) foreign(name, source, destination string) error {
 func foreign(records []state.Record, name, source, destination string) error {
 	for _, r := range records {
 		phase := proxy.Phase(r.Phase)
-		if r.Volume == name || phase == proxy.Ready {
+		if r.Volume == name || idle(phase) {
 			continue
 		}
-		moving := phase == proxy.Migrating || phase == proxy.Synced
+		moving := phase.Moving()
 		switch {
 		case source == r.SourceID || destination == r.DestinationID:
 		case moving && (source == r.DestinationID || destination == r.SourceID):
@@ -125,6 +125,7 @@ func (s *Service) knownOf(v conf.Volume, failure error) proxy.Status {
 	status.Copied, status.Skipped = record.CopiedBytes, record.SkippedBytes
 	status.Compare, status.Compared, status.Equal = record.Compare, record.ComparedBytes, record.EqualBytes
 	status.InitiatorWritten, status.Remaining = record.InitiatorWrittenBytes, status.Size
+	status.CopiedBack, status.Mirrored = record.CopiedBackBytes, record.Mirror != nil && *record.Mirror
 	if record.AllocatedBytes != nil {
 		status.Allocated, status.AllocatedKnown = *record.AllocatedBytes, true
 	}
@@ -137,18 +138,23 @@ func (s *Service) knownOf(v conf.Volume, failure error) proxy.Status {
 	}
 	status.Source.ID, status.Destination.ID = record.SourceID, record.DestinationID
 	switch status.Phase {
-	case proxy.Migrating:
+	case proxy.Migrating, proxy.RollingBack:
 		// The record's tally is as old as the last progress; the flags are exact.
 		flags, err := s.store.Flags(v.Name, state.Geometry{Blocks: record.Blocks, RegionBlocks: record.RegionBlocks})
 		if err == nil {
-			status.Remaining -= min(flags.Count(state.Valid)*uint64(record.BlockSize), status.Size)
-			status.InitiatorWritten = flags.Count(state.Dirty) * uint64(record.BlockSize)
+			valid, dirty := flags.Count(state.Valid)*uint64(record.BlockSize), flags.Count(state.Dirty)*uint64(record.BlockSize)
+			if status.Remaining -= min(valid, status.Size); status.Phase == proxy.Migrating {
+				status.InitiatorWritten = dirty
+			} else {
+				status.Remaining = dirty
+			}
 		} else {
 			s.log.WithError(err).Debug("progress of a volume that is not served")
 		}
-	case proxy.Synced, proxy.Cutover:
+	case proxy.Synced, proxy.Cutover, proxy.RolledBack:
 		status.Remaining = 0
 	}
 	status.StartedAt, status.SyncedAt, status.CutoverAt = record.StartedAt, record.SyncedAt, record.CutoverAt
+	status.RollbackAt, status.RolledBackAt = record.RollbackAt, record.RolledBackAt
 	return status
 }

@@ -150,7 +150,7 @@ func (s *Service) reload(ctx context.Context) (ReloadReport, error) {
 		phase := e.status().Phase
 		switch err := e.drop(ctx); {
 		case errors.Is(err, proxy.ErrPhase):
-			if phase = e.status().Phase; phase != proxy.Migrating && phase != proxy.Synced {
+			if phase = e.status().Phase; !phase.Moving() {
 				phase = proxy.Migrating // between the two looks it was started
 			}
 			report.Kept = append(report.Kept, KeptVolume{e.name, phase})

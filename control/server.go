@@ -50,6 +50,8 @@ func (s *Service) handler() http.Handler {
 	mux.HandleFunc("POST /v1/volumes/{name}/break-fence", s.answer(s.answerBreakFence))
 	mux.HandleFunc("POST /v1/volumes/{name}/adopt", s.answer(s.answerAdopt))
 	mux.HandleFunc("POST /v1/volumes/{name}/cutover", s.unlessGone(s.answerVolume(s.cutover)))
+	mux.HandleFunc("POST /v1/volumes/{name}/rollback", s.answerVolume(s.rollback))
+	mux.HandleFunc("POST /v1/volumes/{name}/mirror", s.answerVolume(s.mirror))
 	mux.HandleFunc("POST /v1/volumes/{name}/verify", s.answer(s.verify))
 	mux.HandleFunc("POST /v1/volumes/{name}/throttle", s.answerVolume(s.throttle))
 	mux.HandleFunc("GET /v1/volumes/{name}/wait", s.unlessGone(s.answerVolume(s.wait)))
@@ -182,7 +184,7 @@ func (s *Service) answerVolume(do func(*http.Request, *entry) error) http.Handle
 			return nil, err
 		}
 		after := e.status()
-		if r.Method != http.MethodGet && (before.Phase != after.Phase || before.Paused != after.Paused || before.RateLimit != after.RateLimit) {
+		if r.Method != http.MethodGet && (before.Phase != after.Phase || before.Paused != after.Paused || before.RateLimit != after.RateLimit || before.Mirrored != after.Mirrored) {
 			s.logStep(r)
 		}
 		return after, nil
@@ -200,7 +202,11 @@ func (s *Service) unlessGone(do http.HandlerFunc) http.HandlerFunc {
 		}
 		s.answer(func(r *http.Request) (any, error) {
 			if text := r.URL.Query().Get("phase"); text != "" {
-				if _, err := ParsePhase(text); err != nil {
+				phase, err := ParsePhase(text)
+				if err == nil {
+					_, err = reached(status.Name, status.Phase, phase)
+				}
+				if err != nil {
 					return nil, err
 				}
 			}

@@ -328,7 +328,7 @@ func (s *Service) openAll(ctx context.Context) error {
 	}
 	for _, r := range records {
 		configured := slices.ContainsFunc(s.config().Volumes, func(v conf.Volume) bool { return v.Name == r.Volume })
-		if !configured && r.Phase != removed && proxy.Phase(r.Phase) != proxy.Ready {
+		if !configured && r.Phase != removed && !idle(proxy.Phase(r.Phase)) {
 			s.log.Warnf("the state has volume %s in phase %s, which is not in %s: it is not served", r.Volume, r.Phase, s.config().Path)
 		}
 	}

@@ -30,7 +30,7 @@ func WriteTable(w io.Writer, volumes []proxy.Status) error {
 			done = fmt.Sprintf("%.1f%%", percent(v))
 			remaining = humanize.IBytes(v.Remaining)
 		}
-		if v.Phase == proxy.Migrating {
+		if copies(v.Phase) {
 			rate = humanize.IBytes(v.Rate) + "/s"
 		}
 		fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\t%s\t%d\t%s\t%s\n", v.Name, phase(v), done, remaining, rate,
@@ -69,7 +69,15 @@ func WriteDetail(w io.Writer, v proxy.Status) error {
 		}
 		row("written", "%s by initiators since the start", humanize.IBytes(v.InitiatorWritten))
 	}
-	if v.Phase == proxy.Migrating {
+	if v.Mirror != nil {
+		row("mirror", "%s", mirror(v.Mirror))
+	} else if v.Mirrored && !begun(v) {
+		row("mirror", "on from the start on")
+	}
+	if v.CopiedBack > 0 || v.Phase == proxy.RollingBack {
+		row("copied back", "%s", humanize.IBytes(v.CopiedBack))
+	}
+	if copies(v.Phase) {
 		row("remaining", "%s at %s/s, time left %s", humanize.IBytes(v.Remaining), humanize.IBytes(v.Rate), timeLeft(v))
 	}
 	if v.ChecksumErrors+v.ReadbackErrors > 0 {
@@ -77,7 +85,7 @@ func WriteDetail(w io.Writer, v proxy.Status) error {
 	}
 	for i, e := range v.UnreadableRuns {
 		if i == 0 {
-			row("unreadable", "%s on the source", humanize.IBytes(v.Unreadable))
+			row("unreadable", "%s on the %s", humanize.IBytes(v.Unreadable), from(v))
 		}
 		if i == 10 {
 			row("", "and %d other places", len(v.UnreadableRuns)-i)
@@ -86,7 +94,7 @@ func WriteDetail(w io.Writer, v proxy.Status) error {
 		row("", "LBA %d, %d blocks", e.LBA, e.Blocks)
 	}
 	if v.AcceptedUnreadable > 0 {
-		row("given up", "%s that the source could not read; they read as zeroes", humanize.IBytes(v.AcceptedUnreadable))
+		row("given up", "%s that could not be read; they read as zeroes", humanize.IBytes(v.AcceptedUnreadable))
 	}
 	if v.Verify != nil {
 		row("verify", "%s", verified(v.Verify))
@@ -99,7 +107,7 @@ func WriteDetail(w io.Writer, v proxy.Status) error {
 		row("rate limit", "%s", limit)
 	}
 	if v.Hold != nil {
-		row("cutover", "initiators were held for %.1f ms", *v.Hold)
+		row(held(v), "initiators were held for %.1f ms", *v.Hold)
 	}
 	row("source", "%s", unitLine(v.Source))
 	row("destination", "%s", unitLine(v.Destination))
@@ -176,11 +184,16 @@ func sessionNote(s target.SessionInfo) string {
 // WriteLine writes one volume as one short line.
 func WriteLine(w io.Writer, v proxy.Status) error {
 	line := fmt.Sprintf("%s: %s", v.Name, phase(v))
-	if v.Phase == proxy.Migrating {
+	if copies(v.Phase) {
 		line += fmt.Sprintf(", %.1f%% done, %s left at %s/s, time left %s", percent(v), humanize.IBytes(v.Remaining), humanize.IBytes(v.Rate), timeLeft(v))
 	}
-	if v.Phase == proxy.Cutover && v.Hold != nil {
+	if (v.Phase == proxy.Cutover || v.Phase == proxy.RollingBack || v.Phase == proxy.RolledBack) && v.Hold != nil {
 		line += fmt.Sprintf(", initiators were held for %.1f ms", *v.Hold)
+	}
+	if v.Mirror != nil {
+		line += ", mirror " + v.Mirror.State
+	} else if v.Mirrored && !begun(v) {
+		line += ", mirror on from the start on"
 	}
 	if n := note(v); n != "" {
 		line += " (" + n + ")"
@@ -296,7 +309,7 @@ func estimate(v VolumeReport) string {
 }
 
 func phase(v proxy.Status) string {
-	if v.Paused && v.Phase == proxy.Migrating {
+	if v.Paused && copies(v.Phase) {
 		return string(v.Phase) + ", paused"
 	}
 	return string(v.Phase)
@@ -309,6 +322,10 @@ func since(v proxy.Status) string {
 		at = v.SyncedAt
 	case proxy.Cutover:
 		at = v.CutoverAt
+	case proxy.RollingBack:
+		at = v.RollbackAt
+	case proxy.RolledBack:
+		at = v.RolledBackAt
 	}
 	if at == nil || v.Phase == proxy.Ready {
 		return ""
@@ -323,6 +340,34 @@ func note(v proxy.Status) string {
 	return ""
 }
 
+// mirror says how far the source follows.
+func mirror(m *proxy.MirrorStatus) string {
+	text := m.State
+	if m.Behind > 0 {
+		text += ", the source is " + humanize.IBytes(m.Behind) + " behind"
+	}
+	if m.Reason != "" {
+		text += ": " + m.Reason
+	}
+	return text
+}
+
+// from is the side that is copied from.
+func from(v proxy.Status) string {
+	if v.Phase == proxy.RollingBack {
+		return "destination"
+	}
+	return "source"
+}
+
+// held names the step that initiators were held for.
+func held(v proxy.Status) string {
+	if v.RollbackAt != nil {
+		return "rollback"
+	}
+	return "cutover"
+}
+
 func shorten(text string, width int) string {
 	if runes := []rune(text); len(runes) > width {
 		return string(runes[:width-1]) + "…"
@@ -330,7 +375,7 @@ func shorten(text string, width int) string {
 	return text
 }
 
-// percent is how much of the volume is valid on the destination.
+// percent is how much of the volume is valid on the destination; after a rollback, on the source.
 func percent(v proxy.Status) float64 {
 	if v.Size == 0 {
 		return 0

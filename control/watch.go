@@ -49,7 +49,7 @@ func ShowStatus(ctx context.Context, c *Client, w io.Writer, v View) error {
 }
 
 // Watch writes the status every second until ctx ends or all that is watched is
-// cut over. On a terminal it draws on the screen that full-screen programs use, and
+// cut over or rolled back. On a terminal it draws on the screen that full-screen programs use, and
 // leaves the last look behind on the ordinary one.
 func Watch(ctx context.Context, c *Client, w io.Writer, v View) (err error) {
 	how := appended
@@ -108,7 +108,7 @@ func redraw(text []byte, first bool) []byte {
 	return b.Bytes()
 }
 
-// look is the status as text, and whether all of it is cut over.
+// look is the status as text, and whether all of it is cut over or rolled back.
 func (v View) look(ctx context.Context, c *Client, how looks) (_ []byte, over bool, err error) {
 	var shown []proxy.Status
 	if v.Volume == "" {
@@ -122,7 +122,7 @@ func (v View) look(ctx context.Context, c *Client, how looks) (_ []byte, over bo
 	}
 	over = true
 	for _, s := range shown {
-		over = over && s.Phase == proxy.Cutover
+		over = over && (s.Phase == proxy.Cutover || s.Phase == proxy.RolledBack)
 	}
 	var text bytes.Buffer
 	switch {

@@ -136,6 +136,8 @@ type Status struct {
 	// CopiedBack is what was copied from the destination back to the source: after a
 	// rollback, or for a mirror that was behind.
 	CopiedBack uint64 `json:"copied_back_bytes"`
+	// Mirrored tells whether each write goes to the source too, or will from the start on.
+	Mirrored bool `json:"mirrored"`
 	// Mirror is how far the source follows; null where writes go to the destination alone.
 	Mirror *MirrorStatus `json:"mirror"`
 	// Remaining is what is not yet valid on the destination; in phase rolling-back on the

@@ -352,6 +352,7 @@ func (v *Volume) Status() Status {
 	s.StartedAt, s.SyncedAt, s.CutoverAt = r.StartedAt, r.SyncedAt, r.CutoverAt
 	s.RollbackAt, s.RolledBackAt = r.RollbackAt, r.RolledBackAt
 	s.Compare = r.Compare
+	s.Mirrored = (s.Phase == Ready || s.Phase == Migrating || s.Phase == Synced) && v.wantsMirror(r)
 	s.UnreadableRuns = []BlockRun{}
 	s.AllocationFound = []string{}
 	_, s.AcceptedUnreadable = v.shown(extents(r.Accepted))

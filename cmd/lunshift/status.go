@@ -27,6 +27,6 @@ func (a *app) statusCommand() *cobra.Command {
 			return control.ShowStatus(c.Context(), client, a.stdout, view)
 		},
 	}
-	command.Flags().BoolVar(&watch, "watch", false, "show it every second until Ctrl-C or cutover")
+	command.Flags().BoolVar(&watch, "watch", false, "show it every second until Ctrl-C, cutover or the end of a rollback")
 	return command
 }

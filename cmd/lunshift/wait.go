@@ -15,11 +15,12 @@ func (a *app) waitCommand() *cobra.Command {
 	var text string
 	var timeout time.Duration
 	command := a.step("wait", "Wait until a volume is in a phase",
-		`Wait until a volume is in a phase or past it: ready, migrating, synced or cutover.
-The exit code is 1 when the time is over first.`,
+		`Wait until a volume is in a phase or past it: ready, migrating, synced, cutover,
+rolling-back or rolled-back. The exit code is 1 when the time is over first, and 3 where the
+volume does not come there any more by itself.`,
 		func(ctx context.Context, c *control.Client, volume string) (control.Status, error) {
 			if text == "" {
-				return control.Status{}, control.Usagef("wait needs --for, a phase: ready, migrating, synced or cutover")
+				return control.Status{}, control.Usagef("wait needs --for, a phase: ready, migrating, synced, cutover, rolling-back or rolled-back")
 			}
 			phase, err := control.ParsePhase(text)
 			if err != nil {
