@@ -82,5 +82,7 @@ func (v Volume) Changes(to Volume) []string {
 		{"portal_groups", v.PortalGroups, to.PortalGroups},
 		{"reservation_by", v.ReservationBy, to.ReservationBy},
 		{"redirect", v.Redirect, to.Redirect},
+		{"redirect_for", v.RedirectFor, to.RedirectFor},
+		{"logout_timeout", v.LogoutTimeout, to.LogoutTimeout},
 	})
 }

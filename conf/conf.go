@@ -111,6 +111,10 @@ type Volume struct {
 	// or a name; without an Address they are refused. The destination has IQN and LUN too,
 	// where it tells.
 	Redirect Portal
+	// RedirectFor is how long after the cutover that goes on, up to 366 days; 0 is without end.
+	RedirectFor time.Duration
+	// LogoutTimeout is how long initiators may take to log out at the cutover, 1 s to 10 min.
+	LogoutTimeout time.Duration
 }
 
 // What a persistent reservation's registration belongs to.
@@ -196,6 +200,8 @@ func defaultVolume() Volume {
 		Sessions:      1,
 		Copy:          Copy{Depth: 8},
 		ReservationBy: ByPort,
+		RedirectFor:   24 * time.Hour,
+		LogoutTimeout: 10 * time.Second,
 
 		Verify: VerifyOff, Allocation: AllocationAuto, DestinationCache: CacheAuto,
 	}

@@ -183,6 +183,8 @@ func (d *decoder) volumeSettings(v *Volume, files *secretFiles, path, label stri
 		{"portal_groups", portalGroups(&v.PortalGroups)},
 		{"reservation_by", oneOf(&v.ReservationBy, ByPort, ByName)},
 		{"redirect", redirect(&v.Redirect)},
+		{"redirect_for", duration(&v.RedirectFor, 0, 366*24*time.Hour)},
+		{"logout_timeout", duration(&v.LogoutTimeout, time.Second, 10*time.Minute)},
 	}
 }
 

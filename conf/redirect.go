@@ -10,8 +10,18 @@ import (
 	"strings"
 )
 
+// atDestination stands for redirect = true until the destination's address is known.
+var atDestination = Portal{Address: "destination"}
+
 func redirect(to *Portal) func(any) error {
 	return func(v any) error {
+		if own, ok := v.(bool); ok {
+			*to = Portal{}
+			if own {
+				*to = atDestination
+			}
+			return nil
+		}
 		var s string
 		if err := text(&s)(v); err != nil {
 			return err
@@ -44,6 +54,25 @@ func (d *decoder) redirection(path, label string, v *Volume, faulty map[string]b
 	}
 	fault := func(format string, args ...any) {
 		d.fault(path+".redirect", label+".redirect", fmt.Sprintf(format, args...))
+	}
+	if v.Redirect == atDestination {
+		if faulty["destination"] {
+			return
+		}
+		host, ok := strings.CutPrefix(v.Destination.Address, "iscsi://")
+		if !ok {
+			fault("is true, but the destination is no iSCSI unit that initiators could be sent to; name host:port of what serves it to them, or leave it out")
+			return
+		}
+		host, _, _ = strings.Cut(host, "/")
+		host = host[strings.LastIndexByte(host, '@')+1:]
+		if _, _, err := net.SplitHostPort(host); err != nil {
+			host += ":3260"
+		}
+		if err := redirect(&v.Redirect)(host); err != nil {
+			fault("is true, but initiators cannot be sent to the destination: %v", err)
+			return
+		}
 	}
 	if slices.ContainsFunc(d.portals, func(p Portal) bool { return p.takes(v.Redirect.Address) }) {
 		fault("%s is a portal of lunshift itself; name one of the new array", v.Redirect.Address)
@@ -99,8 +128,13 @@ func (d *decoder) oneRedirect(volumes []Volume) {
 			first[v.IQN] = v
 			continue
 		}
-		if v.IQN != "" && v.Redirect != other.Redirect {
+		switch {
+		case v.IQN == "":
+		case v.Redirect != other.Redirect:
 			d.fault(fmt.Sprintf("volume[%d].redirect", n), "volume["+v.Name+"].redirect",
+				fmt.Sprintf("is not that of volume %s of the same iqn, and one login leads to both; give both the same, or leave it out of both", other.Name))
+		case v.RedirectFor != other.RedirectFor:
+			d.fault(fmt.Sprintf("volume[%d].redirect_for", n), "volume["+v.Name+"].redirect_for",
 				fmt.Sprintf("is not that of volume %s of the same iqn, and one login leads to both; give both the same, or leave it out of both", other.Name))
 		}
 	}

@@ -3,6 +3,7 @@ package conf
 import (
 	"strings"
 	"testing"
+	"time"
 )
 
 func TestRedirectionLeadsToTheDestination(t *testing.T) {
@@ -14,6 +15,22 @@ func TestRedirectionLeadsToTheDestination(t *testing.T) {
 		if got := load(t, same+"redirect = '"+text+"'\n").Volumes[0].Redirect; got != want {
 			t.Errorf("%s: %v, want %v", text, got, want)
 		}
+	}
+	for host, want := range map[string]string{"10.0.0.9": "10.0.0.9:3260", "10.0.0.9:3261": "10.0.0.9:3261", "[2001:db8::9]": "[2001:db8::9]:3260", "array:860": "array:860"} {
+		at := strings.Replace(same, "10.0.0.9", host, 1)
+		if got := load(t, at+"redirect = true\n").Volumes[0].Redirect; got != (Portal{want, 1}) {
+			t.Errorf("the destination's portal %s: %v, want %s", host, got, want)
+		}
+	}
+	t.Run("a user", func(t *testing.T) {
+		t.Setenv("LUNSHIFT_SECRET_DB01_DESTINATION", "opens the array's door")
+		if got := load(t, strings.Replace(same, "10.0.0.9", "me@10.0.0.9", 1)+"redirect = true\n").Volumes[0].Redirect; got != (Portal{"10.0.0.9:3260", 1}) {
+			t.Errorf("with a user: %v", got)
+		}
+	})
+	v := load(t, same+"redirect = false\nredirect_for = '0s'\nlogout_timeout = '2m'\n").Volumes[0]
+	if v.Redirect != (Portal{}) || v.RedirectFor != 0 || v.LogoutTimeout != 2*time.Minute {
+		t.Errorf("%+v", v)
 	}
 	load(t, minimal+"redirect = '10.0.0.9:3260'\n") // a device may be served by anything
 	second := "[[volume]]\nname='db02'\niqn='" + to + "'\nlun=4\nsource='/a'\ndestination='/b'\n"
@@ -37,6 +54,12 @@ func TestRedirectionLeadsToTheDestination(t *testing.T) {
 		{"all addresses", same + "redirect = '0.0.0.0:3260'\n", `8: volume[db01].redirect: "0.0.0.0:3260" is no address`},
 		{"another lun", strings.Replace(same, "lun = 3", "lun = 2", 1) + "redirect = '10.0.0.9:3260'\n", `8: volume[db01].redirect: initiators ask for ` + to + ` LUN 2 there, but the destination is ` + to + ` LUN 3`},
 		{"another iqn", strings.Replace(same, to+"/3", "iqn.2001-04.com.example:new/3", 1) + "redirect = '10.0.0.9:3260'\n", `8: volume[db01].redirect: initiators ask for ` + to + ` LUN 3 there, but the destination is iqn.2001-04.com.example:new LUN 3`},
+		{"a device as destination", minimal + "redirect = true\n", `7: volume[db01].redirect: is true, but the destination is no iSCSI unit that initiators could be sent to; name host:port`},
+		{"the destination is lunshift", "[service]\nportals = ['10.0.0.9:3260']\n" + same + "redirect = true\n", `10: volume[db01].redirect: 10.0.0.9:3260 is a portal of lunshift itself`},
+		{"another iqn at the destination", strings.Replace(same, to+"/3", "iqn.2001-04.com.example:new/3", 1) + "redirect = true\n", `8: volume[db01].redirect: initiators ask for ` + to + ` LUN 3 there, but the destination is iqn.2001-04.com.example:new LUN 3`},
+		{"another time for one of two", same + "redirect = true\n" + second + "redirect = '10.0.0.9:3260'\nredirect_for = '1h'\n", `16: volume[db02].redirect_for: is not that of volume db01 of the same iqn`},
+		{"no time", same + "redirect_for = '-1s'\n", `8: volume[db01].redirect_for: is -1s; it is from 0s to 8784h0m0s`},
+		{"no time to log out", same + "logout_timeout = '0s'\n", `8: volume[db01].logout_timeout: is 0s; it is from 1s to 10m0s`},
 		{"one volume of two", same + "redirect = '10.0.0.9:3260'\n" + second, `9: volume[db02].redirect: is not that of volume db01 of the same iqn`},
 	} {
 		t.Run(tc.name, func(t *testing.T) {

@@ -1,13 +1,15 @@
 package control
 
 import (
+	"time"
+
 	"lunshift/conf"
 	"lunshift/proxy"
 	"lunshift/target"
 )
 
 // redirect sends logins to a target to where its volumes moved, once all of them are
-// cut over and where the configuration names a place; otherwise they are not sent on.
+// cut over, or refuses them where the configuration names no place or redirect_for is over.
 func (s *Service) redirect(iqn string) {
 	s.redirecting.Lock() // so that the last look at the volumes is the last one to count
 	defer s.redirecting.Unlock()
@@ -20,21 +22,54 @@ func (s *Service) redirect(iqn string) {
 		s.log.WithError(err).Error("logins are refused, not redirected")
 		return
 	}
-	s.log.Infof("logins to %s are sent to %s", iqn, r.Address)
+	switch {
+	case r.Removed:
+		s.log.Infof("logins to %s are refused: it is cut over, and has no redirect", iqn)
+	case r.Until.IsZero():
+		s.log.Infof("logins to %s are sent to %s", iqn, r.Address)
+	case time.Now().Before(r.Until):
+		s.log.Infof("logins to %s are sent to %s until %s", iqn, r.Address, r.Until.Format(time.RFC3339))
+	default:
+		s.log.Infof("logins to %s are refused: they were sent to %s until %s (redirect_for)", iqn, r.Address, r.Until.Format(time.RFC3339))
+	}
 }
 
-// redirection is where logins to a target are to be sent; false for nowhere.
+// cutoverOf is when a volume was cut over, which may be removed since. Where the state does
+// not tell, nobody is turned away because of it.
+func (s *Service) cutoverOf(name string) time.Time {
+	record, found, err := s.store.Record(name)
+	switch {
+	case err != nil:
+		s.log.WithError(err).Errorf("volume %s: it is not known when it was cut over", name)
+	case found && record.CutoverAt != nil:
+		return *record.CutoverAt
+	case found: // removed by an older version
+		return record.CreatedAt
+	}
+	return time.Now()
+}
+
+// redirection is where logins to a target are to be sent; false while one of its volumes is not
+// cut over. Its time counts from the cutover of the last one.
 func (s *Service) redirection(iqn string) (target.Redirection, bool) {
 	var r target.Redirection
+	var last time.Time
+	var within time.Duration
+	known := false
 	everywhere := false // some volume is reached by every portal
 	for _, e := range s.list() {
 		v := e.settings()
 		if v.IQN != iqn {
 			continue
 		}
-		if v.Redirect.Address == "" || e.status().Phase != proxy.Cutover && !e.isGone() {
+		if e.status().Phase != proxy.Cutover && !e.isGone() {
 			return r, false
 		}
+		if at := s.cutoverOf(e.name); at.After(last) {
+			last = at
+		}
+		known, within = true, v.RedirectFor
+		r.Removed = v.Redirect.Address == ""
 		r.Address, r.Group = v.Redirect.Address, v.Redirect.Group
 		// Its units may be here no more, so it holds whom they admit.
 		who := initiators(v)
@@ -48,5 +83,8 @@ func (s *Service) redirection(iqn string) (target.Redirection, bool) {
 	if everywhere {
 		r.PortalGroups = nil
 	}
-	return r, r.Address != ""
+	if within > 0 {
+		r.Until = last.Add(within)
+	}
+	return r, known
 }

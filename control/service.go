@@ -265,7 +265,7 @@ func (s *Service) Remove(ctx context.Context, name string) (RemoveReport, error)
 	entries := s.list()
 	if i := slices.IndexFunc(entries, func(e *entry) bool { return e.name == name }); i >= 0 {
 		report.Known = true
-		mark := state.Record{Volume: name, SourceID: record.SourceID, DestinationID: record.DestinationID, Phase: removed, CreatedAt: time.Now()}
+		mark := state.Record{Volume: name, SourceID: record.SourceID, DestinationID: record.DestinationID, Phase: removed, CreatedAt: time.Now(), CutoverAt: record.CutoverAt}
 		report.Removed, err = entries[i].remove(ctx, mark)
 		if report.Removed {
 			s.claims.release(name)
@@ -443,7 +443,7 @@ func (s *Service) openVolume(ctx context.Context, v conf.Volume, e *entry, a ...
 		Allocation: proxy.Allocation(v.Allocation),
 		Readback:   v.Verify == conf.VerifyReadback, DestinationCache: proxy.Cache(v.DestinationCache),
 		Initiators: initiators(v), PortalGroups: v.PortalGroups, ReservationsByName: v.ReservationBy == conf.ByName,
-		Store: s.store, Target: s.target, Log: s.log, CutOver: func() { s.redirect(v.IQN) },
+		Store: s.store, Target: s.target, Log: s.log, CutOver: func() { s.redirect(v.IQN) }, LogoutTimeout: v.LogoutTimeout,
 	}
 	var volume *proxy.Volume
 	letGo := len(a) > 0 && a[0].options.AcceptUnreadableWrites

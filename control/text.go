@@ -109,6 +109,9 @@ func WriteDetail(w io.Writer, v proxy.Status) error {
 	if v.Hold != nil {
 		row(held(v), "initiators were held for %.1f ms", *v.Hold)
 	}
+	for _, s := range v.Dropped {
+		row("dropped", "%s from %s did not log out", s.Initiator, s.Address)
+	}
 	row("source", "%s", unitLine(v.Source))
 	row("destination", "%s", unitLine(v.Destination))
 	row("sessions", "%d", len(v.Sessions))
@@ -197,6 +200,9 @@ func WriteLine(w io.Writer, v proxy.Status) error {
 	}
 	if n := note(v); n != "" {
 		line += " (" + n + ")"
+	}
+	for _, s := range v.Dropped {
+		line += fmt.Sprintf("\n  dropped, as it did not log out: %s from %s", s.Initiator, s.Address)
 	}
 	_, err := fmt.Fprintln(w, line)
 	return err

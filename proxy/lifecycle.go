@@ -56,7 +56,7 @@ const (
 	// it the step is undone.
 	holdLimit = 10 * time.Second
 	// logoutLimit is how long sessions may take to leave after a cutover before they
-	// are dropped.
+	// are dropped, where they could not be asked to before it.
 	logoutLimit = 10 * time.Second
 	// sampleEvery and samplesKept make the window over which the rate is measured.
 	sampleEvery = time.Second
@@ -433,12 +433,15 @@ type CutoverOptions struct {
 	AcceptUnreadable bool `json:"accept_unreadable"`
 	// NoVerify leaves out the comparison of a sample.
 	NoVerify bool `json:"no_verify"`
+	// Force drops sessions that do not log out when they are asked to. Without it the
+	// cutover is undone then.
+	Force bool `json:"force"`
 }
 
 // Cutover ends the migration: synced → cutover. A sample of source and destination is
-// compared first. Commands of initiators are held,
-// those in flight end, the destination is flushed and the record written; then the
-// target asks the sessions to leave and takes no more. From its return on
+// compared first. The initiators are asked to log out, and where one does not the step ends
+// with a StayedError and nothing has changed. Then commands are held, those in flight
+// end, the destination is flushed and the record written. From its return on
 // no command passes. Done already, it does nothing.
 func (v *Volume) Cutover(ctx context.Context, o CutoverOptions) error {
 	return Do(ctx, CutoverStep(o), Together{}, v)
@@ -499,6 +502,15 @@ func (v *Volume) untilSynced() string {
 		return fmt.Sprintf("the source cannot read the last %d bytes (lunshift status %s shows where): mend it, or give them up with --accept-unreadable; they then read as zeroes", size, v.cfg.Name)
 	}
 	return fmt.Sprintf("wait for phase %s (lunshift wait %s --for %s)", Synced, v.cfg.Name, Synced)
+}
+
+// gather asks the initiators to leave.
+func (s cutover) gather(ctx context.Context, volumes []*Volume) (gathering, error) {
+	h, err := askToLeave(ctx, volumes, s.o.Force)
+	if err != nil {
+		return nil, err
+	}
+	return h, nil
 }
 
 func (cutover) undo(v *Volume) {

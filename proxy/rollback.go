@@ -95,6 +95,8 @@ func (rollback) after(ctx context.Context, v *Volume) {
 	}
 }
 
+func (rollback) gather(context.Context, []*Volume) (gathering, error) { return nobody{}, nil }
+
 func (rollback) undo(v *Volume) {
 	if v.mirror.Load() != nil {
 		v.workMirror()

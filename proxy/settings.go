@@ -1,6 +1,8 @@
 package proxy
 
 import (
+	"time"
+
 	"lunshift/target"
 )
 
@@ -21,21 +23,23 @@ const (
 
 // Settings are what of a Config may change while the volume is served; each is as there.
 type Settings struct {
-	CopyDepth    int
-	CopyRate     uint64
-	Readback     bool
-	Mirror       bool
-	VerifySample uint64
-	Overwrite    bool
-	Seeded       bool
-	Initiators   []target.Initiator
-	PortalGroups []uint16
+	CopyDepth     int
+	CopyRate      uint64
+	Readback      bool
+	Mirror        bool
+	VerifySample  uint64
+	Overwrite     bool
+	Seeded        bool
+	Initiators    []target.Initiator
+	PortalGroups  []uint16
+	LogoutTimeout time.Duration
 }
 
 func (c *Config) settings() Settings {
 	return Settings{
 		CopyDepth: c.CopyDepth, CopyRate: c.CopyRate, Readback: c.Readback, Mirror: c.Mirror, VerifySample: c.VerifySample,
 		Overwrite: c.Overwrite, Seeded: c.Seeded, Initiators: c.Initiators, PortalGroups: c.PortalGroups,
+		LogoutTimeout: c.LogoutTimeout,
 	}
 }
 

@@ -175,7 +175,10 @@ type Status struct {
 	// Verify is null where source and destination were never compared.
 	Verify *VerifyStatus `json:"verify"`
 
-	Sessions    []target.SessionInfo `json:"sessions"`
+	Sessions []target.SessionInfo `json:"sessions"`
+	// Dropped are the sessions that a forced cutover ended because they did not log out;
+	// nobody after a restart of the service.
+	Dropped     []target.SessionInfo `json:"dropped_sessions,omitempty"`
 	Source      UnitStatus           `json:"source"`
 	Destination UnitStatus           `json:"destination"`
 }

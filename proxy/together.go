@@ -183,6 +183,8 @@ type Step interface {
 	// back what it did.
 	prepare(ctx context.Context, v *Volume) (skip bool, err error)
 	undo(v *Volume)
+	// gather is for what concerns all of the volumes, before commands are held.
+	gather(ctx context.Context, volumes []*Volume) (gathering, error)
 	// settle does what is needed while commands are held, and after what is to be done before
 	// they go on, once the step is taken.
 	settle(ctx context.Context, v *Volume) error
@@ -191,6 +193,13 @@ type Step interface {
 	// finish does what follows on the step.
 	finish(ctx context.Context, v *Volume) error
 	name() string
+}
+
+// gathering is what a step holds on to: drop is called once it is taken, end at the end,
+// whatever came of it.
+type gathering interface {
+	drop()
+	end()
 }
 
 // Do takes a step with all of the volumes, or with none: where one is not ready for it, the
@@ -219,8 +228,14 @@ func Do(ctx context.Context, s Step, t Together, volumes ...*Volume) error {
 		undo()
 		return errors.Join(errs...)
 	}
+	gathered, err := s.gather(ctx, do)
+	if err != nil {
+		undo()
+		return err
+	}
+	defer gathered.end()
 	began := time.Now()
-	_, err := heldAll(ctx, t.limit(), do, func(ctx context.Context) error {
+	_, err = heldAll(ctx, t.limit(), do, func(ctx context.Context) error {
 		if err := each(ctx, do, s.settle); err != nil {
 			return err
 		}
@@ -243,5 +258,12 @@ func Do(ctx context.Context, s Step, t Together, volumes ...*Volume) error {
 		}
 		return do[0].errorf("%s undone, still %s: %w", s.name(), do[0].Phase(), err)
 	}
+	gathered.drop()
 	return each(ctx, do, s.finish)
 }
+
+// nobody is gathered.
+type nobody struct{}
+
+func (nobody) drop() {}
+func (nobody) end()  {}

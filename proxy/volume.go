@@ -73,8 +73,11 @@ type Config struct {
 	Initiators         []target.Initiator
 	PortalGroups       []uint16
 	ReservationsByName bool
-	// CutOver, where it is set, is called once a cutover is recorded, before sessions are
-	// asked to leave. It may ask for Status.
+	// LogoutTimeout is how long sessions may take to log out at a cutover; 0 is
+	// DefaultLogoutTimeout.
+	LogoutTimeout time.Duration
+	// CutOver, where it is set, is called once a cutover is recorded, before logins are
+	// answered again. It may ask for Status.
 	CutOver func()
 	// Withdraw, unless nil, lets Open go on where the destination cannot read what was being
 	// written when the service ended: such a write is taken for one that was not made, and
@@ -124,6 +127,7 @@ type Volume struct {
 	changed  chan struct{} // closed and replaced when the phase changes
 	faults   map[string]string
 	samples  []sample
+	dropped  []target.SessionInfo // by the cutover
 
 	faulty    atomic.Bool // faults is not empty
 	verifying atomic.Pointer[verification]
@@ -312,7 +316,7 @@ func frontInfo(name string, s, d lun.Info) lun.Info {
 }
 
 // front is the volume as the target serves it, with an identity of its own that
-// follows from where initiators find it.
+// follows from where initiators find it unless it presents another.
 func (v *Volume) front() target.Unit {
 	sum := sha256.Sum256(fmt.Appendf(nil, "%s/%d", v.cfg.IQN, v.cfg.LUN))
 	const locallyAssigned = 0x3 // NAA, SPC-4 7.8.6.6.3
@@ -348,6 +352,7 @@ func (v *Volume) Status() Status {
 	s.Degraded, s.DegradedReason = v.degraded()
 	s.Rate = v.rate()
 	s.Verify = v.verified()
+	s.Dropped = v.dropped
 	v.mu.Unlock()
 	s.StartedAt, s.SyncedAt, s.CutoverAt = r.StartedAt, r.SyncedAt, r.CutoverAt
 	s.RollbackAt, s.RolledBackAt = r.RollbackAt, r.RolledBackAt

@@ -15,10 +15,11 @@ func (a *app) cutoverCommand() *cobra.Command {
 	var timeout time.Duration
 	var o proxy.CutoverOptions
 	command := a.step("cutover", "End the migration of a synced volume",
-		`End the migration: a sample of source and destination is compared, commands in flight
-end, the destination is flushed, and initiators are asked to log out. From then on the
-destination stands alone; point initiators at the new array. Done already, it changes
-nothing.`,
+		`End the migration: a sample of source and destination is compared, initiators are asked to
+log out, commands in flight end, and the destination is flushed. From then on it stands alone,
+and logins are sent there (redirect = true) or refused. Where an initiator does not log out
+within logout_timeout the cutover is undone: the volume stays synced and is served on, and the
+error names the sessions. Done already, it changes nothing.`,
 		func(ctx context.Context, c *control.Client, volume string) (control.Status, error) {
 			switch {
 			case timeout < 0:
@@ -34,6 +35,7 @@ nothing.`,
 	command.Flags().BoolVar(&wait, "wait", false, "wait for phase synced first")
 	command.Flags().DurationVar(&timeout, "timeout", 0, "with --wait, how long at most, such as 1h; 0 is without end")
 	command.Flags().BoolVar(&o.NoVerify, "no-verify", false, "do not compare a sample first")
+	command.Flags().BoolVar(&o.Force, "force", false, "drop sessions that do not log out within logout_timeout, and go on")
 	command.Flags().BoolVar(&o.AcceptUnreadable, "accept-unreadable", false, "give up blocks that the source cannot read; they read as zeroes from then on")
 	return command
 }
