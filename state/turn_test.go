@@ -56,8 +56,8 @@ func TestVolumesTurnTogetherWithTheirRecordsOrNotAtAll(t *testing.T) {
 	}
 	end := logSize(t, s.dir)
 	outcomes := map[bool]int{}
-	for at := size; at <= end; at += max(1, (end-size)/25) {
-		if at+(end-size)/25 > end {
+	for at := size; at <= end; at += max(1, (end-size)/12) {
+		if at+(end-size)/12 > end {
 			at = end
 		}
 		dir := copyState(t, s.dir)
