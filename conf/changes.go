@@ -81,6 +81,7 @@ func (v Volume) Changes(to Volume) []string {
 		{"initiator", v.Initiators, to.Initiators},
 		{"portal_groups", v.PortalGroups, to.PortalGroups},
 		{"reservation_by", v.ReservationBy, to.ReservationBy},
+		{"identity", v.Identity, to.Identity},
 		{"redirect", v.Redirect, to.Redirect},
 		{"redirect_for", v.RedirectFor, to.RedirectFor},
 		{"logout_timeout", v.LogoutTimeout, to.LogoutTimeout},

@@ -107,6 +107,8 @@ type Volume struct {
 	PortalGroups []uint16
 	// ReservationBy is ByPort or ByName.
 	ReservationBy string
+	// Identity is IdentityOwn, IdentitySource or IdentityDestination.
+	Identity string
 	// Redirect is where logins to IQN are sent after the cutover, its host an IP address
 	// or a name; without an Address they are refused. The destination has IQN and LUN too,
 	// where it tells.
@@ -123,6 +125,16 @@ const (
 	ByPort = "initiator-port"
 	// ByName: the initiator name, so that it outlives a change of the ISID.
 	ByName = "initiator-name"
+)
+
+// Whose identity initiators find.
+const (
+	// IdentityOwn: one that lunshift makes from IQN and LUN.
+	IdentityOwn = "own"
+	// IdentitySource: the source's, so that the volume is one more path to it.
+	IdentitySource = "source"
+	// IdentityDestination: the destination's.
+	IdentityDestination = "destination"
 )
 
 // What is done to tell that the destination took what was copied.
@@ -199,7 +211,7 @@ func defaultVolume() Volume {
 		VerifySample:  64 << 20,
 		Sessions:      1,
 		Copy:          Copy{Depth: 8},
-		ReservationBy: ByPort,
+		ReservationBy: ByPort, Identity: IdentityOwn,
 		RedirectFor:   24 * time.Hour,
 		LogoutTimeout: 10 * time.Second,
 

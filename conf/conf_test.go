@@ -78,7 +78,7 @@ func TestFourSettingsAreEnough(t *testing.T) {
 		Source:      Unit{Address: "iscsi://10.0.0.5/iqn.2001-04.com.example:old/1"},
 		Destination: Unit{Address: "/dev/sdx"},
 		RegionSize:  1 << 20, FileBlockSize: 512, VerifySample: 64 << 20, Sessions: 1, Copy: Copy{Depth: 8}, ReservationBy: ByPort,
-		Verify: VerifyOff, Allocation: AllocationAuto, DestinationCache: CacheAuto,
+		Verify: VerifyOff, Allocation: AllocationAuto, DestinationCache: CacheAuto, Identity: IdentityOwn,
 		RedirectFor: 24 * time.Hour, LogoutTimeout: 10 * time.Second,
 	}
 	if len(cfg.Volumes) != 1 || !reflect.DeepEqual(cfg.Volumes[0], want) {

@@ -182,6 +182,7 @@ func (d *decoder) volumeSettings(v *Volume, files *secretFiles, path, label stri
 		{"initiator", func(any) error { return nil }}, // read once the name is known
 		{"portal_groups", portalGroups(&v.PortalGroups)},
 		{"reservation_by", oneOf(&v.ReservationBy, ByPort, ByName)},
+		{"identity", oneOf(&v.Identity, IdentityOwn, IdentitySource, IdentityDestination)},
 		{"redirect", redirect(&v.Redirect)},
 		{"redirect_for", duration(&v.RedirectFor, 0, 366*24*time.Hour)},
 		{"logout_timeout", duration(&v.LogoutTimeout, time.Second, 10*time.Minute)},

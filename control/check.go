@@ -85,6 +85,8 @@ type VolumeReport struct {
 	PortalGroups []uint16 `json:"portal_groups"`
 	// ReservationBy is what a persistent reservation's registration belongs to.
 	ReservationBy string `json:"reservation_by"`
+	// Identity is whose identity initiators find.
+	Identity string `json:"identity"`
 	// Redirect is where logins are sent after the cutover; empty where they are refused.
 	Redirect string `json:"redirect,omitempty"`
 	// Warnings say, a line each, what may not be meant so; nothing is refused for them.
@@ -105,6 +107,8 @@ type UnitReport struct {
 	Thin              bool   `json:"thin"`
 	ReportsAllocation bool   `json:"reports_allocation"`
 	VolatileCache     bool   `json:"volatile_cache"`
+	// Presentable tells whether the volume could have its identity.
+	Presentable bool `json:"identity_presentable"`
 	// Fence is who may write to it.
 	Fence FenceReport `json:"fence"`
 }
@@ -162,6 +166,7 @@ func Check(ctx context.Context, cfg *conf.Config, log logrus.FieldLogger) (Check
 			reports[i].admit(cfg.Service, v)
 			reports[i].compareAccess(running)
 			reports[i].compareCache(v)
+			reports[i].compareIdentity(v)
 			reports[i].warnFences()
 		})
 	}
@@ -343,6 +348,7 @@ func unitReport(address string, i lun.Info) UnitReport {
 		Address: address, Open: true, Size: i.Size(), BlockSize: i.BlockSize, ID: i.ID,
 		Vendor: i.Vendor, Product: i.Product, Serial: i.Serial,
 		Thin: i.Thin, ReportsAllocation: i.ReportsAllocation, VolatileCache: i.VolatileCache,
+		Presentable: i.Identity != nil,
 	}
 }
 

@@ -166,6 +166,7 @@ func (e *entry) change(to conf.Volume) (changed, restart []string, err error) {
 		next.Autostart, next.Verify, next.VerifySample, next.Overwrite = to.Autostart, to.Verify, to.VerifySample, to.Overwrite
 		next.Seeded = to.Seeded
 		next.Copy, next.Initiators, next.PortalGroups, next.Redirect = to.Copy, to.Initiators, to.PortalGroups, to.Redirect
+		next.Identity = to.Identity
 		next.RedirectFor, next.LogoutTimeout = to.RedirectFor, to.LogoutTimeout
 	}
 	changed, restart = e.conf.Changes(next), next.Changes(to)

@@ -279,7 +279,7 @@ func settingsOf(v conf.Volume) proxy.Settings {
 	return proxy.Settings{
 		CopyDepth: v.Copy.Depth, CopyRate: uint64(v.Copy.Rate), Readback: v.Verify == conf.VerifyReadback,
 		VerifySample: uint64(v.VerifySample), Overwrite: v.Overwrite, Seeded: v.Seeded,
-		Initiators: initiators(v), PortalGroups: v.PortalGroups, LogoutTimeout: v.LogoutTimeout,
+		Initiators: initiators(v), PortalGroups: v.PortalGroups, Identity: proxy.Identity(v.Identity), LogoutTimeout: v.LogoutTimeout,
 	}
 }
 

@@ -442,7 +442,7 @@ func (s *Service) openVolume(ctx context.Context, v conf.Volume, e *entry, a ...
 		Overwrite: v.Overwrite, Seeded: v.Seeded, VerifySample: uint64(v.VerifySample), Autostart: v.Autostart,
 		Allocation: proxy.Allocation(v.Allocation),
 		Readback:   v.Verify == conf.VerifyReadback, DestinationCache: proxy.Cache(v.DestinationCache),
-		Initiators: initiators(v), PortalGroups: v.PortalGroups, ReservationsByName: v.ReservationBy == conf.ByName,
+		Initiators: initiators(v), PortalGroups: v.PortalGroups, ReservationsByName: v.ReservationBy == conf.ByName, Identity: proxy.Identity(v.Identity),
 		Store: s.store, Target: s.target, Log: s.log, CutOver: func() { s.redirect(v.IQN) }, LogoutTimeout: v.LogoutTimeout,
 	}
 	var volume *proxy.Volume

@@ -52,6 +52,9 @@ func WriteDetail(w io.Writer, v proxy.Status) error {
 	if v.Degraded {
 		row("degraded", "%s", v.DegradedReason)
 	}
+	if v.Identity != "" && v.Identity != proxy.IdentityOwn && v.Phase != proxy.Cutover {
+		row("identity", "that of the %s, %s", v.Identity, v.Access)
+	}
 	row("size", "%s, blocks of %d bytes", humanize.IBytes(v.Size), v.BlockSize)
 	if begun(v) {
 		row("progress", "%s", bar(v))
@@ -290,6 +293,9 @@ func writeAccess(w io.Writer, v VolumeReport) {
 	}
 	if len(v.PortalGroups) > 0 {
 		fmt.Fprintf(w, "portal groups\t%s\n", strings.Trim(fmt.Sprint(v.PortalGroups), "[]"))
+	}
+	if v.Identity != "" && v.Identity != string(proxy.IdentityOwn) {
+		fmt.Fprintf(w, "identity\tthat of the %s\n", v.Identity)
 	}
 	if v.Redirect != "" {
 		fmt.Fprintf(w, "after cutover\tlogins are sent to %s\n", v.Redirect)

@@ -208,6 +208,7 @@ func (v *Volume) becomeReady(ctx context.Context) error {
 		Volume: v.cfg.Name, SourceID: old.SourceID, DestinationID: old.DestinationID,
 		BlockSize: old.BlockSize, Blocks: old.Blocks, RegionBlocks: max(1, v.cfg.RegionSize/uint64(old.BlockSize)),
 		Phase: string(Ready), RateLimit: old.RateLimit, Mirror: old.Mirror, CreatedAt: time.Now(),
+		Presented: old.Presented,
 	}
 	if err := v.store.Renew(v.cfg.Name, r); err != nil {
 		return v.errorf("start: renew its state: %w", err)
@@ -229,6 +230,9 @@ func (v *Volume) becomeReady(ctx context.Context) error {
 // take makes p the phase, for those as well who wait for it.
 func (v *Volume) take(p Phase) {
 	v.phase.Store(p)
+	if p != Cutover { // then once the fences are released
+		v.showAccess()
+	}
 	v.mu.Lock()
 	close(v.changed)
 	v.changed = make(chan struct{})
@@ -539,6 +543,7 @@ func (cutover) finish(ctx context.Context, v *Volume) error {
 	}
 	released := v.release(ctx)
 	defer func() { <-released }() // as far as it can be reached
+	v.showAccess()
 	if v.cfg.CutOver != nil {
 		v.cfg.CutOver()
 	}

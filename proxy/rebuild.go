@@ -146,12 +146,14 @@ type RebuildReport struct {
 
 // rebuild is one under way.
 type rebuild struct {
-	cfg     Config
-	o       AdoptOptions
-	info    lun.Info // of the volume
-	flags   *state.Flags
-	looked  atomic.Uint64 // blocks
-	limiter *copier.Throttle
+	cfg  Config
+	o    AdoptOptions
+	info lun.Info // of the volume
+	// presented is what initiators find, by the configuration.
+	presented *state.Presented
+	flags     *state.Flags
+	looked    atomic.Uint64 // blocks
+	limiter   *copier.Throttle
 
 	mu     sync.Mutex // protects report and cut
 	report RebuildReport
@@ -185,7 +187,11 @@ func Rebuild(ctx context.Context, cfg Config, o AdoptOptions, tell func(done, al
 		return fail(err)
 	}
 	s := cfg.Source.Info()
-	x := &rebuild{cfg: cfg, o: o, info: s, limiter: copier.NewThrottle(o.Rate)}
+	presented, err := cfg.Identity.Present(s, cfg.Destination.Info())
+	if err != nil {
+		return fail(err)
+	}
+	x := &rebuild{cfg: cfg, o: o, info: s, presented: presented, limiter: copier.NewThrottle(o.Rate)}
 	x.report = RebuildReport{
 		StartedAt: time.Now(), BlockSize: s.BlockSize, Blocks: s.Blocks, WasSynced: o.WasSynced,
 		DifferentFrom: x.o.Different, ZeroesFrom: o.Zeroes,
@@ -275,6 +281,7 @@ func (x *rebuild) make(ctx context.Context, tell func(done, all uint64)) error {
 		Volume: name, SourceID: x.info.ID, DestinationID: x.cfg.Destination.Info().ID,
 		BlockSize: x.info.BlockSize, Blocks: geometry.Blocks, RegionBlocks: geometry.RegionBlocks,
 		Phase: string(Migrating), Fenced: true, CreatedAt: now, StartedAt: &now,
+		Presented: x.presented,
 	})
 }
 

@@ -1,6 +1,7 @@
 package proxy
 
 import (
+	"errors"
 	"time"
 
 	"lunshift/target"
@@ -32,6 +33,7 @@ type Settings struct {
 	Seeded        bool
 	Initiators    []target.Initiator
 	PortalGroups  []uint16
+	Identity      Identity
 	LogoutTimeout time.Duration
 }
 
@@ -39,7 +41,7 @@ func (c *Config) settings() Settings {
 	return Settings{
 		CopyDepth: c.CopyDepth, CopyRate: c.CopyRate, Readback: c.Readback, Mirror: c.Mirror, VerifySample: c.VerifySample,
 		Overwrite: c.Overwrite, Seeded: c.Seeded, Initiators: c.Initiators, PortalGroups: c.PortalGroups,
-		LogoutTimeout: c.LogoutTimeout,
+		Identity: c.Identity, LogoutTimeout: c.LogoutTimeout,
 	}
 }
 
@@ -50,10 +52,14 @@ func (c *Config) settings() Settings {
 func (v *Volume) Set(s Settings) error {
 	v.setting.Lock() // so that the last one set is the last one in effect
 	defer v.setting.Unlock()
+	was := v.set().Identity
+	if err := v.setIdentity(s.Identity); err != nil {
+		return err
+	}
 	if v.Phase() != Cutover {
 		// By the time a cutover retires the unit this may come late; it is of no use then.
 		if err := v.cfg.Target.Admit(v.cfg.IQN, v.cfg.LUN, s.Initiators, s.PortalGroups); err != nil {
-			return v.errorf("%w", err)
+			return errors.Join(v.errorf("%w", err), v.setIdentity(was))
 		}
 	}
 	if w := v.ways.Load(); w != nil {

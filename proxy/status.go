@@ -110,6 +110,11 @@ type Status struct {
 	// DegradedReason is set where Degraded is.
 	DegradedReason string `json:"degraded_reason,omitempty"`
 
+	// Identity is whose identity initiators find, Access how well they are told to do to
+	// come this way (asymmetric access state, SPC-4 5.15.2).
+	Identity Identity `json:"identity,omitempty"`
+	Access   string   `json:"access_state,omitempty"`
+
 	Size      uint64 `json:"size_bytes"`
 	BlockSize uint32 `json:"block_size"`
 	// Allocated is what the source has storage for; while AllocatedKnown is false

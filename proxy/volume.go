@@ -73,6 +73,8 @@ type Config struct {
 	Initiators         []target.Initiator
 	PortalGroups       []uint16
 	ReservationsByName bool
+	// Identity is whose identity initiators find. It counts until the start.
+	Identity Identity
 	// LogoutTimeout is how long sessions may take to log out at a cutover; 0 is
 	// DefaultLogoutTimeout.
 	LogoutTimeout time.Duration
@@ -251,6 +253,9 @@ func (v *Volume) takeUp(ctx context.Context, r state.Record, found bool) error {
 	if !found {
 		r.Phase = string(Ready)
 	}
+	if err := v.present(&r, s, d); err != nil {
+		return err
+	}
 	if err := v.openFences(ctx, &r); err != nil {
 		return err
 	}
@@ -276,6 +281,7 @@ func (v *Volume) takeUp(ctx context.Context, r state.Record, found bool) error {
 			BlockSize: s.BlockSize, Blocks: s.Blocks,
 			RegionBlocks: max(1, v.cfg.RegionSize/uint64(s.BlockSize)),
 			Phase:        string(Ready), Paused: r.Paused, RateLimit: rate, CreatedAt: time.Now(),
+			Presented: r.Presented,
 		}
 	}
 	flags, err := v.store.Flags(v.cfg.Name, state.Geometry{Blocks: r.Blocks, RegionBlocks: r.RegionBlocks})
@@ -327,6 +333,7 @@ func (v *Volume) front() target.Unit {
 		NAA:    locallyAssigned<<60 | binary.BigEndian.Uint64(sum[:8])>>4,
 		Alias:  v.cfg.Name,
 
+		Identity: inquired(v.record.Presented), Access: access(&v.record),
 		Initiators: v.cfg.Initiators, PortalGroups: v.cfg.PortalGroups,
 		ReservationsByName: v.cfg.ReservationsByName,
 		Reservations:       reservations{v.store, v.cfg.Name},
@@ -358,6 +365,7 @@ func (v *Volume) Status() Status {
 	s.RollbackAt, s.RolledBackAt = r.RollbackAt, r.RolledBackAt
 	s.Compare = r.Compare
 	s.Mirrored = (s.Phase == Ready || s.Phase == Migrating || s.Phase == Synced) && v.wantsMirror(r)
+	s.Identity, s.Access = presentedBy(r.Presented), access(&r).String()
 	s.UnreadableRuns = []BlockRun{}
 	s.AllocationFound = []string{}
 	_, s.AcceptedUnreadable = v.shown(extents(r.Accepted))

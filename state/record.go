@@ -38,6 +38,8 @@ type Record struct {
 	Fenced bool `json:"fenced,omitempty"`
 	// AcceptedKeys are the registrations of others that the start put up with, by side.
 	AcceptedKeys map[string][]uint64 `json:"accepted_keys,omitempty"`
+	// Presented is the identity that initiators find, where it is that of a device.
+	Presented *Presented `json:"presented,omitempty"`
 	// RateLimit is the copy's throttle in bytes per second, 0 for none; nil where
 	// none was ever set.
 	RateLimit *uint64 `json:"rate_limit,omitempty"`
@@ -76,6 +78,17 @@ type Record struct {
 	Accepted   []Run `json:"accepted_unreadable,omitempty"`
 	// Verified is the last comparison of source and destination; nil without.
 	Verified *Verified `json:"verified,omitempty"`
+}
+
+// Presented is the identity of a device as initiators find it on the volume: it stays from the
+// start of a migration to its end, whatever becomes of the device.
+type Presented struct {
+	// From is the proxy's word for the device.
+	From string `json:"from"`
+	// Standard, Serial and Designators are as INQUIRY gives them.
+	Standard    []byte `json:"standard"`
+	Serial      []byte `json:"serial,omitempty"`
+	Designators []byte `json:"designators"`
 }
 
 // Verified is the outcome of a comparison of source and destination.
