@@ -148,7 +148,7 @@ func (v *Volume) units() []*unit {
 // openFences brings the fences into the state that the record asks for, before anything is
 // written.
 func (v *Volume) openFences(ctx context.Context, r *state.Record) error {
-	if Phase(r.Phase) != Ready {
+	if Phase(r.Phase).Moving() {
 		if !r.Fenced {
 			r.Fenced = true
 			if err := v.store.PutRecords(ctx, *r); err != nil {
@@ -433,6 +433,8 @@ func (v *Volume) released(ctx context.Context, errs []error) {
 	}
 	if err != nil {
 		err = oneLine([]error{err})
+	} else {
+		v.showAccess()
 	}
 	v.fault("fence", err)
 }
