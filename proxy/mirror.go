@@ -257,8 +257,16 @@ func (m *mirror) forget(e lun.Extent) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.regions(e, func(g uint64, part lun.Extent) {
-		var left []*equal
-		for _, x := range m.equal[g] {
+		list := m.equal[g]
+		if !slices.ContainsFunc(list, func(x *equal) bool { return x.Overlaps(part) }) {
+			return
+		}
+		left := make([]*equal, 0, len(list)+1)
+		for _, x := range list {
+			if !x.Overlaps(part) {
+				left = append(left, x)
+				continue
+			}
 			for _, rest := range lun.Subtract([]lun.Extent{x.Extent}, part) {
 				kept := *x
 				kept.Extent = rest

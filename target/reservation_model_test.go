@@ -127,7 +127,7 @@ func FuzzReserveOut(f *testing.F) {
 		}
 		for _, byName := range []bool{false, true} {
 			u := &unit{Unit: Unit{IQN: iqn, ReservationsByName: byName}}
-			u.inq.Store(newInquiryData(u, nil))
+			u.inq.Store(&inquiryData{})
 			u.rules.Store(&rules{})
 			c := &conn{srv: s}
 			c.initiator, c.isid, c.group = nameA, iscsi.ISID{1}, 1
