@@ -263,6 +263,7 @@ type blockLimits struct {
 	maxUnmapRuns     uint32
 	unmapGranularity uint32
 	maxWriteSame     uint64
+	maxCompare       uint8 // COMPARE AND WRITE; 0 where the unit does not have it
 	present          bool
 }
 
@@ -270,7 +271,7 @@ func parseBlockLimits(p []byte) blockLimits {
 	b := vpdBody(p, 0xb0)
 	l := blockLimits{}
 	if len(b) >= 8 {
-		l.maxTransfer, l.present = binary.BigEndian.Uint32(b[4:]), true
+		l.maxTransfer, l.maxCompare, l.present = binary.BigEndian.Uint32(b[4:]), b[1], true
 	}
 	if len(b) >= 40 {
 		l.maxUnmapBlocks = binary.BigEndian.Uint32(b[16:])

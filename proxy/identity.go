@@ -150,3 +150,32 @@ func (v *Volume) showAccess() {
 		v.log.WithError(err).Error("initiators are not told of the access state")
 	}
 }
+
+// shared tells whether initiators may be writing to the source on its own paths too, past the
+// locks of the volume.
+func (v *Volume) shared() bool {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	return presentedBy(v.record.Presented) == IdentitySource && onSource(&v.record)
+}
+
+// updateShared is Update of a source that is shared: the array alone can keep other writes
+// out. Where it cannot the command is refused rather than lost among them. The caller is
+// inside the gate and holds e.
+func (v *Volume) updateShared(ctx context.Context, e lun.Extent, modify func([]byte) error) error {
+	dev, ok := v.source.Device.(lun.Swapper)
+	if !ok {
+		return fmt.Errorf("%w: hosts use the source's own paths as well, and it cannot compare and write in one step", lun.ErrUnsupported)
+	}
+	return v.write(ctx, e, nil, func(ctx context.Context, u *unit) error {
+		var refused error // by modify, which is no fault of the unit
+		err := lun.UpdateShared(ctx, dev, e, func(blocks []byte) error {
+			refused = modify(blocks)
+			return refused
+		})
+		if refused != nil {
+			return refused
+		}
+		return u.note(err)
+	})
+}

@@ -85,6 +85,9 @@ func (v *Volume) Update(ctx context.Context, e lun.Extent, modify func([]byte) e
 		return err
 	}
 	defer v.writes.Unlock(held)
+	if v.shared() {
+		return v.updateShared(ctx, e, modify)
+	}
 	p := make([]byte, v.info.Bytes(e))
 	if err := v.read(ctx, p, e); err != nil {
 		return err
