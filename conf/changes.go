@@ -74,6 +74,7 @@ func (v Volume) Changes(to Volume) []string {
 		{"destination_cache", v.DestinationCache, to.DestinationCache},
 		{"overwrite", v.Overwrite, to.Overwrite},
 		{"seeded", v.Seeded, to.Seeded},
+		{"mirror", v.Mirror, to.Mirror},
 		{"region_size", v.RegionSize, to.RegionSize},
 		{"file_block_size", v.FileBlockSize, to.FileBlockSize},
 		{"copy.depth", v.Copy.Depth, to.Copy.Depth},

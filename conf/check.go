@@ -33,7 +33,7 @@ var (
 
 func checkName(name string) error {
 	if !namePattern.MatchString(name) {
-		return fmt.Errorf("%q is no volume name; it is a letter or digit, then up to 63 of A-Z a-z 0-9 . _ -", name)
+		return fmt.Errorf("%q is no name; it is a letter or digit, then up to 63 of A-Z a-z 0-9 . _ -", name)
 	}
 	return nil
 }

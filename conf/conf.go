@@ -37,6 +37,8 @@ type Config struct {
 	Service Service
 	// Volumes holds at least one volume, in the order of the file.
 	Volumes []Volume
+	// Groups are in the order of the file.
+	Groups []Group
 }
 
 // Service is the [service] table: what all volumes share.
@@ -95,6 +97,8 @@ type Volume struct {
 	// Seeded allows it too: the destination has most of the data already. Both sides are
 	// compared, and only what differs is written.
 	Seeded bool
+	// Mirror has writes go to both sides from the start on.
+	Mirror bool
 	// RegionSize is the unit of copying, a power of two from 64 KiB to 64 MiB.
 	RegionSize Size
 	// FileBlockSize is the logical block length of plain files, 512 or 4096 bytes.

@@ -186,7 +186,7 @@ level = "info"
 		`3: service.htp: there is no such setting; is http meant?`,
 		`4: service.state: "state" is not an absolute path`,
 		`5: service.io_timeout: "1 minute" is no time`,
-		`8: volume[0].name: "db 01" is no volume name`,
+		`8: volume[0].name: "db 01" is no name`,
 		`9: volume[0].iqn: "IQN.2026-11.net.example:db01" has capitals`,
 		`10: volume[0].source: has the unknown scheme "nfs"`,
 		`12: volume[0].lun: is 70000; it is from 0 to 16383`,
@@ -237,7 +237,7 @@ lun = -1
 source = "/srv/a"
 destination = "/dev/sdx"
 `, []string{
-			`3: volume[0].name: "db 01" is no volume name`,
+			`3: volume[0].name: "db 01" is no name`,
 			`10: volume[db02].lun: is -1`,
 			`12: volume[db02].destination: is the destination of volume[0] already`,
 		}},
@@ -313,7 +313,7 @@ func TestFaultsOfOneSetting(t *testing.T) {
 	second := func(lines string) string { return minimal + "[[volume]]\n" + lines }
 	for _, tc := range []struct{ name, text, want string }{
 		{"no volume", "", "1: volume: there is none"},
-		{"empty name", with(`"db01"`, `""`), `3: volume[0].name: "" is no volume name`},
+		{"empty name", with(`"db01"`, `""`), `3: volume[0].name: "" is no name`},
 		{"password with colon", with("10.0.0.5", "me:hunter2hunter2@10.0.0.5"), "5: volume[db01].source: has a secret in the URL"},
 		{"password with percent", with("10.0.0.5", "me%hunter2hunter2@10.0.0.5"), "5: volume[db01].source: has a secret in the URL"},
 		{"user without secret", with("10.0.0.5", "me@10.0.0.5"), "5: volume[db01].source: user me needs a secret; put it into source_secret_file, or into LUNSHIFT_SECRET_DB01_SOURCE"},
@@ -495,7 +495,7 @@ func TestSampleFileLoadsAndShowsEverySetting(t *testing.T) {
 	all := commented.ReplaceAllString(text, "$1")
 	d := &decoder{}
 	settings := slices.Concat(d.service(&Service{}), d.volumeSettings(&Volume{}, &secretFiles{}, "", ""),
-		limitSettings(&Limits{}), initiatorSettings(&Initiator{}, &chapKeys{}))
+		limitSettings(&Limits{}), initiatorSettings(&Initiator{}, &chapKeys{}), groupSettings(&Group{}))
 	for _, s := range settings {
 		if !regexp.MustCompile(`(?m)^(` + s.key + ` += |\[+[a-z]+\.` + s.key + `\]+$)`).MatchString(all) {
 			t.Errorf("the sample does not show %s", s.key)
@@ -518,6 +518,9 @@ func TestSampleFileLoadsAndShowsEverySetting(t *testing.T) {
 	withAll.Service.Discovery = CHAP{}
 	if fmt.Sprint(withAll.Service) != fmt.Sprint(asIs.Service) {
 		t.Errorf("the sample shows other defaults of the service than there are:\n%v\n%v", withAll.Service, asIs.Service)
+	}
+	if g := withAll.Groups; len(asIs.Groups) != 0 || len(g) != 1 || g[0].HoldLimit != 5*time.Second {
+		t.Errorf("groups of the sample: %+v", g)
 	}
 	v, w := withAll.Volumes[0], asIs.Volumes[0]
 	v.Source, v.Destination = w.Source, w.Destination
@@ -560,6 +563,7 @@ func FuzzConfigurationNeverPanics(f *testing.F) {
 	}
 	f.Add(sample)
 	f.Add([]byte(minimal))
+	f.Add([]byte(three + "[[group]]\nname='erp'\nvolumes=['db01',2]\nhold_limit='1s'\n[[group.x]]\n"))
 	f.Add([]byte("volume = [{name = 'x', copy = {depth = 1}}]\n[service]\nportals = [1, 'x']"))
 	f.Add([]byte("[[volume]]\n[volume.copy]\ndepth=1\n[[volume.copy.x]]\n[[volume]]\ncopy.rate='1'"))
 	f.Add([]byte(minimal + "portal_groups=[1,65536]\nreservation_by=1\n[[volume.initiator]]\nname='*'\nnetworks=['::/0','10.0.0.0/8']\nchap_user='u'\n[[volume.initiator]]\nname='iqn.*'\n"))

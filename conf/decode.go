@@ -36,7 +36,7 @@ type setting struct {
 func (d *decoder) config(tree map[string]any) *Config {
 	cfg := &Config{Service: defaultService()}
 	d.portals = cfg.Service.Portals
-	var volumes []any
+	var volumes, groups []any
 	d.table(tree, "", "", []setting{
 		{"service", d.subtable("service", "service", func() []setting { return d.service(&cfg.Service) })},
 		{"volume", func(v any) error {
@@ -45,6 +45,14 @@ func (d *decoder) config(tree map[string]any) *Config {
 				return fmt.Errorf("is %s; each volume opens with a line [[volume]]", kindOf(v))
 			}
 			volumes = list
+			return nil
+		}},
+		{"group", func(v any) error {
+			list, ok := v.([]any)
+			if !ok {
+				return fmt.Errorf("is %s; each group opens with a line [[group]]", kindOf(v))
+			}
+			groups = list
 			return nil
 		}},
 	})
@@ -61,6 +69,8 @@ func (d *decoder) config(tree map[string]any) *Config {
 		}
 		cfg.Volumes = append(cfg.Volumes, d.volume(path, m, uses))
 	}
+	// Where a volume's name is faulty, it is not known which one a group means.
+	cfg.Groups = d.groups(groups, cfg.Volumes, len(uses.names) == len(volumes))
 	d.oneLogin(cfg.Volumes)
 	d.oneRedirect(cfg.Volumes)
 	d.reflections()
@@ -162,6 +172,7 @@ func (d *decoder) volumeSettings(v *Volume, files *secretFiles, path, label stri
 		{"autostart", boolean(&v.Autostart)},
 		{"overwrite", boolean(&v.Overwrite)},
 		{"seeded", boolean(&v.Seeded)},
+		{"mirror", boolean(&v.Mirror)},
 		{"verify", oneOf(&v.Verify, VerifyOff, VerifyReadback)},
 		{"verify_sample", size(&v.VerifySample)},
 		{"allocation", oneOf(&v.Allocation, AllocationAuto, AllocationDevice, AllocationFileSystem, AllocationAll)},

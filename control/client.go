@@ -25,8 +25,18 @@ const maxReply = 64 << 20
 // Client speaks with a running service. Its methods may be called concurrently;
 // their errors are *Error, or ctx's.
 type Client struct {
+	// Alone has Cutover and Rollback take a volume of a group without the others.
+	Alone bool
+
 	socket string
 	http   *http.Client
+}
+
+func (c *Client) alone() string {
+	if c.Alone {
+		return "?alone=true"
+	}
+	return ""
 }
 
 // NewClient is a client of the service on a control socket. It does not connect yet.
@@ -82,7 +92,7 @@ func (c *Client) Throttle(ctx context.Context, volume string, rate uint64) (prox
 
 // Cutover ends a migration.
 func (c *Client) Cutover(ctx context.Context, volume string, o proxy.CutoverOptions) (proxy.Status, error) {
-	return c.volume(ctx, http.MethodPost, volume, "/cutover", o)
+	return c.volume(ctx, http.MethodPost, volume, "/cutover"+c.alone(), o)
 }
 
 // Verify compares source and destination of a volume in phase synced; it goes on as

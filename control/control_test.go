@@ -289,6 +289,7 @@ func TestWaitForAPausedCopyIsSaidToBeStuck(t *testing.T) {
 	}{
 		{proxy.Migrating, true, proxy.Synced, true}, {proxy.Migrating, true, proxy.Cutover, true},
 		{proxy.Migrating, false, proxy.Synced, false}, {proxy.Migrating, true, proxy.Migrating, false}, {proxy.Synced, true, proxy.Synced, false},
+		{proxy.RollingBack, true, proxy.RolledBack, true}, {proxy.RollingBack, true, proxy.Synced, false}, {proxy.Migrating, true, proxy.RolledBack, false},
 	} {
 		v.set(func(s *proxy.Status) { s.Phase, s.Paused = tc.is, tc.paused })
 		if text := client.Stuck(t.Context(), "db01", tc.wanted); strings.Contains(text, "lunshift resume db01") != tc.stuck {

@@ -165,6 +165,9 @@ func (e *entry) change(to conf.Volume) (changed, restart []string, err error) {
 		next = e.conf
 		next.Autostart, next.Verify, next.VerifySample, next.Overwrite = to.Autostart, to.Verify, to.VerifySample, to.Overwrite
 		next.Seeded = to.Seeded
+		if idle(e.volume.Status().Phase) {
+			next.Mirror = to.Mirror // it counts from the start on
+		}
 		next.Copy, next.Initiators, next.PortalGroups, next.Redirect = to.Copy, to.Initiators, to.PortalGroups, to.Redirect
 		next.Identity = to.Identity
 		next.RedirectFor, next.LogoutTimeout = to.RedirectFor, to.LogoutTimeout

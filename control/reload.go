@@ -196,7 +196,8 @@ func (s *Service) reload(ctx context.Context) (ReloadReport, error) {
 	inFile = slices.DeleteFunc(inFile, func(e *entry) bool { return e == nil })
 	entries = append(inFile, entries...)
 
-	cfg := &conf.Config{Path: file.Path, Service: service}
+	cfg := &conf.Config{Path: file.Path, Service: service, Groups: file.Groups}
+	report.Changed = append(report.Changed, old.GroupChanges(file)...)
 	for _, e := range entries {
 		cfg.Volumes = append(cfg.Volumes, e.settings())
 	}
@@ -243,6 +244,12 @@ func (s *Service) reloadVolume(e *entry, to conf.Volume, report *ReloadReport) (
 	if slices.Contains(changed, "copy.rate") && e.status().RateLimit != uint64(to.Copy.Rate) {
 		report.Notes = append(report.Notes, fmt.Sprintf("volume %s: the rate that lunshift throttle set stays, whatever copy.rate is", e.name))
 	}
+	if status := e.status(); slices.Contains(changed, "mirror") && status.Mirrored != to.Mirror {
+		report.Notes = append(report.Notes, fmt.Sprintf("volume %s: what lunshift mirror set stays, whatever mirror is", e.name))
+	}
+	if slices.Contains(restart, "mirror") {
+		report.Notes = append(report.Notes, fmt.Sprintf("volume %s: lunshift mirror %s switches the mirror without a restart", e.name, e.name))
+	}
 	_, closed := e.open()
 	return len(changed) > 0 && (closed != nil || e.isRemoved())
 }
@@ -278,7 +285,7 @@ func (s *Service) waitsFor(e *entry, err error) bool {
 func settingsOf(v conf.Volume) proxy.Settings {
 	return proxy.Settings{
 		CopyDepth: v.Copy.Depth, CopyRate: uint64(v.Copy.Rate), Readback: v.Verify == conf.VerifyReadback,
-		VerifySample: uint64(v.VerifySample), Overwrite: v.Overwrite, Seeded: v.Seeded,
+		VerifySample: uint64(v.VerifySample), Overwrite: v.Overwrite, Seeded: v.Seeded, Mirror: v.Mirror,
 		Initiators: initiators(v), PortalGroups: v.PortalGroups, Identity: proxy.Identity(v.Identity), LogoutTimeout: v.LogoutTimeout,
 	}
 }

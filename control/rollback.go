@@ -19,6 +19,9 @@ func (s *Service) rollback(r *http.Request, e *entry) error {
 	if err := decode(r, "rollback", &o); err != nil {
 		return err
 	}
+	if err := s.alone(r, e, "rollback", proxy.RollingBack); err != nil {
+		return err
+	}
 	v, err := e.open()
 	if err != nil {
 		return err
@@ -44,7 +47,7 @@ func (s *Service) mirror(r *http.Request, e *entry) error {
 // Rollback has the source take the writes again; what is to be copied back is so in the
 // background.
 func (c *Client) Rollback(ctx context.Context, volume string, o proxy.RollbackOptions) (proxy.Status, error) {
-	return c.volume(ctx, http.MethodPost, volume, "/rollback", o)
+	return c.volume(ctx, http.MethodPost, volume, "/rollback"+c.alone(), o)
 }
 
 // Mirror switches the mirror of a volume.

@@ -63,6 +63,7 @@ func (s *Service) handler() http.Handler {
 		}
 		return report, err
 	}))
+	s.groupRoutes(mux)
 	return mux
 }
 
@@ -93,6 +94,9 @@ func (s *Service) throttle(r *http.Request, e *entry) error {
 func (s *Service) cutover(r *http.Request, e *entry) error {
 	var o proxy.CutoverOptions
 	if err := decode(r, "cutover", &o); err != nil {
+		return err
+	}
+	if err := s.alone(r, e, "cutover", proxy.Cutover); err != nil {
 		return err
 	}
 	v, err := e.open()

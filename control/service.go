@@ -308,6 +308,9 @@ func (s *Service) entry(name string) (*entry, error) {
 }
 
 func (s *Service) unknown(name string) error {
+	if g := s.config().Group(name); g != nil {
+		return &Error{Unknown, fmt.Sprintf("%q is a group, and this is for one volume: %s", name, strings.Join(g.Volumes, ", "))}
+	}
 	names := []string{}
 	for _, e := range s.list() {
 		if !e.isRemoved() {
@@ -439,7 +442,7 @@ func (s *Service) openVolume(ctx context.Context, v conf.Volume, e *entry, a ...
 		Source: source, Destination: destination,
 		SourceAddress: v.Source.Address, DestinationAddress: v.Destination.Address,
 		RegionSize: uint64(v.RegionSize), CopyDepth: v.Copy.Depth, CopyRate: uint64(v.Copy.Rate),
-		Overwrite: v.Overwrite, Seeded: v.Seeded, VerifySample: uint64(v.VerifySample), Autostart: v.Autostart,
+		Overwrite: v.Overwrite, Seeded: v.Seeded, Mirror: v.Mirror, VerifySample: uint64(v.VerifySample), Autostart: v.Autostart,
 		Allocation: proxy.Allocation(v.Allocation),
 		Readback:   v.Verify == conf.VerifyReadback, DestinationCache: proxy.Cache(v.DestinationCache),
 		Initiators: initiators(v), PortalGroups: v.PortalGroups, ReservationsByName: v.ReservationBy == conf.ByName, Identity: proxy.Identity(v.Identity),

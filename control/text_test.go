@@ -175,3 +175,49 @@ func TestMetricsFollowStatus(t *testing.T) {
 		}
 	}
 }
+
+func TestRollbackAndMirrorAreShown(t *testing.T) {
+	hold, at := 7.25, time.Date(2026, 11, 23, 12, 0, 0, 0, time.Local)
+	back := migrating()
+	back.Phase, back.Paused, back.CopiedBack, back.RollbackAt, back.Hold, back.Unreadable = proxy.RollingBack, true, 3<<20, &at, &hold, 512
+	back.UnreadableRuns = []proxy.BlockRun{{LBA: 7, Blocks: 1}}
+	done := back
+	done.Phase, done.Remaining, done.RolledBackAt, done.UnreadableRuns = proxy.RolledBack, 0, &at, nil
+	broken := migrating()
+	broken.Mirrored, broken.Mirror = true, &proxy.MirrorStatus{State: "broken", Reason: "source: no route", Behind: 5 << 20}
+	whole := migrating()
+	whole.Mirrored, whole.Mirror = true, &proxy.MirrorStatus{State: "whole"}
+	ready := proxy.Status{Name: "db01", Phase: proxy.Ready, Mirrored: true}
+	for _, tc := range []struct {
+		v            proxy.Status
+		line, detail string
+	}{
+		{back, "db01: rolling-back, paused, 75.0% done, 256 MiB left at 212 MiB/s, time left 3m 12s, initiators were held for 7.2 ms", "rolling-back, paused since 2026-11-23 12:00:00"},
+		{back, "", "\nremaining 256 MiB at 212 MiB/s"}, {back, "", "\ncopied back 3.0 MiB\n"}, {back, "", "\nrollback initiators were held for 7.2 ms\n"},
+		{back, "", "\nunreadable 512 B on the destination\n"},
+		{done, "db01: rolled-back, initiators were held for 7.2 ms", "] 100.0%\n"},
+		{broken, ", mirror broken", "\nmirror broken, the source is 5.0 MiB behind: source: no route\n"},
+		{whole, ", mirror whole", "\nmirror whole\n"}, {ready, "db01: ready, mirror on from the start on", "\nmirror on from the start on\n"},
+	} {
+		var line, detail bytes.Buffer
+		if err := WriteLine(&line, tc.v); err != nil || !strings.Contains(line.String(), tc.line) {
+			t.Errorf("%v, line %q lacks %q", err, &line, tc.line)
+		}
+		if err := WriteDetail(&detail, tc.v); err != nil || !strings.Contains(regexp.MustCompile(` +`).ReplaceAllString(detail.String(), " "), tc.detail) {
+			t.Errorf("%v, detail lacks %q:\n%s", err, tc.detail, &detail)
+		}
+	}
+	registry := prometheus.NewPedanticRegistry()
+	registry.MustRegister(newCollector("v1", func() []proxy.Status { broken.CopiedBack = 9; return []proxy.Status{broken} }, func() state.Stats { return state.Stats{} }))
+	w := httptest.NewRecorder()
+	promhttp.HandlerFor(registry, promhttp.HandlerOpts{}).ServeHTTP(w, httptest.NewRequest("GET", "/metrics", nil))
+	for _, want := range []string{
+		`lunshift_volume_mirror{state="broken",volume="db01"} 1`, `lunshift_volume_mirror{state="whole",volume="db01"} 0`, `lunshift_volume_mirror{state="off",volume="db01"} 0`,
+		`lunshift_volume_mirror_behind_bytes{volume="db01"} 5.24288e+06`, `lunshift_volume_copied_back_bytes_total{volume="db01"} 9`,
+		`lunshift_volume_phase{phase="rolled-back",volume="db01"} 0`,
+	} {
+		if !strings.Contains(w.Body.String(), want+"\n") {
+			t.Errorf("missing %s in\n%s", want, w.Body.String())
+		}
+	}
+}

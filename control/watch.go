@@ -22,7 +22,7 @@ const watchInterval = time.Second
 type View struct {
 	// JSON writes one JSON document per look instead of text.
 	JSON bool
-	// Volume is the one to show in detail; empty shows a table of all.
+	// Volume is the one to show in detail, or a group; empty shows a table of all.
 	Volume string
 	// Redraw replaces what Watch showed before, for terminals; without it Watch
 	// adds a line per volume.
@@ -111,11 +111,18 @@ func redraw(text []byte, first bool) []byte {
 // look is the status as text, and whether all of it is cut over or rolled back.
 func (v View) look(ctx context.Context, c *Client, how looks) (_ []byte, over bool, err error) {
 	var shown []proxy.Status
+	var group *GroupStatus
 	if v.Volume == "" {
 		shown, err = c.Statuses(ctx)
 	} else {
 		shown = make([]proxy.Status, 1)
-		shown[0], err = c.Status(ctx, v.Volume)
+		if shown[0], err = c.Status(ctx, v.Volume); KindOf(err) == Unknown {
+			if g, e := c.Group(ctx, v.Volume); e == nil {
+				group, shown, err = &g, g.Volumes, nil
+			} else if KindOf(e) != Unknown {
+				err = e
+			}
+		}
 	}
 	if err != nil {
 		return nil, false, err
@@ -126,6 +133,8 @@ func (v View) look(ctx context.Context, c *Client, how looks) (_ []byte, over bo
 	}
 	var text bytes.Buffer
 	switch {
+	case v.JSON && group != nil:
+		err = json.NewEncoder(&text).Encode(group)
 	case v.JSON && v.Volume != "":
 		err = json.NewEncoder(&text).Encode(shown[0])
 	case v.JSON:
@@ -134,6 +143,8 @@ func (v View) look(ctx context.Context, c *Client, how looks) (_ []byte, over bo
 		for _, s := range shown {
 			err = errors.Join(err, WriteLine(&text, s))
 		}
+	case group != nil:
+		err = WriteGroup(&text, *group)
 	case v.Volume != "":
 		err = WriteDetail(&text, shown[0])
 	default:

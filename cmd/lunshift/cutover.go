@@ -11,29 +11,43 @@ import (
 )
 
 func (a *app) cutoverCommand() *cobra.Command {
-	var wait bool
+	var wait, alone bool
 	var timeout time.Duration
 	var o proxy.CutoverOptions
-	command := a.step("cutover", "End the migration of a synced volume",
+	check := func() error {
+		switch {
+		case timeout < 0:
+			return control.Usagef("--timeout: %s is no time to wait", timeout)
+		case timeout > 0 && !wait:
+			return control.Usagef("--timeout goes with --wait, for it is how long to wait for phase %s", proxy.Synced)
+		}
+		return nil
+	}
+	command := a.both(a.step("cutover", "End the migration of a synced volume",
 		`End the migration: a sample of source and destination is compared, initiators are asked to
 log out, commands in flight end, and the destination is flushed. From then on it stands alone,
 and logins are sent there (redirect = true) or refused. Where an initiator does not log out
 within logout_timeout the cutover is undone: the volume stays synced and is served on, and the
-error names the sessions. Done already, it changes nothing.`,
+error names the sessions. Done already, it changes nothing.
+
+The volumes of a group are cut over at one instant, or none of them is.`,
 		func(ctx context.Context, c *control.Client, volume string) (control.Status, error) {
-			switch {
-			case timeout < 0:
-				return control.Status{}, control.Usagef("--timeout: %s is no time to wait", timeout)
-			case timeout > 0 && !wait:
-				return control.Status{}, control.Usagef("--timeout goes with --wait, for it is how long to wait for phase %s", proxy.Synced)
-			case !wait:
+			if c.Alone = alone; !wait {
 				return c.Cutover(ctx, volume, o)
 			}
 			a.tellStuck(ctx, c, volume, proxy.Synced)
 			return c.CutoverWhenSynced(ctx, volume, timeout, o)
-		})
+		}), check, func(ctx context.Context, c *control.Client, group string) (control.GroupStatus, error) {
+		if wait {
+			if status, err := c.WaitGroup(ctx, group, proxy.Synced, timeout, true); err != nil {
+				return status, err
+			}
+		}
+		return c.CutoverGroup(ctx, group, o)
+	})
 	command.Flags().BoolVar(&wait, "wait", false, "wait for phase synced first")
 	command.Flags().DurationVar(&timeout, "timeout", 0, "with --wait, how long at most, such as 1h; 0 is without end")
+	command.Flags().BoolVar(&alone, "alone", false, "cut over one volume of a group without the others")
 	command.Flags().BoolVar(&o.NoVerify, "no-verify", false, "do not compare a sample first")
 	command.Flags().BoolVar(&o.Force, "force", false, "drop sessions that do not log out within logout_timeout, and go on")
 	command.Flags().BoolVar(&o.AcceptUnreadable, "accept-unreadable", false, "give up blocks that the source cannot read; they read as zeroes from then on")

@@ -209,6 +209,37 @@ func (a *app) step(name, short, long string, do func(context.Context, *control.C
 	}
 }
 
+// both makes a step take a group as well; check, unless nil, is for what was asked of either.
+func (a *app) both(command *cobra.Command, check func() error, do func(context.Context, *control.Client, string) (control.GroupStatus, error)) *cobra.Command {
+	one := command.RunE
+	command.Use = strings.Replace(command.Use, "VOLUME", "VOLUME|GROUP", 1)
+	command.RunE = func(c *cobra.Command, args []string) error {
+		if check != nil {
+			if err := check(); err != nil {
+				return err
+			}
+		}
+		client, err := a.client()
+		if err != nil {
+			return err
+		}
+		if _, err := client.Group(c.Context(), args[0]); control.KindOf(err) == control.Unknown {
+			return one(c, args)
+		} else if err != nil {
+			return err
+		}
+		status, err := do(c.Context(), client, args[0])
+		if err != nil {
+			return err
+		}
+		if a.json {
+			return a.print(status)
+		}
+		return control.WriteGroupLines(a.stdout, status)
+	}
+	return command
+}
+
 // oneVolume are the arguments of a command that is about one volume.
 func oneVolume(_ *cobra.Command, args []string) error {
 	switch len(args) {

@@ -9,9 +9,11 @@ import (
 )
 
 func (a *app) resumeCommand() *cobra.Command {
-	return a.step("resume", "Go on with the background copy of a volume",
+	return a.both(a.step("resume", "Go on with the background copy of a volume",
 		`Go on with the background copy after a pause.`,
 		func(ctx context.Context, c *control.Client, volume string) (control.Status, error) {
 			return c.Resume(ctx, volume)
-		})
+		}), nil, func(ctx context.Context, c *control.Client, group string) (control.GroupStatus, error) {
+		return c.ResumeGroup(ctx, group)
+	})
 }

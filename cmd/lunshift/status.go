@@ -9,8 +9,8 @@ import (
 func (a *app) statusCommand() *cobra.Command {
 	var watch bool
 	command := &cobra.Command{
-		Use:   "status [VOLUME]",
-		Short: "Show all volumes, or one in detail",
+		Use:   "status [VOLUME|GROUP]",
+		Short: "Show all volumes, those of a group, or one in detail",
 		Args:  cobra.MaximumNArgs(1),
 		RunE: func(c *cobra.Command, args []string) error {
 			client, err := a.client()
