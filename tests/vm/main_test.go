@@ -24,6 +24,9 @@ const app1 = "iqn.1993-08.org.debian:01:app1"
 
 // TestMain makes what the tests need, and runs them in namespaces of their own.
 func TestMain(m *testing.M) {
+	if prefix, ok := os.LookupEnv(onGuest); ok {
+		os.Exit(runOnGuest(prefix, os.Args[len(os.Args)-1]))
+	}
 	if os.Getenv("LUNSHIFT_VM") == "" {
 		fmt.Println("LUNSHIFT_VM is not set, so no virtual machine runs: make vm")
 		os.Exit(0)
