@@ -540,9 +540,12 @@ func (v *Volume) mirrorStatus() *MirrorStatus {
 	s := &MirrorStatus{State: "whole", Behind: v.raw().Count(state.Dirty) * bs}
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	source, destination := v.source.Resets(), v.destination.Resets()
 	for _, list := range m.equal {
 		for _, x := range list {
-			s.Behind -= min(s.Behind, x.Blocks*bs)
+			if x.source == source && x.destination == destination { // else it is going to be copied
+				s.Behind -= min(s.Behind, x.Blocks*bs)
+			}
 		}
 	}
 	switch {
