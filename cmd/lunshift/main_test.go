@@ -144,12 +144,18 @@ func TestWrongUsageIsOneLineAndExitCode2(t *testing.T) {
 
 func TestWhatIsMissingIsSaidInPlainWords(t *testing.T) {
 	for args, want := range map[string]string{
-		"start":                    "the name of a volume is missing",
-		"start a b":                "one volume at a time, not a and b",
-		"throttle db01":            "throttle needs --rate",
-		"throttle db01 --rate=-5":  `--rate: "-5" is below 0`,
-		"wait db01":                "wait needs --for, a phase",
-		"verify db01 --rate=-1MiB": "is below 0",
+		"start":                              "the name of a volume is missing",
+		"start a b":                          "one volume at a time, not a and b",
+		"throttle db01":                      "throttle needs --rate",
+		"throttle db01 --rate=-5":            `--rate: "-5" is below 0`,
+		"wait db01":                          "wait needs --for, a phase",
+		"wait db01 --for never":              `there is no phase "never"`,
+		"mirror db01":                        "it takes the name of a volume, and on or off",
+		"mirror db01 maybe":                  `a mirror is on or off, not "maybe"`,
+		"rollback db01 --timeout 1s":         "--timeout goes with --wait",
+		"cutover db01 --timeout 1s":          "--timeout goes with --wait",
+		"rollback db01 --wait --timeout=-1s": "is no time to wait",
+		"verify db01 --rate=-1MiB":           "is below 0",
 	} {
 		if r := lunshift(t, strings.Fields(args)...); r.code != 2 || !strings.Contains(r.stderr, want) {
 			t.Errorf("%s: exit %d, stderr %q, want %q", args, r.code, r.stderr, want)
@@ -179,6 +185,7 @@ func TestCommandsWithoutAServiceSaySo(t *testing.T) {
 	for _, args := range [][]string{
 		{"status"}, {"status", "db01"}, {"status", "--watch"}, {"start", "db01"}, {"pause", "db01"}, {"resume", "db01"}, {"throttle", "db01", "--rate", "0"},
 		{"wait", "db01", "--for", "synced"}, {"cutover", "db01"}, {"cutover", "db01", "--wait"}, {"remove", "db01"},
+		{"rollback", "db01"}, {"rollback", "db01", "--wait"}, {"mirror", "db01", "on"},
 	} {
 		for _, where := range [][]string{{"--config", config}, {"--control", socket}} {
 			r := lunshift(t, append(args, where...)...)
