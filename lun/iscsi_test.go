@@ -63,7 +63,11 @@ func TestISCSIDeviceIsWhatTheTargetSays(t *testing.T) {
 	if !i.Thin || !i.UnmapZeroes || !i.ReportsAllocation || !i.VolatileCache {
 		t.Errorf("provisioning and cache are not as served: %+v", i)
 	}
-	if second := openPath(t, l.URL(), lun.Options{Sessions: 3}).Info(); second != i {
+	second := openPath(t, l.URL(), lun.Options{Sessions: 3}).Info()
+	if !second.Identity.Equal(i.Identity) || i.Identity == nil {
+		t.Errorf("a second path has the identity %+v instead of %+v", second.Identity, i.Identity)
+	}
+	if second.Identity = i.Identity; second != i {
 		t.Errorf("a second path says %+v instead of %+v", second, i)
 	}
 	if names, err := d.Initiators(t.Context(), testIQN); err != nil || len(names) != 4 {

@@ -162,7 +162,7 @@ func sameDisk(t *testing.T, volume, array *path) {
 		t.Errorf("WWID: %s, not %s", a, b)
 	}
 	port, group := volume.port()
-	if otherPort, otherGroup := array.port(); port == otherPort || group == 0 || group == otherGroup {
+	if otherPort, otherGroup := array.port(); port == otherPort || group == otherGroup || port < 0x8000 || group != 0x4c53 { // as documented
 		t.Errorf("both are port %04Xh of group %04Xh", port, group)
 	}
 	// And by a client of somebody else.
@@ -198,7 +198,7 @@ func TestVolumeIsOneMorePathOfTheOldLUN(t *testing.T) {
 	needTools(t)
 	p := sides{block: 512, sourceThin: true, destinationThin: true, size: 8 * mib}.make(t)
 	v := p.volume("db01")
-	v.more = "identity = \"source\"\n"
+	v.more = "identity = \"source\"\nlogout_timeout = \"1s\"\n"
 	s := newService(t, v)
 	s.start()
 	old, over := along(t, p.old.unit(1)), along(t, s.front("db01"))
