@@ -261,7 +261,7 @@ func TestRetiredUnitSaysWhetherToWaitOrToGoElsewhere(t *testing.T) {
 		s, addr := begin(t, Config{}, Unit{IQN: iqn, LUN: 0, Device: newMemory(512, 64), Identity: arrayIdentity()},
 			Unit{IQN: iqn, LUN: 1, Device: newMemory(512, 64)}) // which keeps the session
 		i := login(t, addr, loginOptions{})
-			if elsewhere {
+		if elsewhere {
 			if err := s.SetAccess(iqn, 0, Unavailable); err != nil {
 				t.Fatal(err)
 			}
