@@ -8,12 +8,15 @@ import (
 	"net/http/httptest"
 	"testing"
 	"time"
+
+	"lunshift/conf"
 )
 
 // FuzzRequests: whatever comes over the control socket, no handler panics, and every answer
 // of one is JSON; a failure has a kind and a message of one line.
 func FuzzRequests(f *testing.F) {
 	_, s := serveFakes(f, newFake("db01"))
+	s.cfg.Groups = []conf.Group{{Name: "erp", Volumes: []string{"db01", "db02"}}, {Name: "web", Volumes: []string{"db01"}}}
 	h := s.handler()
 	for _, seed := range []struct{ method, path, body string }{
 		{"GET", "/v1/volumes", ""}, {"GET", "/v1/volumes/db01", ""}, {"GET", "/v1/volumes/%2e%2e", ""},
@@ -21,7 +24,9 @@ func FuzzRequests(f *testing.F) {
 		{"POST", "/v1/volumes/db01/throttle", `{"rate":-1}`}, {"POST", "/v1/volumes/db01/throttle", `{"rate":1e400,"x":[[[[`},
 		{"POST", "/v1/volumes/db01/cutover", `{"accept_loss":true}`}, {"POST", "/v1/volumes/db01/verify", `{}`},
 		{"GET", "/v1/volumes/db01/wait?for=synced", ""}, {"GET", "/v1/volumes/db01/check", ""}, {"DELETE", "/v1/volumes/db01", ""},
-		{"POST", "/v1/volumes/other/start", "{"},
+		{"POST", "/v1/volumes/other/start", "{"}, {"POST", "/v1/volumes/db01/rollback?alone=true", `{"accept_unreadable":true}`},
+		{"POST", "/v1/volumes/db01/mirror", `{}`}, {"POST", "/v1/volumes/db01/mirror", `{"on":true}`}, {"GET", "/v1/groups/erp", ""},
+		{"POST", "/v1/groups/erp/cutover", ""}, {"POST", "/v1/groups/web/rollback", ""}, {"POST", "/v1/groups/web/start", `{"reuse":true}`},
 	} {
 		f.Add(seed.method, seed.path, []byte(seed.body))
 	}
