@@ -838,7 +838,7 @@ func seeded(seed uint64) func(int) int {
 // destination (112), of the source (251), or of what was read for a copy (651), or over a loss of
 // the destination's cache (6946); copied over by what was read before (2), flagged beside a write
 // (771), and after one that was not flushed (4100); the source written before the destination took
-// a first write (100); what is the same unmarked before the step is recorded (1628), and called
+// a first write (100); a mirror switched while commands are under way (1); what is the same unmarked before the step is recorded (1628), and called
 // valid after it (1256).
 func TestVolumeIsOneArrayInEveryInterleaving(t *testing.T) {
 	if text := os.Getenv("LUNSHIFT_ENGINE_SEED"); text != "" {
