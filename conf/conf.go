@@ -62,6 +62,7 @@ type Service struct {
 	// ShutdownTimeout is how long a stop may take in all, 1 s to 10 min.
 	ShutdownTimeout time.Duration
 	Limits          Limits
+	Copy            Copies
 	// Discovery is what an initiator proves before it sees any target name; its zero
 	// value asks for nothing.
 	Discovery CHAP
@@ -184,10 +185,21 @@ type Unit struct {
 	TargetSecret Secret
 }
 
-// Copy is how fast the background copy goes.
+// Copy is how fast the background copy goes, and when.
 type Copy struct {
 	// Depth is how many regions are copied at once, 1 to 256.
 	Depth int
+	// Rate is in bytes per second; 0 is no limit.
+	Rate Size
+	// Priority is which volumes come first where not all are copied at a time, -1000 to
+	// 1000; the higher first.
+	Priority int
+}
+
+// Copies is the [service.copy] table: the background copies of all volumes together.
+type Copies struct {
+	// Parallel is how many volumes are copied at a time, up to 4096; 0 is all.
+	Parallel int
 	// Rate is in bytes per second; 0 is no limit.
 	Rate Size
 }

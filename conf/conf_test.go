@@ -111,6 +111,7 @@ initiator_name = "iqn.2026-11.net.example:gw"
 login_timeout = "3s"
 io_timeout = "1m30s"
 shutdown_timeout = "5s"
+copy = { parallel = 4, rate = "1GiB" }
 
 [[volume]]
 name = "db01"
@@ -125,7 +126,7 @@ sessions = 4
 digests = true
 region_size = "4MiB"
 file_block_size = 4096
-copy = { depth = 256, rate = "200MiB" }
+copy = { depth = 256, rate = "200MiB", priority = -3 }
 
 [[volume]]
 name = "db02"
@@ -138,15 +139,15 @@ rate = 1048576
 	s := cfg.Service
 	if s.Control != "/tmp/c.sock" || s.HTTP != "" || s.State != "/tmp/state" || s.LogLevel != "debug" ||
 		s.LogFormat != "json" || s.InitiatorName != "iqn.2026-11.net.example:gw" || s.LoginTimeout != 3*time.Second ||
-		s.IOTimeout != 90*time.Second || s.ShutdownTimeout != 5*time.Second || len(s.Portals) != 2 {
+		s.IOTimeout != 90*time.Second || s.ShutdownTimeout != 5*time.Second || s.Copy != (Copies{4, 1 << 30}) || len(s.Portals) != 2 {
 		t.Errorf("service: %+v", s)
 	}
 	v := cfg.Volumes[0]
 	if v.LUN != 7 || v.Source.Secret.Reveal() != "s3cret of 14 b" || !v.Autostart || !v.Overwrite ||
-		v.RegionSize != 4<<20 || v.FileBlockSize != 4096 || v.Sessions != 4 || !v.Digests || v.Copy != (Copy{256, 200 << 20}) {
+		v.RegionSize != 4<<20 || v.FileBlockSize != 4096 || v.Sessions != 4 || !v.Digests || v.Copy != (Copy{256, 200 << 20, -3}) {
 		t.Errorf("volume: %+v", v)
 	}
-	if got := cfg.Volumes[1].Copy; got != (Copy{8, 1 << 20}) {
+	if got := cfg.Volumes[1].Copy; got != (Copy{8, 1 << 20, 0}) {
 		t.Errorf("copy of the second volume: %+v", got)
 	}
 	for _, format := range []string{"%v", "%+v", "%#v", "%s", "%q"} {

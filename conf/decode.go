@@ -96,6 +96,12 @@ func (d *decoder) service(s *Service) []setting {
 		{"io_timeout", duration(&s.IOTimeout, time.Second, time.Hour)},
 		{"shutdown_timeout", duration(&s.ShutdownTimeout, time.Second, 10*time.Minute)},
 		{"limits", tableOf(func(m map[string]any) { d.limits(&s.Limits, m) })},
+		{"copy", d.subtable("service.copy", "service.copy", func() []setting {
+			return []setting{
+				{"parallel", integer(&s.Copy.Parallel, 0, 4096)},
+				{"rate", size(&s.Copy.Rate)},
+			}
+		})},
 		{"discovery", tableOf(func(m map[string]any) {
 			const path = "service.discovery"
 			var keys chapKeys
@@ -188,6 +194,7 @@ func (d *decoder) volumeSettings(v *Volume, files *secretFiles, path, label stri
 			return []setting{
 				{"depth", integer(&v.Copy.Depth, 1, 256)},
 				{"rate", size(&v.Copy.Rate)},
+				{"priority", integer(&v.Copy.Priority, -1000, 1000)},
 			}
 		})},
 		{"initiator", func(any) error { return nil }}, // read once the name is known

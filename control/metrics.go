@@ -77,6 +77,7 @@ func newCollector(version string, statuses func() []proxy.Status, stats func() s
 			volume("checksum_errors_total", "Blocks that changed in memory between source and destination; they were copied again.", counter, func(s proxy.Status) float64 { return float64(s.ChecksumErrors) }),
 			volume("readback_errors_total", "Blocks that the destination gave back otherwise than they were written; they were copied again.", counter, func(s proxy.Status) float64 { return float64(s.ReadbackErrors) }),
 			volume("paused", "1 while the background copy is paused.", gauge, func(s proxy.Status) float64 { return truth(s.Paused) }),
+			volume("queue_position", "Which of the volumes that wait for others to be copied this one is; 0 where it does not wait.", gauge, func(s proxy.Status) float64 { return float64(s.Queued) }),
 			volume("degraded", "1 while something is wrong; status tells what.", gauge, func(s proxy.Status) float64 { return truth(s.Degraded) }),
 			volume("sessions", "Sessions of initiators.", gauge, func(s proxy.Status) float64 { return float64(len(s.Sessions)) }),
 			volume("cutover_hold_seconds", "How long commands of initiators were held at the cutover or the rollback; 0 before.", gauge, func(s proxy.Status) float64 {

@@ -98,7 +98,7 @@ func WriteReload(w io.Writer, r ReloadReport) error {
 
 // atOnce are the settings of the service that count at once; all of a volume's that do are in
 // entry.change.
-var atOnce = []string{"log_level", "log_format", "shutdown_timeout"}
+var atOnce = []string{"log_level", "log_format", "shutdown_timeout", "copy.parallel", "copy.rate"}
 
 // Reload reads the configuration again and takes up what differs, one call at a time. With any
 // fault in the file nothing changes, and the error has all of them. Sessions and commands of
@@ -204,6 +204,8 @@ func (s *Service) reload(ctx context.Context) (ReloadReport, error) {
 	s.mu.Lock()
 	s.cfg, s.entries = cfg, entries
 	s.mu.Unlock()
+	s.queue.arrange(cfg)
+	s.copyRate.Set(uint64(service.Copy.Rate))
 	for iqn := range iqns {
 		s.redirect(iqn)
 	}
@@ -214,6 +216,7 @@ func (s *Service) reload(ctx context.Context) (ReloadReport, error) {
 func (s *Service) reloadService(old, file conf.Service, report *ReloadReport) conf.Service {
 	next := old
 	next.LogLevel, next.LogFormat, next.ShutdownTimeout = file.LogLevel, file.LogFormat, file.ShutdownTimeout
+	next.Copy = file.Copy
 	for _, key := range old.Changes(file) {
 		if slices.Contains(atOnce, key) {
 			report.Changed = append(report.Changed, "service."+key)

@@ -17,6 +17,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"lunshift/conf"
+	copier "lunshift/copy"
 	"lunshift/lun"
 	"lunshift/proxy"
 	"lunshift/state"
@@ -71,6 +72,9 @@ type Service struct {
 	redirecting sync.Mutex // one redirect at a time; before mu
 	claims      claims
 
+	queue    *queue           // of the copies
+	copyRate *copier.Throttle // of all copies together
+
 	// running ends when the service is asked to stop; steps of volumes run under it.
 	running context.Context
 	stop    context.CancelFunc
@@ -90,7 +94,8 @@ func LoadConfig(path string) (*conf.Config, error) {
 // array of a volume which was served before cannot be reached now: the others do
 // not wait for it, and Run tries it again and again.
 func New(ctx context.Context, cfg *conf.Config, o Options) (_ *Service, err error) {
-	s := &Service{cfg: cfg, version: o.Version, log: o.Log, since: time.Now(), hangUp: o.Reload}
+	s := &Service{cfg: cfg, version: o.Version, log: o.Log, since: time.Now(), hangUp: o.Reload,
+		queue: newQueue(cfg), copyRate: copier.NewThrottle(uint64(cfg.Service.Copy.Rate))}
 	s.running, s.stop = context.WithCancel(context.Background())
 	defer func() {
 		if err != nil {
@@ -126,6 +131,7 @@ func New(ctx context.Context, cfg *conf.Config, o Options) (_ *Service, err erro
 	if err = s.openAll(ctx); err != nil {
 		return nil, err
 	}
+	s.queue.begin()
 	return s, nil
 }
 
@@ -442,6 +448,7 @@ func (s *Service) openVolume(ctx context.Context, v conf.Volume, e *entry, a ...
 		Source: source, Destination: destination,
 		SourceAddress: v.Source.Address, DestinationAddress: v.Destination.Address,
 		RegionSize: uint64(v.RegionSize), CopyDepth: v.Copy.Depth, CopyRate: uint64(v.Copy.Rate),
+		CopyRateOfAll: s.copyRate, Seat: s.queue.seat(v.Name),
 		Overwrite: v.Overwrite, Seeded: v.Seeded, Mirror: v.Mirror, VerifySample: uint64(v.VerifySample), Autostart: v.Autostart,
 		Allocation: proxy.Allocation(v.Allocation),
 		Readback:   v.Verify == conf.VerifyReadback, DestinationCache: proxy.Cache(v.DestinationCache),

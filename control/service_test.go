@@ -48,6 +48,8 @@ type running struct {
 	info   ServiceInfo
 	stop   func() error
 	log    *logText
+	// service is what runs.
+	service *Service
 }
 
 // logText takes a log, and may be read meanwhile.
@@ -81,7 +83,7 @@ func start(t *testing.T, cfg *conf.Config) *running {
 	done := make(chan error, 1)
 	go func() { done <- service.Run(ctx) }()
 	stopped := false
-	r := &running{client: NewClient(cfg.Service.Control), log: text}
+	r := &running{client: NewClient(cfg.Service.Control), log: text, service: service}
 	r.stop = func() error {
 		if stopped {
 			return nil

@@ -321,8 +321,11 @@ func estimate(v VolumeReport) string {
 }
 
 func phase(v proxy.Status) string {
-	if v.Paused && copies(v.Phase) {
+	switch {
+	case v.Paused && copies(v.Phase):
 		return string(v.Phase) + ", paused"
+	case v.Queued > 0:
+		return fmt.Sprintf("%s, queued (%d)", v.Phase, v.Queued)
 	}
 	return string(v.Phase)
 }

@@ -70,7 +70,7 @@ func (c *Copier) readBoth(ctx context.Context, buf *buffer, there *held, need, b
 func (c *Copier) readThere(ctx context.Context, there *held, runs []lun.Extent) error {
 	// The rest is waited for by the read of the source.
 	if alone := c.bytes(runs) - c.bytes(c.stored(runs)); alone > 0 {
-		if err := c.Throttle.Wait(ctx, int(alone)); err != nil {
+		if err := c.allow(ctx, int(alone)); err != nil {
 			return err
 		}
 	}

@@ -101,6 +101,8 @@ type Options struct {
 	// Throttle limits the bytes read from the source per second; with Compare, those
 	// looked at, be it on the destination alone.
 	Throttle *Throttle
+	// Shared limits all copiers that have it together, besides; nil is no limit.
+	Shared *Throttle
 	// Survey tells what of the source is to be read; what it calls unallocated reads as zeroes
 	// on the destination afterwards. seen is to be told how many allocated blocks were found so
 	// far. nil is the Survey of Source.
@@ -330,6 +332,14 @@ func (c *Copier) measure(m *AllocationMap) {
 		at, ok = m.NextAllocated(lun.LBA((r + 1) * c.RegionBlocks))
 	}
 	c.left.Store(left)
+}
+
+// allow returns when n more bytes may be read, or with ctx's error when that ends.
+func (c *Copier) allow(ctx context.Context, n int) error {
+	if err := c.Throttle.Wait(ctx, n); err != nil || c.Shared == nil {
+		return err
+	}
+	return c.Shared.Wait(ctx, n)
 }
 
 func (c *Copier) bytes(runs []lun.Extent) (n uint64) {

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"math/rand/v2"
+	"sync"
 	"testing"
 	"time"
 
@@ -154,5 +155,47 @@ func TestARaisedLimitFreesThoseWhoWait(t *testing.T) {
 	th.Set(0)
 	if err := <-done; err != nil {
 		t.Fatal(err)
+	}
+}
+
+// Caught: a copier that does not ask the shared limit, for a read or for what it compares on the
+// destination alone.
+func TestCopiersKeepToTheRateTheyShare(t *testing.T) {
+	for _, compare := range []bool{false, true} {
+		shared := NewThrottle(8 << 20)
+		began := time.Now()
+		var running sync.WaitGroup
+		for i := range 2 {
+			const blocks = 6 << 11 // 6 MiB
+			source, destination := luntest.NewThinMemory(512, blocks), luntest.NewThinMemory(512, blocks)
+			from := source
+			if compare && i == 1 {
+				from = destination // the source has nothing there
+			}
+			content := make([]byte, blocks*512)
+			_, _ = rand.NewChaCha8([32]byte{byte(i)}).Read(content)
+			if err := from.WriteAt(t.Context(), content, 0); err != nil {
+				t.Fatal(err)
+			}
+			c := New(Options{
+				Source: source, Destination: destination, Ledger: &sumLedger{blocks: blocks, region: 128, valid: map[lun.LBA]bool{}}, Volume: lun.Extent{Blocks: blocks},
+				RegionBlocks: 128, Depth: 4, Throttle: NewThrottle(0), Shared: shared, Compare: compare,
+				Fault: func(err error) {
+					if err != nil {
+						t.Error(err)
+					}
+				},
+			})
+			running.Go(func() {
+				if err := c.Run(t.Context()); err != nil {
+					t.Error(err)
+				}
+			})
+		}
+		running.Wait()
+		// All but a tenth of a second's worth takes its time.
+		if took := time.Since(began); took < 1200*time.Millisecond {
+			t.Errorf("compare %v: 12 MiB at 8 MiB/s took %v", compare, took)
+		}
 	}
 }

@@ -158,7 +158,7 @@ func without(runs, bad []lun.Extent) []lun.Extent {
 // readRun reads e from the source, and has its checksums at once.
 func (c *Copier) readRun(ctx context.Context, buf *buffer, e lun.Extent) error {
 	p := c.part(buf, e)
-	if err := c.Throttle.Wait(ctx, len(p)); err != nil {
+	if err := c.allow(ctx, len(p)); err != nil {
 		return err
 	}
 	if err := c.Source.ReadAt(ctx, p, e.Start); err != nil {
@@ -273,7 +273,7 @@ func (c *Copier) copyHole(ctx context.Context, e lun.Extent, blank []lun.Extent,
 		if !locked {
 			part.Blocks = min(part.Blocks, slice)
 			if transfers && !inside(blank, part) {
-				if err := c.Throttle.Wait(ctx, int(c.info.Bytes(part))); err != nil {
+				if err := c.allow(ctx, int(c.info.Bytes(part))); err != nil {
 					return err
 				}
 			}

@@ -274,15 +274,7 @@ func (v *Volume) copy(ctx context.Context) {
 	if v.Phase() == RollingBack {
 		end = v.becomeRolledBack
 	}
-	watching := make(chan struct{})
-	wctx, stop := context.WithCancel(ctx)
-	go func() {
-		defer close(watching)
-		v.watch(wctx, w)
-	}()
-	err := w.copier.Run(ctx)
-	stop()
-	<-watching
+	err := v.copyInTurn(ctx, w)
 	for err == nil {
 		if err = end(ctx); err == nil {
 			return
@@ -293,6 +285,31 @@ func (v *Volume) copy(ctx context.Context) {
 		case <-ctx.Done():
 		case <-time.After(sampleEvery):
 			err = nil
+		}
+	}
+}
+
+// copyInTurn runs the copier to its end while it is the volume's turn, and waits while it is
+// that of others.
+func (v *Volume) copyInTurn(ctx context.Context, w *pass) error {
+	seat := v.cfg.Seat
+	for {
+		turn, err := seat.Take(ctx, v.Phase() == RollingBack)
+		if err != nil {
+			return err
+		}
+		watching := make(chan struct{})
+		wctx, stop := context.WithCancel(turn)
+		go func() {
+			defer close(watching)
+			v.watch(wctx, w)
+		}()
+		err = w.copier.Run(turn)
+		stop()
+		<-watching
+		seat.Give()
+		if err == nil || ctx.Err() != nil {
+			return err
 		}
 	}
 }
@@ -364,6 +381,7 @@ func (v *Volume) watch(ctx context.Context, w *pass) {
 			return
 		case now := <-sampling.C:
 			take(now)
+			v.cfg.Seat.Idle(v.stalled())
 		case <-saving.C:
 			if err := v.save(ctx, func(*state.Record) {}); err != nil {
 				continue // shown as a fault, and tried again

@@ -65,7 +65,7 @@ func (v *Volume) newWays(f flags, backward bool) *ways {
 		o := copier.Options{
 			Source: p.from, Destination: p.to, Ledger: p,
 			Volume: v.info.All(), RegionBlocks: v.record.RegionBlocks, Depth: set.CopyDepth,
-			Throttle: v.throttle, Readback: set.Readback, Compare: p == w.forward && v.record.Compare,
+			Throttle: v.throttle, Shared: v.cfg.CopyRateOfAll, Readback: set.Readback, Compare: p == w.forward && v.record.Compare,
 			Fault: func(err error) { v.fault("copy", err) },
 		}
 		if p == w.forward {

@@ -101,12 +101,15 @@ type BlockRun struct {
 
 // Status is a volume at one instant. Sizes and counts are bytes.
 type Status struct {
-	Name     string `json:"name"`
-	IQN      string `json:"iqn"`
-	LUN      uint64 `json:"lun"`
-	Phase    Phase  `json:"phase"`
-	Paused   bool   `json:"paused"`
-	Degraded bool   `json:"degraded"`
+	Name   string `json:"name"`
+	IQN    string `json:"iqn"`
+	LUN    uint64 `json:"lun"`
+	Phase  Phase  `json:"phase"`
+	Paused bool   `json:"paused"`
+	// Queued is which of the volumes that wait for others to be copied this one is, from 1 on;
+	// 0 where it does not wait. It is served all the same.
+	Queued   int  `json:"queue_position"`
+	Degraded bool `json:"degraded"`
 	// DegradedReason is set where Degraded is.
 	DegradedReason string `json:"degraded_reason,omitempty"`
 

@@ -50,6 +50,10 @@ type Config struct {
 	// CopyRate limits the copy in bytes per second; 0 is no limit. A rate set by
 	// Throttle is kept in the state and wins over it.
 	CopyRate uint64
+	// CopyRateOfAll limits the copies of all volumes that have it together; nil is no limit.
+	CopyRateOfAll *copier.Throttle
+	// Seat is the volume's among those that copy at a time; nil where all may.
+	Seat Seat
 	// Mirror has writes go to both sides from the start on, unless SetMirror said otherwise.
 	Mirror bool
 	// Readback has what is copied read back from the destination and compared.
@@ -205,6 +209,9 @@ func Open(ctx context.Context, cfg Config) (*Volume, error) {
 		changed:  make(chan struct{}),
 		faults:   make(map[string]string),
 		settings: cfg.settings(),
+	}
+	if v.cfg.Seat == nil {
+		v.cfg.Seat = everybodys{}
 	}
 	if v.store == nil {
 		v.store = stored{cfg.Store}
@@ -408,7 +415,7 @@ func (v *Volume) Status() Status {
 		s.Rate = 0
 		return s
 	}
-	s.Paused = r.Paused
+	s.Paused, s.Queued = r.Paused, v.cfg.Seat.Position()
 	known, left := s.AllocatedKnown, min(s.Remaining, p.Left)
 	if s.Phase == RollingBack {
 		known, left = true, s.Remaining
