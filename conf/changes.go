@@ -89,5 +89,12 @@ func (v Volume) Changes(to Volume) []string {
 		{"redirect", v.Redirect, to.Redirect},
 		{"redirect_for", v.RedirectFor, to.RedirectFor},
 		{"logout_timeout", v.LogoutTimeout, to.LogoutTimeout},
+		{"hooks.before_start", v.Hooks.BeforeStart, to.Hooks.BeforeStart},
+		{"hooks.after_synced", v.Hooks.AfterSynced, to.Hooks.AfterSynced},
+		{"hooks.before_cutover", v.Hooks.BeforeCutover, to.Hooks.BeforeCutover},
+		{"hooks.after_cutover", v.Hooks.AfterCutover, to.Hooks.AfterCutover},
+		{"hooks.before_rollback", v.Hooks.BeforeRollback, to.Hooks.BeforeRollback},
+		{"hooks.after_rollback", v.Hooks.AfterRollback, to.Hooks.AfterRollback},
+		{"hooks.timeout", v.Hooks.Timeout, to.Hooks.Timeout},
 	})
 }

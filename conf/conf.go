@@ -122,6 +122,8 @@ type Volume struct {
 	RedirectFor time.Duration
 	// LogoutTimeout is how long initiators may take to log out at the cutover, 1 s to 10 min.
 	LogoutTimeout time.Duration
+	// Hooks are those of all volumes, and the volume's own in their place.
+	Hooks Hooks
 }
 
 // What a persistent reservation's registration belongs to.
@@ -230,6 +232,7 @@ func defaultVolume() Volume {
 		ReservationBy: ByPort, Identity: IdentityOwn,
 		RedirectFor:   24 * time.Hour,
 		LogoutTimeout: 10 * time.Second,
+		Hooks:         defaultHooks(),
 
 		Verify: VerifyOff, Allocation: AllocationAuto, DestinationCache: CacheAuto,
 	}

@@ -79,7 +79,7 @@ func TestFourSettingsAreEnough(t *testing.T) {
 		Destination: Unit{Address: "/dev/sdx"},
 		RegionSize:  1 << 20, FileBlockSize: 512, VerifySample: 64 << 20, Sessions: 1, Copy: Copy{Depth: 8}, ReservationBy: ByPort,
 		Verify: VerifyOff, Allocation: AllocationAuto, DestinationCache: CacheAuto, Identity: IdentityOwn,
-		RedirectFor: 24 * time.Hour, LogoutTimeout: 10 * time.Second,
+		RedirectFor: 24 * time.Hour, LogoutTimeout: 10 * time.Second, Hooks: Hooks{Timeout: time.Minute},
 	}
 	if len(cfg.Volumes) != 1 || !reflect.DeepEqual(cfg.Volumes[0], want) {
 		t.Errorf("got %+v, want %+v", cfg.Volumes, want)
@@ -197,7 +197,7 @@ level = "info"
 		`15: volume[db02].destination: is missing`,
 		`19: volume[db02].region_size: is 3MiB; it is a power of two`,
 		`20: volume[db02].autostart: is a text; it is true or false`,
-		`22: log: there is no such setting; there are service, volume`,
+		`22: log: there is no such setting; there are service, hooks, volume`,
 	}
 	for _, w := range want {
 		found := false
@@ -496,7 +496,7 @@ func TestSampleFileLoadsAndShowsEverySetting(t *testing.T) {
 	all := commented.ReplaceAllString(text, "$1")
 	d := &decoder{}
 	settings := slices.Concat(d.service(&Service{}), d.volumeSettings(&Volume{}, &secretFiles{}, "", ""),
-		limitSettings(&Limits{}), initiatorSettings(&Initiator{}, &chapKeys{}), groupSettings(&Group{}))
+		limitSettings(&Limits{}), initiatorSettings(&Initiator{}, &chapKeys{}), groupSettings(&Group{}), new(Hooks).settings())
 	for _, s := range settings {
 		if !regexp.MustCompile(`(?m)^(` + s.key + ` += |\[+[a-z]+\.` + s.key + `\]+$)`).MatchString(all) {
 			t.Errorf("the sample does not show %s", s.key)
@@ -529,6 +529,10 @@ func TestSampleFileLoadsAndShowsEverySetting(t *testing.T) {
 		t.Errorf("who may come in by the sample: %+v", v)
 	}
 	v.Initiators, v.PortalGroups = nil, nil
+	if h := v.Hooks; len(h.BeforeStart) != 0 || len(h.AfterSynced) != 1 || len(h.BeforeCutover) != 2 || len(h.AfterRollback) != 1 {
+		t.Errorf("hooks of the sample: %+v", h)
+	}
+	v.Hooks = Hooks{Timeout: v.Hooks.Timeout}
 	if !reflect.DeepEqual(v, w) {
 		t.Errorf("the sample shows other defaults of a volume than there are:\n%v\n%v", v, w)
 	}
@@ -565,6 +569,7 @@ func FuzzConfigurationNeverPanics(f *testing.F) {
 	f.Add(sample)
 	f.Add([]byte(minimal))
 	f.Add([]byte(three + "[[group]]\nname='erp'\nvolumes=['db01',2]\nhold_limit='1s'\n[[group.x]]\n"))
+	f.Add([]byte("hooks.timeout='2s'\n" + three + "[volume.hooks]\nbefore_start=['/a','b']\nafter_synced=[1]\nafter_cutover='x'\n"))
 	f.Add([]byte("volume = [{name = 'x', copy = {depth = 1}}]\n[service]\nportals = [1, 'x']"))
 	f.Add([]byte("[[volume]]\n[volume.copy]\ndepth=1\n[[volume.copy.x]]\n[[volume]]\ncopy.rate='1'"))
 	f.Add([]byte(minimal + "portal_groups=[1,65536]\nreservation_by=1\n[[volume.initiator]]\nname='*'\nnetworks=['::/0','10.0.0.0/8']\nchap_user='u'\n[[volume.initiator]]\nname='iqn.*'\n"))

@@ -22,6 +22,8 @@ type decoder struct {
 	portals []Portal
 	// variables are the environment's that were read, and whose secret each is.
 	variables map[string]string
+	// hooks are those of all volumes.
+	hooks Hooks
 	// proofs are the CHAP secrets of initiators and of the target towards them.
 	proofs []proof
 }
@@ -35,10 +37,11 @@ type setting struct {
 
 func (d *decoder) config(tree map[string]any) *Config {
 	cfg := &Config{Service: defaultService()}
-	d.portals = cfg.Service.Portals
+	d.portals, d.hooks = cfg.Service.Portals, defaultHooks()
 	var volumes, groups []any
 	d.table(tree, "", "", []setting{
 		{"service", d.subtable("service", "service", func() []setting { return d.service(&cfg.Service) })},
+		{"hooks", d.subtable("hooks", "hooks", func() []setting { return d.hooks.settings() })},
 		{"volume", func(v any) error {
 			list, ok := v.([]any)
 			if !ok {
@@ -116,6 +119,7 @@ func (d *decoder) service(s *Service) []setting {
 
 func (d *decoder) volume(path string, m map[string]any, uses *uses) Volume {
 	v := defaultVolume()
+	v.Hooks = d.hooks
 	label := path
 	if name, ok := m["name"].(string); ok && checkName(name) == nil {
 		label = "volume[" + name + "]"
@@ -204,6 +208,7 @@ func (d *decoder) volumeSettings(v *Volume, files *secretFiles, path, label stri
 		{"redirect", redirect(&v.Redirect)},
 		{"redirect_for", duration(&v.RedirectFor, 0, 366*24*time.Hour)},
 		{"logout_timeout", duration(&v.LogoutTimeout, time.Second, 10*time.Minute)},
+		{"hooks", d.subtable(path+".hooks", label+".hooks", func() []setting { return v.Hooks.settings() })},
 	}
 }
 

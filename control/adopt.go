@@ -138,17 +138,21 @@ func (s *Service) answerAdopt(r *http.Request) (any, error) {
 		a.withdrawn = []proxy.BlockRun{}
 	}
 	s.logStep(r)
-	err = s.openEntry(ctx, e, a)
-	_, closed := e.open()
-	report := AdoptReport{Name: e.name, Phase: e.status().Phase, Served: closed == nil, Rebuild: a.report, Withdrawn: a.withdrawn}
-	switch {
-	case errors.Is(err, errUndecided):
-		return report, nil
-	case a.failure != nil:
-		return report, a.failure
-	case err == nil && !a.done:
-		return report, &Error{Failed, fmt.Sprintf("volume %s: it was opened meanwhile: see lunshift status %s", e.name, e.name)}
-	}
+	var report AdoptReport
+	err = s.step(s.running, asker(r), step{name: "adopt", options: o, do: func(context.Context) (string, error) {
+		err := s.openEntry(ctx, e, a)
+		_, closed := e.open()
+		report = AdoptReport{Name: e.name, Phase: e.status().Phase, Served: closed == nil, Rebuild: a.report, Withdrawn: a.withdrawn}
+		switch {
+		case errors.Is(err, errUndecided):
+			return oneLine(errUndecided), nil
+		case a.failure != nil:
+			return "", a.failure
+		case err == nil && !a.done:
+			return "", &Error{Failed, fmt.Sprintf("volume %s: it was opened meanwhile: see lunshift status %s", e.name, e.name)}
+		}
+		return "", err
+	}}, e)
 	return report, err
 }
 

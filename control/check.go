@@ -168,6 +168,7 @@ func Check(ctx context.Context, cfg *conf.Config, log logrus.FieldLogger) (Check
 			reports[i].compareCache(v)
 			reports[i].compareIdentity(v)
 			reports[i].warnFences()
+			reports[i].checkHooks(v.Hooks)
 		})
 	}
 	group.Wait()

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"slices"
 	"strings"
 	"sync"
 
@@ -19,6 +20,10 @@ import (
 // entry is a volume of the configuration.
 type entry struct {
 	name string
+
+	// stepping is held by a step that changes who serves what, with its hooks. Lock order: before
+	// those of the volume.
+	stepping turn
 
 	// opening is held while the volume is opened, changed or dropped. Lock order: before mu.
 	opening sync.Mutex
@@ -36,6 +41,11 @@ type entry struct {
 	removed bool
 	// unsure is set where removed may not be true: no unit could be opened to tell.
 	unsure bool
+	// faults are those of what the service does with the volume: a start by itself ("start"), a
+	// hook ("hook").
+	faults map[string]string
+	// following are the phases whose hook is running.
+	following map[proxy.Phase]bool
 	// opened is closed when volume is set or removed; nil while nobody waits for it.
 	opened chan struct{}
 }
@@ -74,12 +84,36 @@ func (e *entry) isGone() bool {
 
 func (e *entry) status() proxy.Status {
 	e.mu.Lock()
-	volume, known := e.volume, e.known
-	e.mu.Unlock()
-	if volume == nil {
-		return known
+	volume, status := e.volume, e.known
+	var mine []string
+	for _, kind := range []string{"start", "hook"} {
+		if text := e.faults[kind]; text != "" {
+			mine = append(mine, text)
+		}
 	}
-	return volume.Status()
+	e.mu.Unlock()
+	if volume != nil {
+		status = volume.Status()
+	}
+	if len(mine) > 0 {
+		if status.Degraded {
+			mine = append([]string{status.DegradedReason}, mine...)
+		}
+		status.Degraded, status.DegradedReason = true, strings.Join(mine, "; ")
+	}
+	return status
+}
+
+// fail keeps the last failure of a kind for the status; nil says that it is over.
+func (e *entry) fail(kind string, err error) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.faults == nil {
+		e.faults = map[string]string{}
+	}
+	if delete(e.faults, kind); err != nil {
+		e.faults[kind] = oneLine(err)
+	}
 }
 
 // wait returns once the volume is in the phase or past it, or removed. It waits for a
@@ -171,12 +205,16 @@ func (e *entry) change(to conf.Volume) (changed, restart []string, err error) {
 		next.Copy, next.Initiators, next.PortalGroups, next.Redirect = to.Copy, to.Initiators, to.PortalGroups, to.Redirect
 		next.Identity = to.Identity
 		next.RedirectFor, next.LogoutTimeout = to.RedirectFor, to.LogoutTimeout
+		next.Hooks = to.Hooks
 	}
 	changed, restart = e.conf.Changes(next), next.Changes(to)
 	if len(changed) > 0 && e.volume != nil && !e.removed {
 		if err := e.volume.Set(settingsOf(next)); err != nil {
 			return nil, restart, err
 		}
+	}
+	if slices.ContainsFunc(changed, func(key string) bool { return strings.HasPrefix(key, "hooks.") }) {
+		delete(e.faults, "hook") // of what is no more
 	}
 	e.conf = next
 	return changed, restart, nil

@@ -4,8 +4,6 @@ import (
 	"context"
 	"errors"
 	"io"
-	"net"
-	"net/http"
 	"path/filepath"
 	"sync"
 	"testing"
@@ -25,8 +23,9 @@ type fakeVolume struct {
 	mu      sync.Mutex
 	status  proxy.Status
 	changed chan struct{}
-	// fail is what the next steps return.
-	fail error
+	// fail is what the next steps return; during is called before.
+	fail   error
+	during func()
 	// report is what a comparison gives; asked is how it was asked for.
 	report proxy.VerifyReport
 	asked  any
@@ -50,8 +49,11 @@ func (f *fakeVolume) set(change func(*proxy.Status)) {
 
 func (f *fakeVolume) step(allowed proxy.Phase, name string, change func(*proxy.Status)) error {
 	f.mu.Lock()
-	fail, phase := f.fail, f.status.Phase
+	fail, phase, during := f.fail, f.status.Phase, f.during
 	f.mu.Unlock()
+	if during != nil {
+		during()
+	}
 	if fail != nil {
 		return fail
 	}
@@ -142,14 +144,16 @@ func serveFakes(t testing.TB, volumes ...*fakeVolume) (*Client, *Service) {
 	s.store = store
 	s.running, s.stop = context.WithCancel(context.Background())
 	for _, v := range volumes {
-		s.entries = append(s.entries, &entry{name: v.status.Name, conf: conf.Volume{Name: v.status.Name}, volume: v})
+		e := newEntry(conf.Volume{Name: v.status.Name})
+		e.volume = v
+		s.entries = append(s.entries, e)
 	}
 	path := filepath.Join(t.TempDir(), "c.sock")
 	socket, err := listenSocket(path)
 	if err != nil {
 		t.Fatal(err)
 	}
-	server := &http.Server{Handler: s.handler(), BaseContext: func(net.Listener) context.Context { return s.running }}
+	server := s.controlServer()
 	done := make(chan error, 1)
 	go func() { done <- server.Serve(socket) }()
 	t.Cleanup(func() {

@@ -243,7 +243,17 @@ func (s *Service) answerBreakFence(r *http.Request) (any, error) {
 	}
 	s.logStep(r)
 	s.log.Warnf("volume %s: takes the reservations and registrations of others away from source and destination", e.name)
-	return s.breakFence(s.running, e)
+	var report BreakReport
+	err = s.ask(r, step{name: "break-fence", do: func(ctx context.Context) (text string, err error) {
+		if report, err = s.breakFence(ctx, e); err == nil {
+			err = report.Err()
+		}
+		return fmt.Sprintf("source %v; destination %v", report.Source, report.Destination), err
+	}}, e)
+	if report.Err() != nil {
+		return report, nil // which says what was not broken
+	}
+	return report, err
 }
 
 // BreakFence takes the reservations and registrations of others away from the source and

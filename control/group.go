@@ -93,23 +93,31 @@ func (s *Service) answerGroup(do func(*http.Request, conf.Group, []*entry) error
 
 // groupError is what went wrong with some volumes of a group, on one line.
 func groupError(g conf.Group, step, outcome string, err error) error {
-	return &Error{KindOf(err), fmt.Sprintf("group %s: %s %s: %s", g.Name, step, outcome, oneLine(err))}
+	return &groupFailure{Error{KindOf(err), fmt.Sprintf("group %s: %s %s: %s", g.Name, step, outcome, oneLine(err))}, err}
 }
+
+type groupFailure struct {
+	told  Error
+	cause error
+}
+
+func (f *groupFailure) Error() string   { return f.told.Message }
+func (f *groupFailure) Unwrap() []error { return []error{&f.told, f.cause} }
 
 // eachOf takes a step with one volume of a group after another. Where one is not served no
 // other is touched; else each is tried, and the error says which failed.
-func (s *Service) eachOf(g conf.Group, members []*entry, step string, do func(Volume) error) error {
-	volumes, err := s.openGroup(g, members)
-	if err != nil {
-		return groupError(g, step, "not begun", err)
+func (s *Service) eachOf(r *http.Request, g conf.Group, members []*entry, name string, options any, do func(context.Context, Volume) error) error {
+	if _, err := s.openGroup(g, members); err != nil {
+		err = groupError(g, name, "not begun", err)
+		return s.ask(r, step{name: name, options: options, group: g.Name, refuse: func() error { return err }}, members...)
 	}
 	var errs []error
 	var done []string
-	for _, v := range volumes {
-		if err := do(v); err != nil {
+	for _, e := range members {
+		if err := s.ask(r, step{name: name, options: options, group: g.Name, do: onVolume(e, do)}, e); err != nil {
 			errs = append(errs, err)
 		} else {
-			done = append(done, v.Name())
+			done = append(done, e.name)
 		}
 	}
 	if len(errs) == 0 {
@@ -119,7 +127,7 @@ func (s *Service) eachOf(g conf.Group, members []*entry, step string, do func(Vo
 	if len(done) > 0 {
 		outcome = "was done of " + strings.Join(done, ", ") + " alone"
 	}
-	return groupError(g, step, outcome, errors.Join(errs...))
+	return groupError(g, name, outcome, errors.Join(errs...))
 }
 
 func (s *Service) startGroup(r *http.Request, g conf.Group, members []*entry) error {
@@ -127,15 +135,15 @@ func (s *Service) startGroup(r *http.Request, g conf.Group, members []*entry) er
 	if err := decode(r, "start", &o); err != nil {
 		return err
 	}
-	return s.eachOf(g, members, "start", func(v Volume) error { return v.Start(s.running, o) })
+	return s.eachOf(r, g, members, "start", o, func(ctx context.Context, v Volume) error { return v.Start(ctx, o) })
 }
 
-func (s *Service) pauseGroup(_ *http.Request, g conf.Group, members []*entry) error {
-	return s.eachOf(g, members, "pause", func(v Volume) error { return v.Pause(s.running) })
+func (s *Service) pauseGroup(r *http.Request, g conf.Group, members []*entry) error {
+	return s.eachOf(r, g, members, "pause", nil, func(ctx context.Context, v Volume) error { return v.Pause(ctx) })
 }
 
-func (s *Service) resumeGroup(_ *http.Request, g conf.Group, members []*entry) error {
-	return s.eachOf(g, members, "resume", func(v Volume) error { return v.Resume(s.running) })
+func (s *Service) resumeGroup(r *http.Request, g conf.Group, members []*entry) error {
+	return s.eachOf(r, g, members, "resume", nil, func(ctx context.Context, v Volume) error { return v.Resume(ctx) })
 }
 
 func (s *Service) cutoverGroup(r *http.Request, g conf.Group, members []*entry) error {
@@ -143,7 +151,9 @@ func (s *Service) cutoverGroup(r *http.Request, g conf.Group, members []*entry) 
 	if err := decode(r, "cutover", &o); err != nil {
 		return err
 	}
-	return s.together(g, members, "cutover", proxy.CutoverStep(o), proxy.Cutover)
+	return s.ask(r, step{name: "cutover", options: o, group: g.Name, do: func(ctx context.Context) (string, error) {
+		return s.together(ctx, g, members, "cutover", proxy.CutoverStep(o), proxy.Cutover)
+	}}, members...)
 }
 
 func (s *Service) rollbackGroup(r *http.Request, g conf.Group, members []*entry) error {
@@ -151,11 +161,13 @@ func (s *Service) rollbackGroup(r *http.Request, g conf.Group, members []*entry)
 	if err := decode(r, "rollback", &o); err != nil {
 		return err
 	}
-	return s.together(g, members, "rollback", proxy.RollbackStep(o), proxy.RollingBack)
+	return s.ask(r, step{name: "rollback", options: o, group: g.Name, do: func(ctx context.Context) (string, error) {
+		return s.together(ctx, g, members, "rollback", proxy.RollbackStep(o), proxy.RollingBack)
+	}}, members...)
 }
 
 // together takes a step with all volumes of a group at one instant, or with none.
-func (s *Service) together(g conf.Group, members []*entry, name string, step proxy.Step, to proxy.Phase) error {
+func (s *Service) together(ctx context.Context, g conf.Group, members []*entry, name string, step proxy.Step, to proxy.Phase) (text string, err error) {
 	opened, err := s.openGroup(g, members)
 	var volumes []*proxy.Volume
 	for _, v := range opened {
@@ -166,7 +178,7 @@ func (s *Service) together(g conf.Group, members []*entry, name string, step pro
 		volumes = append(volumes, volume)
 	}
 	if err != nil {
-		return groupError(g, name, "not begun", err)
+		return "", groupError(g, name, "not begun", err)
 	}
 	there := func() (n int) {
 		for _, v := range volumes {
@@ -177,14 +189,14 @@ func (s *Service) together(g conf.Group, members []*entry, name string, step pro
 		return n
 	}
 	before := there()
-	if err := proxy.Do(s.running, step, proxy.Together{HoldLimit: g.HoldLimit}, volumes...); err != nil {
+	if err := proxy.Do(ctx, step, proxy.Together{HoldLimit: g.HoldLimit}, volumes...); err != nil {
 		outcome := "not done"
 		if there() > before {
 			outcome = "done, but not what follows on it"
 		}
-		return groupError(g, name, outcome, err)
+		return "", groupError(g, name, outcome, err)
 	}
-	return nil
+	return "", nil
 }
 
 // alone refuses a step that takes one volume of a group apart from the others, unless it is

@@ -5,8 +5,11 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"slices"
+	"strings"
 	"sync"
+	"time"
 
 	"github.com/sirupsen/logrus"
 	"golang.org/x/sys/unix"
@@ -14,6 +17,7 @@ import (
 	"lunshift/conf"
 	"lunshift/lun"
 	"lunshift/proxy"
+	"lunshift/state"
 )
 
 // ReloadReport is what reading the configuration again changed. Settings are named as in
@@ -104,7 +108,7 @@ var atOnce = []string{"log_level", "log_format", "shutdown_timeout", "copy.paral
 // fault in the file nothing changes, and the error has all of them. Sessions and commands of
 // volumes that do not differ go on and notice nothing. What is in the report happened even
 // where it has failures as well.
-func (s *Service) Reload(ctx context.Context) (ReloadReport, error) {
+func (s *Service) Reload(ctx context.Context, who state.Who) (ReloadReport, error) {
 	s.reloading.Lock()
 	defer s.reloading.Unlock()
 	if s.running.Err() != nil {
@@ -112,10 +116,16 @@ func (s *Service) Reload(ctx context.Context) (ReloadReport, error) {
 	}
 	s.tell("RELOADING=1\nMONOTONIC_USEC=" + monotonic())
 	defer s.tell("READY=1")
+	a, err := s.asks(ctx, who, "", "reload", nil, "")
+	if err != nil {
+		return ReloadReport{}, err
+	}
 	report, err := s.reload(ctx)
+	a.ends(report.text(), err)
 	if err != nil {
 		return report, err
 	}
+	s.noteReload(who, report)
 	for _, l := range report.lines() {
 		if l.grave {
 			s.log.Warnf("reload: %s", l.text)
@@ -124,6 +134,42 @@ func (s *Service) Reload(ctx context.Context) (ReloadReport, error) {
 		}
 	}
 	return report, nil
+}
+
+// text is the report for the audit trail.
+func (r ReloadReport) text() string {
+	var all []string
+	for _, l := range r.lines() {
+		all = append(all, l.text)
+	}
+	return strings.Join(all, "; ")
+}
+
+// noteReload enters what a reload did with each volume in the volume's own trail.
+func (s *Service) noteReload(who state.Who, report ReloadReport) {
+	did := map[string][]string{}
+	for _, name := range report.Added {
+		did[name] = append(did[name], "added")
+	}
+	for _, name := range report.Dropped {
+		did[name] = append(did[name], "dropped")
+	}
+	for what, keys := range map[string][]string{"changed": report.Changed, "needs a restart": report.Restart} {
+		for _, key := range keys {
+			if rest, ok := strings.CutPrefix(key, "volume["); ok {
+				name, key, _ := strings.Cut(rest, "].")
+				did[name] = append(did[name], key+" "+what)
+			}
+		}
+	}
+	var events []state.Event
+	for _, name := range slices.Sorted(maps.Keys(did)) {
+		slices.Sort(did[name])
+		events = append(events, state.Event{Volume: name, At: time.Now(), Who: who, What: "reload", Result: resultDone, Text: clean(strings.Join(did[name], ", "), mostText)})
+	}
+	if _, err := s.store.Append(s.running, events...); err != nil {
+		s.log.WithError(err).Error("what the reload changed of volumes is not in their audit trails")
+	}
 }
 
 // reload does what Reload says; reloading is held.

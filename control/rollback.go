@@ -19,14 +19,10 @@ func (s *Service) rollback(r *http.Request, e *entry) error {
 	if err := decode(r, "rollback", &o); err != nil {
 		return err
 	}
-	if err := s.alone(r, e, "rollback", proxy.RollingBack); err != nil {
-		return err
-	}
-	v, err := e.open()
-	if err != nil {
-		return err
-	}
-	return v.Rollback(s.running, o)
+	return s.ask(r, step{name: "rollback", options: o,
+		refuse: func() error { return s.alone(r, e, "rollback", proxy.RollingBack) },
+		do:     onVolume(e, func(ctx context.Context, v Volume) error { return v.Rollback(ctx, o) }),
+	}, e)
 }
 
 func (s *Service) mirror(r *http.Request, e *entry) error {
@@ -37,11 +33,7 @@ func (s *Service) mirror(r *http.Request, e *entry) error {
 	if body.On == nil {
 		return Usagef("mirror: the request does not say whether it is to be on")
 	}
-	v, err := e.open()
-	if err != nil {
-		return err
-	}
-	return v.SetMirror(s.running, *body.On)
+	return s.ask(r, step{name: "mirror", options: body, do: onVolume(e, func(ctx context.Context, v Volume) error { return v.SetMirror(ctx, *body.On) })}, e)
 }
 
 // Rollback has the source take the writes again; what is to be copied back is so in the

@@ -24,7 +24,7 @@ func (s *Service) handler() http.Handler {
 		return s.Info(), nil
 	}))
 	mux.HandleFunc("POST /v1/reload", s.answer(func(r *http.Request) (any, error) {
-		return s.Reload(s.running)
+		return s.Reload(s.running, asker(r))
 	}))
 	mux.HandleFunc("GET /v1/volumes", s.answer(func(r *http.Request) (any, error) {
 		return s.Statuses(), nil
@@ -33,19 +33,8 @@ func (s *Service) handler() http.Handler {
 		return s.store.Records()
 	}))
 	mux.HandleFunc("GET /v1/volumes/{name}", s.answerVolume(func(r *http.Request, e *entry) error { return nil }))
-	steps := map[string]func(context.Context, Volume) error{
-		"pause":  func(ctx context.Context, v Volume) error { return v.Pause(ctx) },
-		"resume": func(ctx context.Context, v Volume) error { return v.Resume(ctx) },
-	}
-	for name, step := range steps {
-		mux.HandleFunc("POST /v1/volumes/{name}/"+name, s.answerVolume(func(r *http.Request, e *entry) error {
-			v, err := e.open()
-			if err != nil {
-				return err
-			}
-			return step(s.running, v)
-		}))
-	}
+	mux.HandleFunc("POST /v1/volumes/{name}/pause", s.answerVolume(s.pause))
+	mux.HandleFunc("POST /v1/volumes/{name}/resume", s.answerVolume(s.resume))
 	mux.HandleFunc("POST /v1/volumes/{name}/start", s.answerVolume(s.start))
 	mux.HandleFunc("POST /v1/volumes/{name}/break-fence", s.answer(s.answerBreakFence))
 	mux.HandleFunc("POST /v1/volumes/{name}/adopt", s.answer(s.answerAdopt))
@@ -56,15 +45,22 @@ func (s *Service) handler() http.Handler {
 	mux.HandleFunc("POST /v1/volumes/{name}/throttle", s.answerVolume(s.throttle))
 	mux.HandleFunc("GET /v1/volumes/{name}/wait", s.unlessGone(s.answerVolume(s.wait)))
 	mux.HandleFunc("GET /v1/volumes/{name}/check", s.answer(s.check))
-	mux.HandleFunc("DELETE /v1/volumes/{name}", s.answer(func(r *http.Request) (any, error) {
-		report, err := s.Remove(s.running, r.PathValue("name"))
-		if report.Removed {
-			s.logStep(r)
-		}
-		return report, err
-	}))
+	mux.HandleFunc("DELETE /v1/volumes/{name}", s.answer(s.answerRemove))
+	mux.HandleFunc("GET /v1/volumes/{name}/history", s.answer(s.answerHistory))
+	mux.HandleFunc("GET /v1/history", s.answer(s.answerHistories))
 	s.groupRoutes(mux)
 	return mux
+}
+
+// onVolume is what a step does with a volume that is served.
+func onVolume(e *entry, do func(context.Context, Volume) error) func(context.Context) (string, error) {
+	return func(ctx context.Context) (string, error) {
+		v, err := e.open()
+		if err != nil {
+			return "", err
+		}
+		return "", do(ctx, v)
+	}
 }
 
 func (s *Service) start(r *http.Request, e *entry) error {
@@ -72,11 +68,19 @@ func (s *Service) start(r *http.Request, e *entry) error {
 	if err := decode(r, "start", &o); err != nil {
 		return err
 	}
-	v, err := e.open()
-	if err != nil {
-		return err
-	}
-	return v.Start(s.running, o)
+	return s.ask(r, startStep(e, o), e)
+}
+
+func startStep(e *entry, o proxy.StartOptions) step {
+	return step{name: "start", options: o, do: onVolume(e, func(ctx context.Context, v Volume) error { return v.Start(ctx, o) })}
+}
+
+func (s *Service) pause(r *http.Request, e *entry) error {
+	return s.ask(r, step{name: "pause", do: onVolume(e, func(ctx context.Context, v Volume) error { return v.Pause(ctx) })}, e)
+}
+
+func (s *Service) resume(r *http.Request, e *entry) error {
+	return s.ask(r, step{name: "resume", do: onVolume(e, func(ctx context.Context, v Volume) error { return v.Resume(ctx) })}, e)
 }
 
 func (s *Service) throttle(r *http.Request, e *entry) error {
@@ -84,11 +88,7 @@ func (s *Service) throttle(r *http.Request, e *entry) error {
 	if err := decode(r, "throttle", &body); err != nil {
 		return err
 	}
-	v, err := e.open()
-	if err != nil {
-		return err
-	}
-	return v.Throttle(s.running, body.Rate)
+	return s.ask(r, step{name: "throttle", options: body, do: onVolume(e, func(ctx context.Context, v Volume) error { return v.Throttle(ctx, body.Rate) })}, e)
 }
 
 func (s *Service) cutover(r *http.Request, e *entry) error {
@@ -96,14 +96,34 @@ func (s *Service) cutover(r *http.Request, e *entry) error {
 	if err := decode(r, "cutover", &o); err != nil {
 		return err
 	}
-	if err := s.alone(r, e, "cutover", proxy.Cutover); err != nil {
-		return err
+	return s.ask(r, step{name: "cutover", options: o,
+		refuse: func() error { return s.alone(r, e, "cutover", proxy.Cutover) },
+		do:     onVolume(e, func(ctx context.Context, v Volume) error { return v.Cutover(ctx, o) }),
+	}, e)
+}
+
+// answerRemove removes a volume. One that is known to nobody leaves nothing in the audit trail.
+func (s *Service) answerRemove(r *http.Request) (report any, err error) {
+	name := r.PathValue("name")
+	_, known, err := s.store.Record(name)
+	for _, e := range s.list() {
+		known = known || e.name == name
 	}
-	v, err := e.open()
+	if err != nil || !known {
+		return RemoveReport{Name: name}, err
+	}
+	a, err := s.asks(s.running, asker(r), "", "remove", nil, name)
 	if err != nil {
-		return err
+		return nil, err
 	}
-	return v.Cutover(s.running, o)
+	removed, err := s.Remove(s.running, name)
+	text := "there was nothing left to forget"
+	if removed.Removed {
+		text = "its state is forgotten"
+		s.logStep(r)
+	}
+	a.ends(text, err)
+	return removed, err
 }
 
 // verify answers when the comparison has ended; it ends with the one who asked.
@@ -116,14 +136,21 @@ func (s *Service) verify(r *http.Request) (any, error) {
 	if err != nil {
 		return nil, err
 	}
-	v, err := e.open()
-	if err != nil {
-		return nil, err
-	}
 	ctx, cancel := context.WithCancel(r.Context())
 	defer cancel()
 	defer context.AfterFunc(s.running, cancel)()
-	return v.Verify(ctx, o)
+	var report proxy.VerifyReport
+	err = s.step(s.running, asker(r), step{name: "verify", options: o, do: func(context.Context) (string, error) {
+		v, err := e.open()
+		if err != nil {
+			return "", err
+		}
+		if report, err = v.Verify(ctx, o); err != nil {
+			return "", err
+		}
+		return verifyText(report), nil
+	}}, e)
+	return report, err
 }
 
 // decode reads the body of a request; none at all leaves the defaults.

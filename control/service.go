@@ -61,6 +61,8 @@ type Service struct {
 	store   *state.Store
 	target  *target.Server
 	metrics net.Listener
+	// follower takes what volumes come to by themselves.
+	follower *follower
 
 	// reloading is held by one Reload at a time, and by release for good. Lock order: before
 	// mu and the locks of an entry.
@@ -119,6 +121,7 @@ func New(ctx context.Context, cfg *conf.Config, o Options) (_ *Service, err erro
 	}); err != nil {
 		return nil, err
 	}
+	s.follower = s.newFollower()
 	if s.target, err = target.New(targetConfig(cfg.Service, o.Log)); err != nil {
 		return nil, err
 	}
@@ -147,7 +150,7 @@ func listenMetrics(address string) (net.Listener, error) {
 // and then shuts down: no new commands, commands in flight end, copiers stop,
 // state is closed. It is called once.
 func (s *Service) Run(ctx context.Context) error {
-	control := &http.Server{Handler: s.handler(), BaseContext: func(net.Listener) context.Context { return s.running }, ReadHeaderTimeout: 10 * time.Second}
+	control := s.controlServer()
 	servers := []*http.Server{control}
 	failed := make(chan error, 1)
 	var running sync.WaitGroup
@@ -178,7 +181,7 @@ func (s *Service) Run(ctx context.Context) error {
 				return
 			case <-s.hangUp:
 				// What became of it is logged there.
-				if _, err := s.Reload(s.running); err != nil {
+				if _, err := s.Reload(s.running, itself); err != nil {
 					s.log.WithError(err).Error("reload refused, the service goes on as it was")
 				}
 			}
@@ -194,6 +197,7 @@ func (s *Service) Run(ctx context.Context) error {
 		s.log.Error("stopping: a part of the service failed")
 	}
 	s.tell("STOPPING=1")
+	s.logNote(state.Event{What: "stop", Text: "lunshift " + s.version})
 	s.stop()
 	all := s.config().Service.ShutdownTimeout
 	over := time.NewTimer(all)
@@ -211,6 +215,11 @@ func (s *Service) Run(ctx context.Context) error {
 		s.log.Info("stopped")
 	}
 	return err
+}
+
+// controlServer answers on the control socket.
+func (s *Service) controlServer() *http.Server {
+	return &http.Server{Handler: s.handler(), BaseContext: func(net.Listener) context.Context { return s.running }, ConnContext: withPeer, ReadHeaderTimeout: 10 * time.Second}
 }
 
 // shutDown brings all to rest within so much time, as far as arrays let it.
@@ -374,8 +383,34 @@ func (s *Service) openAll(ctx context.Context) error {
 	return errors.Join(failures...)
 }
 
-// openEntry opens both units of a volume and takes it up from the state.
+// openEntry opens both units of a volume and takes it up from the state. Where that is so
+// configured, it starts the migration.
 func (s *Service) openEntry(ctx context.Context, e *entry, a ...*adoption) error {
+	opened, err := s.openOnce(ctx, e, a...)
+	if err != nil || !opened {
+		return err
+	}
+	v, status := e.settings(), e.status()
+	s.follower.happened(proxy.Happening{Volume: e.name, Phase: status.Phase})
+	if !v.Autostart || status.Phase != proxy.Ready {
+		return nil
+	}
+	start := func(ctx context.Context) {
+		if err := s.step(ctx, itself, startStep(e, proxy.StartOptions{}), e); err != nil {
+			s.log.WithError(err).Warnf("volume %s: not started by itself (autostart)", e.name)
+			e.fail("start", fmt.Errorf("start: %w", err))
+		}
+	}
+	if len(hookOf(v.Hooks, beforeStart)) == 0 {
+		start(ctx) // before an initiator can come in, which may have file systems count
+	} else {
+		s.follower.work.Go(func() { start(s.running) }) // other volumes do not wait for a hook
+	}
+	return nil
+}
+
+// openOnce tells whether it opened the volume.
+func (s *Service) openOnce(ctx context.Context, e *entry, a ...*adoption) (opened bool, err error) {
 	e.opening.Lock()
 	defer e.opening.Unlock()
 	ctx, cancel := context.WithCancel(ctx)
@@ -385,7 +420,7 @@ func (s *Service) openEntry(ctx context.Context, e *entry, a ...*adoption) error
 	e.giveUp = cancel
 	e.mu.Unlock()
 	if dropped || open {
-		return nil
+		return false, nil
 	}
 	volume, units, err := s.openVolume(ctx, v, e, a...)
 	var known proxy.Status
@@ -405,7 +440,7 @@ func (s *Service) openEntry(ctx context.Context, e *entry, a ...*adoption) error
 		close(e.opened)
 		e.opened = nil
 	}
-	return err
+	return err == nil, err
 }
 
 func (s *Service) openVolume(ctx context.Context, v conf.Volume, e *entry, a ...*adoption) (_ Volume, units []lun.Device, err error) {
@@ -449,11 +484,12 @@ func (s *Service) openVolume(ctx context.Context, v conf.Volume, e *entry, a ...
 		SourceAddress: v.Source.Address, DestinationAddress: v.Destination.Address,
 		RegionSize: uint64(v.RegionSize), CopyDepth: v.Copy.Depth, CopyRate: uint64(v.Copy.Rate),
 		CopyRateOfAll: s.copyRate, Seat: s.queue.seat(v.Name),
-		Overwrite: v.Overwrite, Seeded: v.Seeded, Mirror: v.Mirror, VerifySample: uint64(v.VerifySample), Autostart: v.Autostart,
+		Overwrite: v.Overwrite, Seeded: v.Seeded, Mirror: v.Mirror, VerifySample: uint64(v.VerifySample),
 		Allocation: proxy.Allocation(v.Allocation),
 		Readback:   v.Verify == conf.VerifyReadback, DestinationCache: proxy.Cache(v.DestinationCache),
 		Initiators: initiators(v), PortalGroups: v.PortalGroups, ReservationsByName: v.ReservationBy == conf.ByName, Identity: proxy.Identity(v.Identity),
 		Store: s.store, Target: s.target, Log: s.log, CutOver: func() { s.redirect(v.IQN) }, LogoutTimeout: v.LogoutTimeout,
+		Happened: s.follower.happened,
 	}
 	var volume *proxy.Volume
 	letGo := len(a) > 0 && a[0].options.AcceptUnreadableWrites
@@ -509,6 +545,7 @@ func (s *Service) announce() {
 	if info.HTTP != "" {
 		fields["metrics"] = "http://" + info.HTTP + "/metrics"
 	}
+	s.logNote(state.Event{What: "serve", Text: "lunshift " + s.version})
 	s.log.WithFields(fields).Infof("lunshift %s serves %d of %d volume(s)", s.version, s.served(), len(s.list()))
 	s.tell("READY=1")
 }
@@ -540,6 +577,9 @@ func (s *Service) release(ctx context.Context) error {
 	group.Wait()
 	if s.target != nil {
 		errs = append(errs, ignoreClosed(s.target.Close()))
+	}
+	if s.follower != nil {
+		errs = append(errs, s.follower.close(ctx))
 	}
 	if s.store != nil {
 		errs = append(errs, s.store.Close())

@@ -135,8 +135,8 @@ func told(allocation string) string {
 	return ", " + allocation
 }
 
-// WriteVerify writes the outcome of a comparison.
-func WriteVerify(w io.Writer, volume string, r proxy.VerifyReport) error {
+// verifyText says on one line how a comparison ended.
+func verifyText(r proxy.VerifyReport) string {
 	all := "everything"
 	if r.Sample {
 		all = "a sample"
@@ -145,8 +145,13 @@ func WriteVerify(w io.Writer, volume string, r proxy.VerifyReport) error {
 	if r.Different > 0 {
 		result = humanize.IBytes(r.Different) + " differ"
 	}
-	_, err := fmt.Fprintf(w, "%s: %s compared in %s (%s read of each side; %s unallocated, %s left out as free in a file system, %s as written by initiators): %s\n",
-		volume, all, r.EndedAt.Sub(r.StartedAt).Round(time.Millisecond), humanize.IBytes(r.Compared), humanize.IBytes(r.Unallocated), humanize.IBytes(r.Unused), humanize.IBytes(r.Written), result)
+	return fmt.Sprintf("%s compared in %s (%s read of each side; %s unallocated, %s left out as free in a file system, %s as written by initiators): %s",
+		all, r.EndedAt.Sub(r.StartedAt).Round(time.Millisecond), humanize.IBytes(r.Compared), humanize.IBytes(r.Unallocated), humanize.IBytes(r.Unused), humanize.IBytes(r.Written), result)
+}
+
+// WriteVerify writes the outcome of a comparison.
+func WriteVerify(w io.Writer, volume string, r proxy.VerifyReport) error {
+	_, err := fmt.Fprintf(w, "%s: %s\n", volume, verifyText(r))
 	for _, e := range r.Extents {
 		fmt.Fprintf(w, "  LBA %d, %d blocks\n", e.LBA, e.Blocks)
 	}

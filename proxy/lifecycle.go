@@ -75,16 +75,10 @@ func (v *Volume) advance(ctx context.Context, to Phase, edit func(*state.Record)
 }
 
 // resumePhase goes on with what the phase asks for.
-func (v *Volume) resumePhase(ctx context.Context) {
+func (v *Volume) resumePhase() {
 	v.step.Lock()
 	defer v.step.Unlock()
 	switch v.Phase() {
-	case Ready:
-		if v.cfg.Autostart {
-			if err := v.becomeMigrating(ctx, StartOptions{}); err != nil {
-				v.fault("start", err)
-			}
-		}
 	case Migrating:
 		v.runGuard()
 		v.log.Infof("takes up the migration: %d of %d blocks are valid", v.raw().Count(state.Valid), v.info.Blocks)
@@ -187,7 +181,6 @@ func (v *Volume) becomeMigrating(ctx context.Context, o StartOptions) error {
 		}
 		return v.errorf("start: %w", err)
 	}
-	v.fault("start", nil)
 	v.ways.Load().forward.copier.SetCompare(compare)
 	v.runGuard()
 	if !v.record.Paused {
@@ -236,6 +229,9 @@ func (v *Volume) take(p Phase) {
 	v.mu.Lock()
 	close(v.changed)
 	v.changed = make(chan struct{})
+	if v.cfg.Happened != nil {
+		v.cfg.Happened(Happening{Volume: v.cfg.Name, At: time.Now(), Phase: p})
+	}
 	v.mu.Unlock()
 	v.log.Infof("phase %s", p)
 	failpoint.Here("phase.taken." + string(p))

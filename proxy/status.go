@@ -93,6 +93,16 @@ type UnitStatus struct {
 	Fence string `json:"fence,omitempty"`
 }
 
+// Happening is a phase that a volume came to, or a fault that began or is over.
+type Happening struct {
+	Volume string
+	At     time.Time
+	// Phase is empty where it is a fault.
+	Phase Phase
+	// Fault is the kind of a fault. Text is empty where it is over.
+	Fault, Text string
+}
+
 // BlockRun is a run of logical blocks as it is shown to people and scripts.
 type BlockRun struct {
 	LBA    uint64 `json:"lba"`

@@ -71,8 +71,6 @@ type Config struct {
 	// Seeded allows it too, and has the copy compare both sides and write only what
 	// differs. It counts at the start.
 	Seeded bool
-	// Autostart starts the migration when the Volume is opened in phase ready.
-	Autostart bool
 	// Initiators, PortalGroups and ReservationsByName are as in target.Unit.
 	Initiators         []target.Initiator
 	PortalGroups       []uint16
@@ -85,6 +83,9 @@ type Config struct {
 	// CutOver, where it is set, is called once a cutover is recorded, before logins are
 	// answered again. It may ask for Status.
 	CutOver func()
+	// Happened, where it is set, is told what the volume comes to by itself, in the order in
+	// which it does. It must not wait, nor call the volume.
+	Happened func(Happening)
 	// Withdraw, unless nil, lets Open go on where the destination cannot read what was being
 	// written when the service ended: such a write is taken for one that was not made, and
 	// may have been acknowledged. It is called with each once that is on stable storage.
@@ -241,7 +242,7 @@ func Open(ctx context.Context, cfg Config) (*Volume, error) {
 	if err := cfg.Target.AddUnit(v.front()); err != nil {
 		return nil, v.errorf("%w", err)
 	}
-	v.resumePhase(ctx)
+	v.resumePhase()
 	return v, nil
 }
 
@@ -436,7 +437,7 @@ func (v *Volume) degraded() (bool, string) {
 		}
 		reason += text
 	}
-	for _, kind := range []string{"start", "state", "fence", "registrations", "copy", "mirror"} {
+	for _, kind := range []string{"state", "fence", "registrations", "copy", "mirror"} {
 		if text := v.faults[kind]; text != "" {
 			add(text)
 		}
@@ -470,6 +471,9 @@ func (v *Volume) fault(kind string, err error) {
 		v.faults[kind] = text
 	}
 	v.faulty.Store(len(v.faults) > 0)
+	if (text == "") != (old == "") && v.cfg.Happened != nil {
+		v.cfg.Happened(Happening{Volume: v.cfg.Name, At: time.Now(), Fault: kind, Text: text})
+	}
 	v.mu.Unlock()
 	switch {
 	case text != "" && text != old:

@@ -470,9 +470,9 @@ func (f *Flags) decodeRegion(g uint64, value []byte, scratch []uint64) (regionBi
 // of reach; Store.forget then removes them. The records instead come after.
 func (c *committer) forgetVolume(r *request) error {
 	volume := r.forget
-	ops := []op{{key: recordKey(volume)}, {key: headerKey(volume)}, {key: unusedKey(volume)}}
+	ops := []op{{key: recordKey(volume)}, {key: headerKey(volume)}, {key: unusedKey(volume)}, {key: attachmentKey(volume, Checksums)}}
 	if r.reservation {
-		ops = append(ops, op{key: reservationKey(volume)})
+		ops = append(ops, op{key: reservationKey(volume)}, op{key: attachmentKey(volume, Followed)})
 	}
 	ops = append(ops, r.records...)
 	if err := c.commit(ops); err != nil {

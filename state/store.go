@@ -108,6 +108,7 @@ type Store struct {
 	settler *settler
 	syncer  *syncer // of the committer alone
 	bitmaps *bitmaps
+	history history
 	stats   statsKeeper
 	freeMin atomic.Uint64 // minFree, another in tests of a full disk
 	tables  atomic.Uint64 // bytes of Badger's tables
