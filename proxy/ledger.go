@@ -56,8 +56,14 @@ func (w *pass) Invalid(e lun.Extent) ([]lun.Extent, error) {
 	return w.invalid(e)
 }
 
-// invalid gives the runs of e that are to be copied, in rising order.
+// invalid gives the runs of e that are to be copied, in rising order. Of a mirror these are not
+// what is being written: it is alike afterwards, or a suspect.
 func (w *pass) invalid(e lun.Extent) ([]lun.Extent, error) {
+	m := w.mirroring()
+	var written []lun.Extent
+	if m != nil {
+		written = w.underWay(e) // before alike: a write that ends meanwhile is in one of them
+	}
 	var runs []lun.Extent
 	err := w.flags.Runs(state.Valid, run(e), func(r state.Run, valid bool) bool {
 		if !valid {
@@ -68,12 +74,23 @@ func (w *pass) invalid(e lun.Extent) ([]lun.Extent, error) {
 	if err != nil {
 		return nil, w.v.unknown(err)
 	}
-	if m := w.mirroring(); m != nil && len(runs) > 0 {
-		for _, same := range m.alike(e) {
-			runs = lun.Subtract(runs, same)
-		}
+	if m != nil && len(runs) > 0 {
+		runs = lun.Without(lun.Without(runs, m.alike(e)), written)
 	}
 	return runs, nil
+}
+
+// underWay gives where in e writes are under way, in rising order.
+func (w *pass) underWay(e lun.Extent) (list []lun.Extent) {
+	w.v.mu.Lock()
+	for _, x := range w.writing {
+		if x.Overlaps(e) {
+			list = append(list, x)
+		}
+	}
+	w.v.mu.Unlock()
+	slices.SortFunc(list, byStart)
+	return list
 }
 
 func (w *pass) Exclude(ctx context.Context, e lun.Extent) (func(), error) {
@@ -98,22 +115,22 @@ func (w *pass) Commit(ctx context.Context, copied []copier.Copied) error {
 		return nil
 	}
 	failpoint.Here("copy.written")
-	volatile, err := w.flush(ctx)
-	if err != nil {
+	if err := w.flush(ctx); err != nil {
 		return err
-	}
-	era := w.era()
-	var done []lun.Extent
-	for _, c := range copied {
-		if !volatile || c.Era == era {
-			done = append(done, c.Extent)
-		}
 	}
 	if err := w.v.commits.take(ctx); err != nil {
 		return err
 	}
 	defer w.v.commits.give()
+	var done []lun.Extent
 	w.v.mu.Lock()
+	era := w.era() // after the flush
+	for _, c := range copied {
+		if c.Era == era {
+			done = append(done, c.Extent)
+		}
+	}
+	slices.SortFunc(done, byStart)
 	for _, e := range slices.Concat(w.suspects, w.writing) {
 		done = lun.Subtract(done, e)
 	}
@@ -123,9 +140,7 @@ func (w *pass) Commit(ctx context.Context, copied []copier.Copied) error {
 	// writes there now waits.
 	if m := w.mirroring(); m != nil {
 		for _, c := range copied {
-			for _, e := range m.alike(c.Extent) {
-				done = lun.Subtract(done, e)
-			}
+			done = lun.Without(done, m.alike(c.Extent))
 		}
 	}
 	defer func() {
@@ -135,7 +150,7 @@ func (w *pass) Commit(ctx context.Context, copied []copier.Copied) error {
 		close(w.committed)
 	}()
 	failpoint.Here("copy.stable")
-	err = w.flags.Set(ctx, state.Valid, runs(done)...)
+	err := w.flags.Set(ctx, state.Valid, runs(done)...)
 	failpoint.Here("copy.flagged")
 	if errors.Is(err, state.ErrFailed) {
 		// The database may have them all the same, and show it after a restart.

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"sort"
 	"sync"
 	"time"
 
@@ -287,7 +288,7 @@ func (m *mirror) replace(g uint64, left []*equal) {
 	}
 }
 
-// alike gives what of e both sides hold alike, unless one lost its cache meanwhile (settle). A
+// alike gives what of e both sides hold alike, in rising order, unless one lost its cache meanwhile (settle). A
 // copy of it that was begun before must not be written: what leaves this is a suspect.
 func (m *mirror) alike(e lun.Extent) (list []lun.Extent) {
 	m.mu.Lock()
@@ -299,6 +300,7 @@ func (m *mirror) alike(e lun.Extent) (list []lun.Extent) {
 			}
 		}
 	})
+	slices.SortFunc(list, byStart)
 	return list
 }
 
@@ -537,13 +539,24 @@ func (v *Volume) mirrorStatus() *MirrorStatus {
 		return nil
 	}
 	bs := uint64(v.info.BlockSize)
+	writing := m.back.underWay(v.info.All())
 	s := &MirrorStatus{State: "whole", Behind: v.raw().Count(state.Dirty) * bs}
+	for _, e := range writing {
+		_ = v.raw().Runs(state.Dirty, run(e), func(r state.Run, dirty bool) bool { // an error has its own fault
+			if dirty {
+				s.Behind -= min(s.Behind, r.Blocks*bs)
+			}
+			return true
+		})
+	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	source, destination := v.source.Resets(), v.destination.Resets()
 	for _, list := range m.equal {
 		for _, x := range list {
-			if x.source == source && x.destination == destination { // else it is going to be copied
+			i := sort.Search(len(writing), func(i int) bool { return writing[i].End() > x.Start })
+			counted := i < len(writing) && writing[i].Overlaps(x.Extent)
+			if !counted && x.source == source && x.destination == destination { // else it is going to be copied
 				s.Behind -= min(s.Behind, x.Blocks*bs)
 			}
 		}

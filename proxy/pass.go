@@ -10,6 +10,9 @@ import (
 	"lunshift/state"
 )
 
+// mostSuspects bounds the extents that are suspect one by one.
+const mostSuspects = 256
+
 // pass is one direction in which blocks move: from the side that has them to the one
 // that is to have them. A volume has two. Forward, to the destination, is that of phases
 // migrating and synced; back, to the source, that of rolling-back, and of a mirror that is
@@ -29,7 +32,8 @@ type pass struct {
 	copier *copier.Copier
 
 	// What follows is guarded by v.mu.
-	suspects []lun.Extent // blocks that were not valid when a write to them failed
+	suspects []lun.Extent // blocks that were not valid when a write to them failed, see suspect
+	doubts   uint64       // how often there were too many of them
 	writing  []lun.Extent // where writes to blocks that are not valid are under way
 	// committing are the copied blocks that are being flagged; committed is closed when
 	// they are.
@@ -176,12 +180,15 @@ func (w *pass) unmark(e lun.Extent) {
 
 // suspect keeps blocks from being flagged by a copy made before: their write failed, so to
 // may hold what was never acknowledged, or it went past this copier. The copier takes them
-// again. They are marked until they are suspects.
+// again. They are marked until they are suspects. Where they are too many, no copy
+// that was begun by now is flagged.
 func (w *pass) suspect(blocks ...lun.Extent) {
 	w.v.mu.Lock()
 	defer w.v.mu.Unlock()
 	for _, e := range blocks {
-		w.suspects = append(lun.Subtract(w.suspects, e), e)
+		if w.suspects = append(lun.Subtract(w.suspects, e), e); len(w.suspects) > mostSuspects {
+			w.suspects, w.doubts = nil, w.doubts+1
+		}
 	}
 }
 
@@ -211,23 +218,39 @@ func (w *pass) mirroring() *mirror {
 	return nil
 }
 
-// era changes when what was copied may be lost: with to's cache, and where from goes on
-// to take writes with its cache as well, which had what was read.
+// era changes when what was copied may be lost, or is in doubt: with to's cache, and where
+// from goes on to take writes with its cache as well, which had what was read. The caller
+// holds v.mu.
 func (w *pass) era() uint64 {
-	if w.mirroring() != nil {
-		return w.to.Resets() + w.from.Resets()
+	era := w.doubts
+	for _, u := range w.flushed() {
+		era += u.Resets()
 	}
-	return w.to.Resets()
+	return era
 }
 
-// flush makes what was copied outlive any loss of power, and tells whether there was anything
-// to flush.
-func (w *pass) flush(ctx context.Context) (flushed bool, err error) {
+// flushed are the units that have to be flushed before what was copied outlives any loss
+// of power.
+func (w *pass) flushed() (units []*unit) {
 	if w.to.Info().VolatileCache {
-		flushed, err = true, w.toFlush.Flush(ctx)
+		units = append(units, w.to)
 	}
-	if err == nil && w.mirroring() != nil && w.from.Info().VolatileCache {
-		flushed, err = true, w.fromFlush.Flush(ctx)
+	if w.mirroring() != nil && w.from.Info().VolatileCache {
+		units = append(units, w.from)
 	}
-	return flushed, err
+	return units
+}
+
+// flush makes what was copied outlive any loss of power.
+func (w *pass) flush(ctx context.Context) error {
+	for _, u := range w.flushed() {
+		f := w.toFlush
+		if u == w.from {
+			f = w.fromFlush
+		}
+		if err := f.Flush(ctx); err != nil {
+			return err
+		}
+	}
+	return nil
 }
