@@ -300,3 +300,63 @@ func TestAStubbornSessionUndoesTheCutoverUnlessForced(t *testing.T) {
 	}
 	s.stop()
 }
+
+// The initiators of a group leave together: one that stays on one volume keeps all of them,
+// and once it has left all are handed over.
+//
+// Caught: a departure of the first volume's target alone.
+func TestAGroupIsHandedOverOrNoneOfIt(t *testing.T) {
+	needTools(t)
+	s := newService(t)
+	var pairs []*pair
+	var fronts []peer.LUN
+	for _, name := range []string{"a", "b"} {
+		p := sides{block: 512, sourceFile: true, destinationFile: true, size: 32 * mib}.make(t)
+		p.new = newArray(t, "new-"+name, peer.Unit{Path: p.destinationPath, BlockSize: 512, Thin: true})
+		s.volumes = append(s.volumes, volume{name: name, iqn: p.new.iqn, lun: 1, source: p.source, destination: p.new.unit(1).URL(), more: "redirect = true\nlogout_timeout = \"1s\"\n"})
+		fronts = append(fronts, peer.LUN{Portal: s.portal, IQN: p.new.iqn, Number: 1, Initiator: "iqn.2026-11.net.example:host"})
+		pairs = append(pairs, p)
+	}
+	s.volumes[1].more += "[[group]]\nname = \"erp\"\nvolumes = [\"a\", \"b\"]\n"
+	s.configure()
+	s.start()
+	stubborn := fronts[1]
+	stubborn.Initiator = "iqn.2026-11.net.example:stubborn"
+	i, err := stubborn.Login(t.Context(), iscsi.ISID{0x80, 7})
+	must(t, err)
+	defer i.Close()
+	var all []*writer
+	var stops []func()
+	for _, at := range fronts {
+		of, stop := writers(t, at)
+		all, stops = append(all, of...), append(stops, stop)
+	}
+	s.run("start", "erp")
+	s.run("wait", "erp", "--for", "synced", "--timeout", "60s")
+	s.fails(failed, []string{"group erp", "did not log out within 1s", stubborn.Initiator}, "cutover", "erp")
+	for _, v := range s.volumes {
+		if phase := s.status(v.name).Phase; phase != "synced" {
+			t.Fatalf("volume %s is %s after a session stayed", v.name, phase)
+		}
+	}
+	goOn(t, all)
+	must(t, i.Close())
+	s.run("cutover", "erp")
+	goOn(t, all)
+	for _, p := range pairs {
+		names, err := p.new.Initiators(t.Context(), p.new.iqn)
+		must(t, err)
+		for _, name := range writerNames {
+			if !slices.Contains(names, name) {
+				t.Errorf("%s is not at %s, which has %v", name, p.new.iqn, names)
+			}
+		}
+	}
+	for _, stop := range stops {
+		stop()
+	}
+	for n, w := range all {
+		w.on(t, pairs[n/len(writerNames)].destinationPath)
+	}
+	s.stop()
+}
