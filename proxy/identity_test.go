@@ -1,11 +1,13 @@
 package proxy
 
 import (
+	"bytes"
 	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -28,6 +30,23 @@ func (d labelled) Info() lun.Info {
 	i := d.Memory.Info()
 	i.Identity = d.id
 	return i
+}
+
+// swapping is a device that compares and writes in one step.
+type swapping struct {
+	labelled
+	one sync.Mutex
+}
+
+// Swap implements lun.Swapper.
+func (d *swapping) Swap(ctx context.Context, start lun.LBA, is, becomes []byte) (bool, error) {
+	d.one.Lock()
+	defer d.one.Unlock()
+	has := make([]byte, len(is))
+	if err := d.ReadAt(ctx, has, start); err != nil || !bytes.Equal(has, is) {
+		return false, err
+	}
+	return true, d.WriteAt(ctx, becomes, start)
 }
 
 // identityOf is an identity by a number.
@@ -170,6 +189,68 @@ func TestVolumeIsOnePathOfTheUnitWhoseIdentityItHas(t *testing.T) {
 				t.Errorf("after the cutover: %v", got)
 			}
 		})
+	}
+}
+
+// While hosts have the source's own paths as well, a command that compares and writes is one
+// step on the array, or refused; from the start on it is the volume's, and on the destination.
+// Caught: the volume's own lock for it; a source that cannot do it and is written to; the array
+// asked after the start.
+func TestCompareAndWriteOfASharedSourceIsTheArrays(t *testing.T) {
+	ctx := t.Context()
+	s := newServed(t, IdentitySource)
+	source := &swapping{labelled: labelled{s.r.source, identityOf(1, "1.0")}}
+	s.cfg.Source = source
+	must(t, s.serve())
+	one := lun.Extent{Start: 3, Blocks: 1}
+	count := func(p []byte) error {
+		binary.BigEndian.PutUint32(p, binary.BigEndian.Uint32(p)+1)
+		return nil
+	}
+	must(t, s.v.WriteAt(ctx, make([]byte, testBlock), 3))
+	const each = 50
+	var hosts sync.WaitGroup
+	for host := range 4 {
+		hosts.Go(func() {
+			for range each {
+				var err error
+				if host%2 == 0 {
+					err = s.v.Update(ctx, one, count)
+				} else {
+					err = lun.UpdateShared(ctx, source, one, count) // by a path of the array
+				}
+				if err != nil {
+					t.Error(err)
+					return
+				}
+			}
+		})
+	}
+	hosts.Wait()
+	counted := func(d lun.Device) uint32 {
+		p := make([]byte, testBlock)
+		must(t, d.ReadAt(ctx, p, 3))
+		return binary.BigEndian.Uint32(p)
+	}
+	if n := counted(s.r.source); n != 4*each {
+		t.Errorf("%d of %d updates are there", n, 4*each)
+	}
+	no := errors.New("compared, and not equal")
+	if err := s.v.Update(ctx, one, func([]byte) error { return no }); !errors.Is(err, no) {
+		t.Errorf("an update that is not made: %v", err)
+	}
+	must(t, s.v.Start(ctx))
+	waitFor(t, s.v, Synced)
+	must(t, s.v.Update(ctx, one, count))
+	if was, is := counted(s.r.source), counted(s.r.destination); was != 4*each || is != 4*each+1 {
+		t.Errorf("after the start the source has %d and the destination %d", was, is)
+	}
+
+	s = newServed(t, IdentitySource)
+	must(t, s.serve())
+	writes := s.r.source.Count(luntest.Write)
+	if err := s.v.Update(ctx, one, count); !errors.Is(err, lun.ErrUnsupported) || s.r.source.Count(luntest.Write) != writes {
+		t.Errorf("a source that cannot compare and write: %v, %d writes", err, s.r.source.Count(luntest.Write)-writes)
 	}
 }
 
