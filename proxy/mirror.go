@@ -9,6 +9,7 @@ import (
 	"sync"
 	"time"
 
+	"lunshift/failpoint"
 	"lunshift/lun"
 	"lunshift/state"
 )
@@ -124,8 +125,13 @@ func (m *mirror) write(ctx context.Context, e lun.Extent, content []byte, do doe
 		// By the time it is called the blocks are dirty.
 		err = w.write(ctx, e, content, func(ctx context.Context, u *unit) error {
 			wrote := make(chan error, 1)
-			go func() { wrote <- m.writeSource(ctx, do) }()
+			go func() {
+				err := m.writeSource(ctx, do)
+				failpoint.Here("mirror.source")
+				wrote <- err
+			}()
 			err := do(ctx, u)
+			failpoint.Here("mirror.destination")
 			mirrored = <-wrote
 			return err
 		})
@@ -397,6 +403,7 @@ func (m *mirror) clearBatch(ctx context.Context, batch []*equal, kinds state.Kin
 	if len(clean) == 0 {
 		return nil
 	}
+	failpoint.Here("mirror.settled")
 	if err := v.raw().Clear(ctx, kinds, clean...); err != nil {
 		return v.stateError(ctx, err)
 	}

@@ -234,11 +234,14 @@ func Do(ctx context.Context, s Step, t Together, volumes ...*Volume) error {
 		return err
 	}
 	defer gathered.end()
+	failpoint.Here("step.ready")
 	began := time.Now()
 	_, err = heldAll(ctx, t.limit(), do, func(ctx context.Context) error {
+		failpoint.Here("step.held")
 		if err := each(ctx, do, s.settle); err != nil {
 			return err
 		}
+		failpoint.Here("step.settled")
 		changes := make([]change, len(do))
 		for i, v := range do {
 			changes[i] = s.change(v, time.Since(began)) // but for the writing of the records
@@ -258,6 +261,7 @@ func Do(ctx context.Context, s Step, t Together, volumes ...*Volume) error {
 		}
 		return do[0].errorf("%s undone, still %s: %w", s.name(), do[0].Phase(), err)
 	}
+	failpoint.Here("step.released")
 	gathered.drop()
 	return each(ctx, do, s.finish)
 }
