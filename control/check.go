@@ -161,6 +161,9 @@ func Check(ctx context.Context, cfg *conf.Config, log logrus.FieldLogger) (Check
 		group.Go(func() {
 			slots <- struct{}{}
 			defer func() { <-slots }()
+			if all := cfg.Service.Copy.Rate; all > 0 && (v.Copy.Rate == 0 || all < v.Copy.Rate) {
+				v.Copy.Rate = all
+			}
 			reports[i] = checkVolume(ctx, cfg.Service, client, served, records, id, v, log)
 			running := reports[i]
 			reports[i].admit(cfg.Service, v)

@@ -74,7 +74,8 @@ func quiet() *logrus.Logger {
 func TestCheckTellsWhatTheUnitsAre(t *testing.T) {
 	dir := t.TempDir()
 	source := unitFile(t, dir, "old", 64<<20, 10<<20)
-	cfg := configFor(t, dir, source, unitFile(t, dir, "new", 64<<20, 0), `copy = { rate = "1MiB" }`)
+	cfg := configFor(t, dir, source, unitFile(t, dir, "new", 64<<20, 0), `copy = { rate = "2MiB" }`)
+	cfg.Service.Copy.Rate = 1 << 20
 	report, err := Check(t.Context(), cfg, quiet())
 	if err != nil || report.Refused() != nil {
 		t.Fatalf("%v, refused: %v", err, report.Refused())

@@ -116,7 +116,10 @@ func who(w state.Who) string {
 func what(e state.Event) string {
 	text := e.What
 	var options map[string]any
-	if json.Unmarshal(e.Options, &options) == nil {
+	var hook hookOptions
+	if e.What == "hook" && json.Unmarshal(e.Options, &hook) == nil {
+		text += " " + hook.Hook
+	} else if json.Unmarshal(e.Options, &options) == nil {
 		for _, key := range slices.Sorted(maps.Keys(options)) {
 			shown := strings.ReplaceAll(key, "_", "-")
 			switch v := options[key].(type) {

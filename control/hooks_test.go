@@ -75,7 +75,7 @@ func TestHookThatFailsBeforeAStepStopsIt(t *testing.T) {
 		t.Errorf("phase %s", v.Status().Phase)
 	}
 	events, lines := historyOf(t, client, "db01")
-	sameLines(t, "stopped", lines, "cutover refused", "hook hook=before_cutover failed")
+	sameLines(t, "stopped", lines, "cutover refused", "hook before_cutover failed")
 	if !events[1].Who.Service || !strings.Contains(events[1].Text, "looks") || !strings.Contains(string(events[1].Options), path) || events[1].Took == nil {
 		t.Errorf("hook: %+v", events[1])
 	}
@@ -128,7 +128,7 @@ func TestHookGetsTheStatusAndNoSecrets(t *testing.T) {
 		t.Errorf("directory: %q", pwd)
 	}
 	_, lines := historyOf(t, client, "db01")
-	sameLines(t, "both", lines, "cutover done", "hook hook=before_cutover done", "hook hook=after_cutover done")
+	sameLines(t, "both", lines, "cutover done", "hook before_cutover done", "hook after_cutover done")
 }
 
 // Caught: the program killed alone, while what it started goes on; a wait for its output that
@@ -189,7 +189,7 @@ func TestHookThatFailsAfterAStepIsShown(t *testing.T) {
 		t.Errorf("cutover: %v, %+v", err, s)
 	}
 	_, lines := historyOf(t, client, "db01")
-	sameLines(t, "after", lines, "cutover done", "hook hook=after_cutover failed")
+	sameLines(t, "after", lines, "cutover done", "hook after_cutover failed")
 	if err := os.WriteFile(filepath.Join(here, "mended"), nil, 0o600); err != nil {
 		t.Fatal(err)
 	}
@@ -338,7 +338,7 @@ func TestHookAfterAPhaseRunsOnceOverRestarts(t *testing.T) {
 	}
 	r = f.start()
 	_, lines := historyOf(t, r.client, "db01")
-	sameLines(t, "once", lines, "start done", "synced noted", "hook hook=after_synced interrupted", "hook hook=after_synced done")
+	sameLines(t, "once", lines, "start done", "synced noted", "hook after_synced interrupted", "hook after_synced done")
 
 	// Initiators go on while a hook runs.
 	dev := r.initiator(t)
@@ -392,7 +392,7 @@ func TestAutostartAsksTheHookAndIsInTheTrail(t *testing.T) {
 		t.Errorf("started: %v, %q", err, s.DegradedReason)
 	}
 	_, lines = historyOf(t, r.client, "db01")
-	sameLines(t, "db01", lines[:4], "start refused", "hook hook=before_start failed", "start done", "hook hook=before_start done")
+	sameLines(t, "db01", lines[:4], "start refused", "hook before_start failed", "start done", "hook before_start done")
 }
 
 func TestCheckNamesHooksThatCannotBeRun(t *testing.T) {

@@ -320,7 +320,7 @@ func known(u UnitReport, cell func(UnitReport) string) string {
 func estimate(v VolumeReport) string {
 	assumed := "the speed at which the source was just read; load and a slower destination make it longer"
 	if v.RateLimited {
-		assumed = "the limit in copy.rate"
+		assumed = "the limit in copy.rate or service.copy.rate, if no other volume is copied then"
 	}
 	return fmt.Sprintf("%s at %s/s, %s", duration(time.Duration(*v.Estimate)*time.Second), humanize.IBytes(v.Rate), assumed)
 }

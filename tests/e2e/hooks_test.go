@@ -119,7 +119,7 @@ while [ -e "$0.$LUNSHIFT_HOOK.wait" ]; do sleep 0.02; done
 		t.Errorf("the trail has %q, want %q", got, want)
 	}
 	text := s.run("history", "db01")
-	for _, words := range []string{"no change ticket for db01", "synced", "hook hook=before_cutover", "unknown: the service ended"} {
+	for _, words := range []string{"no change ticket for db01", "synced", "hook before_cutover", "unknown: the service ended"} {
 		if !strings.Contains(text, words) {
 			t.Errorf("history does not say %q:\n%s", words, text)
 		}
