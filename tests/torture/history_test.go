@@ -286,6 +286,17 @@ func (l *life) record(h *history, rivals int) {
 		func() { unthrottle(ctx, l.s) },
 		func() { l.until(proxy.Synced) },
 	}
+	if l.rng.IntN(2) == 0 {
+		steps = slices.Insert(steps, 3,
+			func() { rollBack(ctx, l.s) },
+			func() { rollBack(ctx, l.s) },
+			func() {
+				l.until(proxy.RolledBack)
+				l.s.reuse = true
+				startVolume(ctx, l.s)
+			})
+		l.sum.rollbacks++
+	}
 	for _, step := range steps {
 		round, leave := context.WithCancel(ctx)
 		var hosts []*lun.Initiator

@@ -42,6 +42,9 @@ var (
 	journalPoints = []string{"journal.begin", "journal.written", "journal.synced"}
 	writePoints   = []string{"write.dirty", "write.intended", "write.unflushed", "write.stable", "write.flagged"}
 	copyPoints    = []string{"copy.written", "copy.stable", "copy.flagged"}
+	mirrorPoints  = []string{"mirror.source", "mirror.destination", "mirror.settled"}
+	// A step that holds commands.
+	stepPoints = []string{"step.ready", "step.held", "step.settled", "step.released"}
 )
 
 func phasePoints(from, to proxy.Phase) []string {
@@ -50,16 +53,40 @@ func phasePoints(from, to proxy.Phase) []string {
 
 var (
 	inReady     = stage{name: "ready"}
-	atStart     = stage{"start", slices.Concat(phasePoints(proxy.Ready, proxy.Migrating), statePoints), startVolume}
+	atStart     = stage{"start", slices.Concat(phasePoints(proxy.Ready, proxy.Migrating), statePoints, []string{"phase.taken.ready"}), startVolume}
 	inMigrating = stage{"migrating", slices.Concat(statePoints, journalPoints, writePoints, copyPoints), nil}
 	atSynced    = stage{"becoming synced", slices.Concat(phasePoints(proxy.Migrating, proxy.Synced), statePoints, copyPoints), unthrottle}
 	inSynced    = stage{"synced", slices.Concat(statePoints, journalPoints, []string{"write.dirty"}), nil}
-	atCutover   = stage{"cutover", slices.Concat(phasePoints(proxy.Synced, proxy.Cutover), statePoints), cutOver}
+	atCutover   = stage{"cutover", slices.Concat(phasePoints(proxy.Synced, proxy.Cutover), statePoints, stepPoints), cutOver}
+
+	fromMigrating = stage{"rollback from migrating", slices.Concat(phasePoints(proxy.Migrating, proxy.RollingBack), statePoints, stepPoints), rollBack}
+	fromSynced    = stage{"rollback from synced", slices.Concat(phasePoints(proxy.Synced, proxy.RollingBack), statePoints, stepPoints), rollBack}
+	inRollingBack = stage{"rolling back", slices.Concat(statePoints, journalPoints, writePoints, copyPoints), nil}
+	atRolledBack  = stage{"becoming rolled-back", slices.Concat(phasePoints(proxy.RollingBack, proxy.RolledBack), statePoints, copyPoints), unthrottle}
+	inRolledBack  = stage{name: "rolled back"}
+	// With a mirror.
+	inMirrored = stage{"migrating with a mirror", slices.Concat(inMigrating.points, mirrorPoints), nil}
+	inWhole    = stage{"synced with a mirror", slices.Concat(inSynced.points, copyPoints, mirrorPoints), nil}
+	switching  = stage{"switching the mirror", slices.Concat(statePoints, mirrorPoints), switchMirror}
 )
 
 // A crash may cut these calls short; what came of them is seen after the restart.
-func startVolume(ctx context.Context, s *service) { s.client.Start(ctx, volumeName) }
-func unthrottle(ctx context.Context, s *service)  { s.client.Throttle(ctx, volumeName, 0) }
+func startVolume(ctx context.Context, s *service) {
+	s.client.Start(ctx, volumeName, proxy.StartOptions{Reuse: s.reuse})
+}
+
+func unthrottle(ctx context.Context, s *service) { s.client.Throttle(ctx, volumeName, 0) }
+
+func rollBack(ctx context.Context, s *service) {
+	s.client.Rollback(ctx, volumeName, proxy.RollbackOptions{})
+}
+
+func switchMirror(ctx context.Context, s *service) {
+	for on := false; ctx.Err() == nil; on = !on {
+		s.client.Mirror(ctx, volumeName, on)
+		time.Sleep(50 * time.Millisecond)
+	}
+}
 
 func cutOver(ctx context.Context, s *service) {
 	s.client.Cutover(ctx, volumeName, proxy.CutoverOptions{})
@@ -68,14 +95,17 @@ func cutOver(ctx context.Context, s *service) {
 // sum is what a test did.
 type sum struct {
 	cycles, acked, readBack, violations int64
-	crashes                             map[string]int // by stage and point
+	// rollbacks that came to their end, and mirrors that were found whole
+	rollbacks, mirrors int64
+	crashes            map[string]int // by stage and point
 }
 
 func (s sum) String() string {
-	return fmt.Sprintf("cycles %d, acknowledged writes %d, blocks read back %d, violations %d", s.cycles, s.acked, s.readBack, s.violations)
+	return fmt.Sprintf("cycles %d, rollbacks %d, whole mirrors %d, acknowledged writes %d, blocks read back %d, violations %d",
+		s.cycles, s.rollbacks, s.mirrors, s.acked, s.readBack, s.violations)
 }
 
-// life is one volume from ready to cutover.
+// life is one volume from ready to cutover, at times by way of a rollback.
 type life struct {
 	t       *testing.T
 	s       *service
@@ -90,9 +120,12 @@ type life struct {
 	// uncopied says that nothing was copied from mayBeCopied on, and nothing is now.
 	uncopied bool
 	power    func() // cuts the power after a crash and restores it; nil leaves it on
+	// lasting says that a loss of power takes nothing that was acknowledged.
+	lasting  bool
+	mirrored bool // there is a mirror, at times
 
-	source, destination string // the images behind the units
-	afterStart          []byte // the source once it takes no more writes
+	source, destination func() []byte // what the units hold
+	afterStart          []byte        // the source once it takes no more writes
 }
 
 func newLife(t *testing.T, s *service, before []byte, bs int, rng *rand.Rand, sum *sum) *life {
@@ -234,37 +267,81 @@ func (l *life) crash(st stage) {
 
 func (l *life) phase() proxy.Phase { return l.s.mustStatus().Phase }
 
-// verify holds every block to the oracle, as initiators read it.
+// verify holds every block to the oracle, as initiators read it, and a side that is to have
+// everything as well.
 func (l *life) verify(after string) {
 	t := l.t
 	wrong := l.faults.List()
 	if l.phase() == proxy.Cutover {
-		l.verifyImage(after, wrong)
+		// It was flushed before that was written down, with no command under way, so it has
+		// everything acknowledged whatever happened to the power.
+		l.report(after, append(wrong, l.holds("the destination", l.destination())...))
 		return
 	}
 	dialed, err := l.s.dial(t.Context(), "reader")
 	must(t, err)
 	defer dialed.Close()
-	blocks, more, err := l.o.ReadBack(t.Context(), peer.Host{Initiator: dialed}, l.power != nil)
+	blocks, more, err := l.o.ReadBack(t.Context(), peer.Host{Initiator: dialed}, l.power != nil && !l.lasting)
 	if err != nil {
 		t.Fatalf("read back: %v", err)
 	}
 	l.sum.readBack += blocks
 	l.report(after, append(wrong, more...))
+	switch st := l.s.mustStatus(); {
+	case st.Phase == proxy.RolledBack:
+		l.report(after, l.holds("the source", l.source()))
+	case st.Mirror != nil && l.rng.IntN(4) == 0:
+		l.verifyMirror(after)
+	}
 }
 
-// verifyImage is verify where the destination stands alone. It was flushed before that was
-// written down, with no command under way, so it has everything acknowledged whatever
-// happened to the power.
-func (l *life) verifyImage(after string, wrong []string) {
-	image, err := os.ReadFile(l.destination)
-	must(l.t, err)
-	for lba := 0; lba < len(l.o.Cells); lba += 512 {
+// verifyMirror has a mirror be whole, with the copy paused so that this is soon. Then the source
+// has everything, and what the destination has.
+func (l *life) verifyMirror(after string) {
+	ctx := l.t.Context()
+	rate := l.s.mustStatus().RateLimit
+	if !l.uncopied && l.phase() == proxy.Migrating {
+		_, err := l.s.client.Pause(ctx, volumeName)
+		must(l.t, err)
+		defer func() {
+			_, err := l.s.client.Resume(ctx, volumeName)
+			must(l.t, err)
+		}()
+	}
+	l.throttle(0)
+	l.whole(after)
+	l.throttle(rate)
+}
+
+// whole waits until the mirror is whole. Then the source has everything, and what the
+// destination has. Nobody writes meanwhile.
+func (l *life) whole(after string) {
+	var st proxy.Status
+	for deadline := time.Now().Add(peer.Patience); st.Mirror == nil || st.Mirror.State != "whole"; time.Sleep(5 * time.Millisecond) {
+		if st = l.s.mustStatus(); time.Now().After(deadline) {
+			l.t.Fatalf("after a crash (%s): the mirror is not whole within %v: %+v", after, peer.Patience, st.Mirror)
+		}
+	}
+	source := l.source()
+	wrong := l.holds("the source", source)
+	if len(wrong) == 0 && st.Phase == proxy.Synced && !bytes.Equal(source, l.destination()) {
+		wrong = l.holds("the destination", l.destination())
+		wrong = append(wrong, "the mirror is whole, and the two sides differ")
+	}
+	l.sum.mirrors++
+	l.report(after, wrong)
+}
+
+// holds compares a whole image with what initiators read last.
+func (l *life) holds(of string, image []byte) (wrong []string) {
+	for lba := 0; lba < len(l.o.Cells) && len(wrong) < 16; lba += 512 {
 		end := min(lba+512, len(l.o.Cells))
-		wrong = append(wrong, l.o.Check(image[lba*l.o.BlockSize:end*l.o.BlockSize], uint64(lba), false, 8)...)
+		for _, text := range l.o.Check(image[lba*l.o.BlockSize:end*l.o.BlockSize], uint64(lba), false, 8) {
+			wrong = append(wrong, of+": "+text)
+		}
 	}
 	l.sum.readBack += int64(len(l.o.Cells))
-	l.report(after, wrong)
+	return wrong
 }
 
 func (l *life) report(after string, wrong []string) {
@@ -284,47 +361,139 @@ func (l *life) until(p proxy.Phase) {
 }
 
 // live takes the volume through its life, with a crash in every phase and at every
-// change of phase, migrating several times.
+// change of phase, migrating several times; in half of the lives to the source and back first.
 func (l *life) live() {
 	t := l.t
 	ctx := t.Context()
 	l.s.start("")
-	_, err := l.s.client.Throttle(ctx, volumeName, copyRate)
-	must(t, err)
+	l.throttle(copyRate)
 	l.crash(inReady)
+	migrating, synced, again := inMigrating, inSynced, 5
+	if l.mirrored {
+		migrating, synced = inMirrored, inWhole
+	}
+	l.begin()
+	if l.rng.IntN(2) == 0 {
+		again = 3
+		l.crash(migrating)
+		from := fromMigrating
+		if l.rng.IntN(2) == 0 {
+			unthrottle(ctx, l.s)
+			l.until(proxy.Synced)
+			l.crash(synced)
+			from = fromSynced
+		}
+		l.back(from)
+		l.s.reuse = true
+		l.throttle(copyRate)
+		l.begin()
+	}
+	for range again {
+		if l.phase() == proxy.Migrating {
+			l.crash(migrating)
+		}
+	}
+	if l.mirrored && l.rng.IntN(2) == 0 {
+		l.switched()
+	}
+	l.crash(atSynced)
+	unthrottle(ctx, l.s)
+	l.until(proxy.Synced)
+	if l.mirrored && l.rng.IntN(2) == 0 {
+		l.switched()
+	}
+	l.crash(synced)
+	l.crash(atCutover)
+	before := l.mirrored && l.phase() == proxy.Synced
+	if before {
+		l.verifyMirror("cutover")
+	}
+	cutOver(ctx, l.s)
+	l.until(proxy.Cutover)
+	l.verify("cutover")
+	l.s.kill()
+	switch {
+	case before:
+		if !bytes.Equal(l.source(), l.destination()) {
+			l.report("cutover", []string{"the mirror was whole at the cutover, and the two sides differ"})
+		}
+	case !l.mirrored && !bytes.Equal(l.source(), l.afterStart):
+		l.report("start", []string{"the source was written after the start"})
+	}
+	l.sum.acked += l.acks.Load()
+}
+
+// begin starts the volume, with a crash at that; where the power fails, often paused.
+func (l *life) begin() {
 	paused := l.power != nil && l.rng.IntN(3) > 0
 	if paused {
 		l.startPaused()
 	} else {
 		l.crash(atStart)
-		startVolume(ctx, l.s) // where the crash came before
+		startVolume(l.t.Context(), l.s) // where the crash came before
 	}
 	l.until(proxy.Migrating)
-	l.afterStart, err = os.ReadFile(l.source)
-	must(t, err)
+	l.afterStart = l.source()
 	if paused {
 		l.beforeCopy()
 	}
-	for range 5 {
-		if l.phase() == proxy.Migrating {
-			l.crash(inMigrating)
+}
+
+// back rolls the volume back, with crashes all the way.
+func (l *life) back(from stage) {
+	ctx := l.t.Context()
+	l.throttle(copyRate / 4)
+	if l.power != nil && l.rng.IntN(2) == 0 {
+		_, err := l.s.client.Rollback(ctx, volumeName, proxy.RollbackOptions{})
+		must(l.t, err)
+		// With nobody writing, what either side alone is to have is durable there.
+		for i := range l.o.Cells {
+			l.o.Cells[i].Flushed()
+		}
+	} else {
+		l.crash(from)
+		rollBack(ctx, l.s)
+	}
+	l.until(proxy.RollingBack)
+	for range 3 {
+		if l.phase() == proxy.RollingBack {
+			l.crash(inRollingBack)
 		}
 	}
-	l.crash(atSynced)
-	unthrottle(ctx, l.s)
-	l.until(proxy.Synced)
-	l.crash(inSynced)
-	l.crash(atCutover)
-	cutOver(ctx, l.s)
-	l.until(proxy.Cutover)
-	l.verify("cutover")
-	l.s.kill()
-	source, err := os.ReadFile(l.source)
-	must(t, err)
-	if !bytes.Equal(source, l.afterStart) {
-		l.report("start", []string{"the source was written after the start"})
+	if l.phase() == proxy.RollingBack {
+		l.crash(atRolledBack)
 	}
-	l.sum.acked += l.acks.Load()
+	unthrottle(ctx, l.s)
+	l.until(proxy.RolledBack)
+	l.crash(inRolledBack)
+	l.sum.rollbacks++
+}
+
+// switched crashes the volume while its mirror is switched off and on, which ends on.
+func (l *life) switched() {
+	l.crash(switching)
+	_, err := l.s.client.Mirror(l.t.Context(), volumeName, true)
+	must(l.t, err)
+}
+
+func (l *life) throttle(rate uint64) {
+	_, err := l.s.client.Throttle(l.t.Context(), volumeName, rate)
+	must(l.t, err)
+}
+
+// content is what an image holds.
+func content(t testing.TB, path string) func() []byte {
+	return func() []byte {
+		b, err := os.ReadFile(path)
+		must(t, err)
+		return b
+	}
+}
+
+// mirror is what the configuration of a life says of a mirror: a third have one.
+func mirror(rng *rand.Rand) (mirrored bool, more string) {
+	mirrored = rng.IntN(3) == 0
+	return mirrored, fmt.Sprintf("mirror = %v\n", mirrored)
 }
 
 // image makes the content of a source and gives it.
@@ -361,6 +530,8 @@ func TestKillsLoseNoAcknowledgedWrite(t *testing.T) {
 func tell(t *testing.T, r tier, sum sum) {
 	whole.Lock()
 	whole.sum.cycles += sum.cycles
+	whole.sum.rollbacks += sum.rollbacks
+	whole.sum.mirrors += sum.mirrors
 	whole.sum.acked += sum.acked
 	whole.sum.readBack += sum.readBack
 	whole.sum.violations += sum.violations
@@ -396,8 +567,9 @@ func lifeOf(t *testing.T, pair string, rng *rand.Rand, sum *sum) *life {
 	if to == "tgtd" {
 		destination = array(t, "new", fresh, bs)
 	}
-	l := newLife(t, newService(t, "", source, destination), before, bs, rng, sum)
-	l.source, l.destination = old, fresh
+	mirrored, more := mirror(rng)
+	l := newLife(t, newService(t, "", volume{volumeName, source, destination, more}), before, bs, rng, sum)
+	l.source, l.destination, l.mirrored = content(t, old), content(t, fresh), mirrored
 	return l
 }
 

@@ -20,13 +20,22 @@ import (
 
 const (
 	volumeName = "db01"
-	frontIQN   = "iqn.2026-11.net.example:db01"
+	frontIQN   = "iqn.2026-11.net.example:" // and the volume's name
 	regionSize = 64 << 10
 )
 
-// service is one lunshift with one volume.
+// volume is a [[volume]] of the configuration.
+type volume struct {
+	name, source, destination string
+	more                      string // further lines
+}
+
+// service is one lunshift. What has no volume's name is of the first one.
 type service struct {
-	t      testing.TB
+	t     testing.TB
+	first string // volume
+	// reuse has starts take what the destination holds.
+	reuse  bool
 	dir    string
 	portal string
 	client *control.Client
@@ -37,13 +46,13 @@ type service struct {
 }
 
 // newService writes the configuration; nothing runs yet.
-func newService(t testing.TB, stateDir, source, destination string) *service {
+func newService(t testing.TB, stateDir string, volumes ...volume) *service {
 	t.Helper()
 	// The control socket's path must fit sun_path, which t.TempDir may not.
 	dir, err := os.MkdirTemp("", "lunshift")
 	must(t, err)
 	t.Cleanup(func() { os.RemoveAll(dir) })
-	s := &service{t: t, dir: dir, portal: peer.FreePort(t)}
+	s := &service{t: t, first: volumes[0].name, dir: dir, portal: peer.FreePort(t)}
 	if stateDir == "" {
 		stateDir = filepath.Join(dir, "state")
 	}
@@ -56,7 +65,9 @@ http = ""
 state = %q
 initiator_name = "iqn.2026-11.net.example:gateway"
 io_timeout = "20s"
-
+`, s.portal, socket, stateDir)
+	for _, v := range volumes {
+		text += fmt.Sprintf(`
 [[volume]]
 name = %q
 iqn = %q
@@ -64,7 +75,8 @@ lun = 0
 source = %q
 destination = %q
 region_size = "%dKiB"
-`, s.portal, socket, stateDir, volumeName, frontIQN, source, destination, regionSize>>10)
+%s`, v.name, frontIQN+v.name, v.source, v.destination, regionSize>>10, v.more)
+	}
 	must(t, os.WriteFile(filepath.Join(dir, "lunshift.toml"), []byte(text), 0o600))
 	s.log, err = os.Create(filepath.Join(dir, "serve.log"))
 	must(t, err)
@@ -99,7 +111,7 @@ func (s *service) start(point string) bool {
 	cmd := s.cmd
 	go func() { exited <- cmd.Wait() }()
 	for deadline := time.Now().Add(peer.Patience); ; {
-		_, err := s.client.Status(s.t.Context(), volumeName)
+		_, err := s.client.Status(s.t.Context(), s.first)
 		if err == nil {
 			return true
 		}
@@ -150,7 +162,7 @@ func (s *service) kill() {
 
 // phase asks for the phase; false where nobody answers.
 func (s *service) status() (proxy.Status, bool) {
-	st, err := s.client.Status(s.t.Context(), volumeName)
+	st, err := s.client.Status(s.t.Context(), s.first)
 	return st, err == nil
 }
 
@@ -164,12 +176,14 @@ func (s *service) mustStatus() proxy.Status {
 	return st
 }
 
-// url is where initiators find the volume.
-func (s *service) url() string { return fmt.Sprintf("iscsi://%s/%s/0", s.portal, frontIQN) }
+// url is where initiators find a volume.
+func (s *service) url(volume string) string {
+	return fmt.Sprintf("iscsi://%s/%s/0", s.portal, frontIQN+volume)
+}
 
 // dial opens sessions with the volume.
 func (s *service) dial(ctx context.Context, name string) (*lun.Initiator, error) {
-	addr, err := lun.ParseAddress(s.url())
+	addr, err := lun.ParseAddress(s.url(s.first))
 	if err != nil {
 		return nil, err
 	}
