@@ -21,6 +21,7 @@ import (
 type Volume interface {
 	Name() string
 	Status() proxy.Status
+	Ask(ctx context.Context, q proxy.Question) (answers []proxy.Answer, done bool)
 	Start(ctx context.Context, o ...proxy.StartOptions) error
 	Pause(ctx context.Context) error
 	Resume(ctx context.Context) error

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"io"
 	"path/filepath"
+	"slices"
 	"sync"
 	"testing"
 
@@ -70,6 +71,32 @@ func (f *fakeVolume) Status() proxy.Status {
 	defer f.mu.Unlock()
 	return f.status
 }
+
+// Ask answers as a volume in that phase does.
+func (f *fakeVolume) Ask(_ context.Context, q proxy.Question) ([]proxy.Answer, bool) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	party, phase := "volume "+f.status.Name, f.status.Phase
+	type phases = []proxy.Phase
+	of := map[string]struct{ allowed, done phases }{
+		"start":    {phases{proxy.Ready, proxy.RolledBack}, phases{proxy.Migrating, proxy.Synced}},
+		"cutover":  {phases{proxy.Synced}, phases{proxy.Cutover}},
+		"rollback": {phases{proxy.Migrating, proxy.Synced}, phases{proxy.RollingBack, proxy.RolledBack}},
+		"mirror":   {phases{proxy.Ready, proxy.Migrating, proxy.Synced}, nil},
+	}[q.Name()]
+	lost := q == proxy.Question(proxy.CutoverStep(proxy.CutoverOptions{AcceptUnreadable: true})) &&
+		phase == proxy.Migrating && f.status.Unreadable > 0 && f.status.Remaining == f.status.Unreadable
+	switch {
+	case slices.Contains(of.done, phase):
+		return []proxy.Answer{proxy.NewAnswer(party, q.Name(), nil)}, true
+	case slices.Contains(of.allowed, phase) || lost:
+		return []proxy.Answer{proxy.NewAnswer(party, q.Name(), nil)}, false
+	}
+	a := proxy.NewAnswer(party, q.Name(), &proxy.PhaseError{Volume: f.status.Name, Step: q.Name(), Phase: phase, Hint: "do something else"})
+	a.Err = errors.Unwrap(a.Err)
+	return []proxy.Answer{a}, false
+}
+
 func (f *fakeVolume) BreakFence(context.Context, lun.Device, lun.Device) (proxy.Broken, error) {
 	return proxy.Broken{}, nil
 }

@@ -92,8 +92,8 @@ func (s *Service) answerGroup(do func(*http.Request, conf.Group, []*entry) error
 }
 
 // groupError is what went wrong with some volumes of a group, on one line.
-func groupError(g conf.Group, step, outcome string, err error) error {
-	return &groupFailure{Error{KindOf(err), fmt.Sprintf("group %s: %s %s: %s", g.Name, step, outcome, oneLine(err))}, err}
+func groupError(group, step, outcome string, err error) error {
+	return &groupFailure{Error{KindOf(err), fmt.Sprintf("group %s: %s %s: %s", group, step, outcome, oneLine(err))}, err}
 }
 
 type groupFailure struct {
@@ -104,17 +104,24 @@ type groupFailure struct {
 func (f *groupFailure) Error() string   { return f.told.Message }
 func (f *groupFailure) Unwrap() []error { return []error{&f.told, f.cause} }
 
-// eachOf takes a step with one volume of a group after another. Where one is not served no
-// other is touched; else each is tried, and the error says which failed.
-func (s *Service) eachOf(r *http.Request, g conf.Group, members []*entry, name string, options any, do func(context.Context, Volume) error) error {
+// oneByOne takes a step with one volume of a group after another. Where one is not served no
+// other is touched.
+func (s *Service) oneByOne(r *http.Request, g conf.Group, members []*entry, name string, do func(context.Context, Volume) error) error {
 	if _, err := s.openGroup(g, members); err != nil {
-		err = groupError(g, name, "not begun", err)
-		return s.ask(r, step{name: name, options: options, group: g.Name, refuse: func() error { return err }}, members...)
+		err = groupError(g.Name, name, "not begun", err)
+		return s.ask(r, step{name: name, group: g.Name, refuse: func() error { return err }}, members...)
 	}
+	return eachOf(g, members, name, func(e *entry) error {
+		return s.ask(r, step{name: name, group: g.Name, do: onVolume(e, do)}, e)
+	})
+}
+
+// eachOf tries a step with each volume of a group; the error says which failed.
+func eachOf(g conf.Group, members []*entry, name string, do func(*entry) error) error {
 	var errs []error
 	var done []string
 	for _, e := range members {
-		if err := s.ask(r, step{name: name, options: options, group: g.Name, do: onVolume(e, do)}, e); err != nil {
+		if err := do(e); err != nil {
 			errs = append(errs, err)
 		} else {
 			done = append(done, e.name)
@@ -127,23 +134,30 @@ func (s *Service) eachOf(r *http.Request, g conf.Group, members []*entry, name s
 	if len(done) > 0 {
 		outcome = "was done of " + strings.Join(done, ", ") + " alone"
 	}
-	return groupError(g, name, outcome, errors.Join(errs...))
+	return groupError(g.Name, name, outcome, errors.Join(errs...))
 }
 
+// startGroup starts one volume after another: from when on which of them is copied is nobody's
+// concern. That all of them can be started is asked before the first is.
 func (s *Service) startGroup(r *http.Request, g conf.Group, members []*entry) error {
 	var o proxy.StartOptions
 	if err := decode(r, "start", &o); err != nil {
 		return err
 	}
-	return s.eachOf(r, g, members, "start", o, func(ctx context.Context, v Volume) error { return v.Start(ctx, o) })
+	return s.ask(r, step{name: "start", options: o, group: g.Name, question: proxy.StartStep(o), do: func(ctx context.Context) (string, error) {
+		return "", eachOf(g, members, "start", func(e *entry) error {
+			_, err := onVolume(e, func(ctx context.Context, v Volume) error { return v.Start(ctx, o) })(ctx)
+			return err
+		})
+	}}, members...)
 }
 
 func (s *Service) pauseGroup(r *http.Request, g conf.Group, members []*entry) error {
-	return s.eachOf(r, g, members, "pause", nil, func(ctx context.Context, v Volume) error { return v.Pause(ctx) })
+	return s.oneByOne(r, g, members, "pause", func(ctx context.Context, v Volume) error { return v.Pause(ctx) })
 }
 
 func (s *Service) resumeGroup(r *http.Request, g conf.Group, members []*entry) error {
-	return s.eachOf(r, g, members, "resume", nil, func(ctx context.Context, v Volume) error { return v.Resume(ctx) })
+	return s.oneByOne(r, g, members, "resume", func(ctx context.Context, v Volume) error { return v.Resume(ctx) })
 }
 
 func (s *Service) cutoverGroup(r *http.Request, g conf.Group, members []*entry) error {
@@ -151,7 +165,7 @@ func (s *Service) cutoverGroup(r *http.Request, g conf.Group, members []*entry) 
 	if err := decode(r, "cutover", &o); err != nil {
 		return err
 	}
-	return s.ask(r, step{name: "cutover", options: o, group: g.Name, do: func(ctx context.Context) (string, error) {
+	return s.ask(r, step{name: "cutover", options: o, group: g.Name, question: proxy.CutoverStep(o), do: func(ctx context.Context) (string, error) {
 		return s.together(ctx, g, members, "cutover", proxy.CutoverStep(o), proxy.Cutover)
 	}}, members...)
 }
@@ -161,7 +175,7 @@ func (s *Service) rollbackGroup(r *http.Request, g conf.Group, members []*entry)
 	if err := decode(r, "rollback", &o); err != nil {
 		return err
 	}
-	return s.ask(r, step{name: "rollback", options: o, group: g.Name, do: func(ctx context.Context) (string, error) {
+	return s.ask(r, step{name: "rollback", options: o, group: g.Name, question: proxy.RollbackStep(o), do: func(ctx context.Context) (string, error) {
 		return s.together(ctx, g, members, "rollback", proxy.RollbackStep(o), proxy.RollingBack)
 	}}, members...)
 }
@@ -178,7 +192,7 @@ func (s *Service) together(ctx context.Context, g conf.Group, members []*entry, 
 		volumes = append(volumes, volume)
 	}
 	if err != nil {
-		return "", groupError(g, name, "not begun", err)
+		return "", groupError(g.Name, name, "not begun", err)
 	}
 	there := func() (n int) {
 		for _, v := range volumes {
@@ -194,7 +208,7 @@ func (s *Service) together(ctx context.Context, g conf.Group, members []*entry, 
 		if there() > before {
 			outcome = "done, but not what follows on it"
 		}
-		return "", groupError(g, name, outcome, err)
+		return "", groupError(g.Name, name, outcome, err)
 	}
 	return "", nil
 }
@@ -221,6 +235,7 @@ func (s *Service) groupRoutes(mux *http.ServeMux) {
 	} {
 		mux.HandleFunc("POST /v1/groups/{name}/"+name, s.answerGroup(step))
 	}
+	mux.HandleFunc("POST /v1/groups/{name}/cutover/dry-run", s.answer(s.answerGroupDryRun))
 }
 
 // Group is a group of volumes; an *Error of kind Unknown says that there is none of that name.
@@ -273,12 +288,15 @@ func (c *Client) WaitGroup(ctx context.Context, group string, p proxy.Phase, tim
 	return c.Group(ctx, group)
 }
 
-func (c *Client) onGroup(ctx context.Context, method, group, step string, body any) (GroupStatus, error) {
-	var status GroupStatus
+func (c *Client) onGroup(ctx context.Context, method, group, step string, body any) (status GroupStatus, err error) {
+	return status, c.replyOfGroup(ctx, method, group, step, body, &status)
+}
+
+func (c *Client) replyOfGroup(ctx context.Context, method, group, step string, body, reply any) error {
 	if group == "" || group == "." || group == ".." {
-		return status, &Error{Unknown, fmt.Sprintf("there is no group %q", group)}
+		return &Error{Unknown, fmt.Sprintf("there is no group %q", group)}
 	}
-	return status, c.call(ctx, method, "/v1/groups/"+url.PathEscape(group)+step, body, &status)
+	return c.call(ctx, method, "/v1/groups/"+url.PathEscape(group)+step, body, reply)
 }
 
 // WriteGroup writes a group as a table, with a line on the group itself.

@@ -57,7 +57,7 @@ func TestGroupStepsWithAllOfItsVolumesOrWithNone(t *testing.T) {
 		"rollback": func() (GroupStatus, error) { return r.client.RollbackGroup(ctx, "erp", proxy.RollbackOptions{}) },
 	} {
 		_, err := do()
-		if KindOf(err) != WrongPhase || !strings.Contains(err.Error(), "group erp: "+what+" not done: volume c: "+what+" is not allowed in phase ready") || strings.Contains(err.Error(), "\n") {
+		if KindOf(err) != WrongPhase || !strings.Contains(err.Error(), "group erp: "+what+" not begun: volume c: "+what+" is not allowed in phase ready") || strings.Contains(err.Error(), "\n") {
 			t.Errorf("%s: %v", what, err)
 		}
 	}
@@ -91,7 +91,7 @@ func TestGroupStepsWithAllOfItsVolumesOrWithNone(t *testing.T) {
 
 	// A start of all that one refuses says which, and what was done.
 	_, err = r.client.StartGroup(ctx, "erp", proxy.StartOptions{})
-	if err == nil || !strings.Contains(err.Error(), "group erp: start was done of none: volume a: start refused") || !strings.Contains(err.Error(), "volume c: start refused") {
+	if err == nil || !strings.Contains(err.Error(), "group erp: start not begun: volume a: start refused") || !strings.Contains(err.Error(), "volume c: start refused") {
 		t.Errorf("start over data: %v", err)
 	}
 	g, err = r.client.StartGroup(ctx, "erp", proxy.StartOptions{Reuse: true})

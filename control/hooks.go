@@ -60,21 +60,25 @@ func (r *VolumeReport) checkHooks(h conf.Hooks) {
 		if len(command) == 0 {
 			continue
 		}
-		info, err := os.Stat(command[0])
-		switch {
-		case err != nil:
-			err = pathless(err)
-		case !info.Mode().IsRegular():
-			err = errors.New("it is not a regular file")
-		default:
-			if err = unix.Access(command[0], unix.X_OK); err != nil {
-				err = fmt.Errorf("it cannot be executed: %w", err)
-			}
-		}
-		if err != nil {
+		if err := hookFault(command); err != nil {
 			*r = r.refuse("volume %s: hook %s: %s: %v", r.Name, name, command[0], err)
 		}
 	}
+}
+
+// hookFault says why a command could not be run.
+func hookFault(command []string) error {
+	info, err := os.Stat(command[0])
+	switch {
+	case err != nil:
+		return pathless(err)
+	case !info.Mode().IsRegular():
+		return errors.New("it is not a regular file")
+	}
+	if err := unix.Access(command[0], unix.X_OK); err != nil {
+		return fmt.Errorf("it cannot be executed: %w", err)
+	}
+	return nil
 }
 
 // runHook runs a hook of a volume, where it has one, with the volume's status on standard

@@ -65,7 +65,7 @@ func eventually(t *testing.T, what string, is func() bool) {
 func TestHookThatFailsBeforeAStepStopsIt(t *testing.T) {
 	ctx := t.Context()
 	path, _ := script(t, "echo looks; echo 'no: \033[2Jit is Friday' >&2; exit 3")
-	client, _, v := hooked(t, conf.Hooks{BeforeCutover: []string{path}, AfterCutover: []string{"/nowhere"}})
+	client, _, v := hooked(t, conf.Hooks{BeforeCutover: []string{path}, AfterCutover: []string{path, "after"}})
 	v.during = func() { t.Error("the step was begun") }
 	_, err := client.Cutover(ctx, "db01", proxy.CutoverOptions{})
 	if err == nil || KindOf(err) != Failed || !strings.Contains(err.Error(), "volume db01: cutover not begun: hook before_cutover ("+path+") ended with exit code 3: no:  [2Jit is Friday") {
@@ -83,9 +83,9 @@ func TestHookThatFailsBeforeAStepStopsIt(t *testing.T) {
 		t.Errorf("status: %v, %q", err, s.DegradedReason)
 	}
 	for text, h := range map[string]conf.Hooks{
-		"could not be run: no such file":      {BeforeCutover: []string{"/nowhere/hook"}},
-		"could not be run: permission denied": {BeforeCutover: []string{"/etc/passwd"}},
-		"was ended by a signal":               {BeforeCutover: []string{"/bin/sh", "-c", "kill -9 $$"}},
+		"hook before_cutover /nowhere/hook: not ready for the cutover: no such file": {BeforeCutover: []string{"/nowhere/hook"}},
+		"it cannot be executed: permission denied":                                   {BeforeCutover: []string{"/etc/passwd"}},
+		"was ended by a signal":                                                      {BeforeCutover: []string{"/bin/sh", "-c", "kill -9 $$"}},
 	} {
 		client, _, v := hooked(t, h)
 		if _, err := client.Cutover(ctx, "db01", proxy.CutoverOptions{}); err == nil || !strings.Contains(err.Error(), text) || v.Status().Phase != proxy.Synced {

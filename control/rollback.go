@@ -19,7 +19,7 @@ func (s *Service) rollback(r *http.Request, e *entry) error {
 	if err := decode(r, "rollback", &o); err != nil {
 		return err
 	}
-	return s.ask(r, step{name: "rollback", options: o,
+	return s.ask(r, step{name: "rollback", options: o, question: proxy.RollbackStep(o),
 		refuse: func() error { return s.alone(r, e, "rollback", proxy.RollingBack) },
 		do:     onVolume(e, func(ctx context.Context, v Volume) error { return v.Rollback(ctx, o) }),
 	}, e)
@@ -33,7 +33,7 @@ func (s *Service) mirror(r *http.Request, e *entry) error {
 	if body.On == nil {
 		return Usagef("mirror: the request does not say whether it is to be on")
 	}
-	return s.ask(r, step{name: "mirror", options: body, do: onVolume(e, func(ctx context.Context, v Volume) error { return v.SetMirror(ctx, *body.On) })}, e)
+	return s.ask(r, step{name: "mirror", options: body, question: proxy.MirrorStep(*body.On), do: onVolume(e, func(ctx context.Context, v Volume) error { return v.SetMirror(ctx, *body.On) })}, e)
 }
 
 // Rollback has the source take the writes again; what is to be copied back is so in the

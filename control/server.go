@@ -46,6 +46,7 @@ func (s *Service) handler() http.Handler {
 	mux.HandleFunc("GET /v1/volumes/{name}/wait", s.unlessGone(s.answerVolume(s.wait)))
 	mux.HandleFunc("GET /v1/volumes/{name}/check", s.answer(s.check))
 	mux.HandleFunc("DELETE /v1/volumes/{name}", s.answer(s.answerRemove))
+	mux.HandleFunc("POST /v1/volumes/{name}/cutover/dry-run", s.answer(s.answerDryRun))
 	mux.HandleFunc("GET /v1/volumes/{name}/history", s.answer(s.answerHistory))
 	mux.HandleFunc("GET /v1/history", s.answer(s.answerHistories))
 	s.groupRoutes(mux)
@@ -72,7 +73,7 @@ func (s *Service) start(r *http.Request, e *entry) error {
 }
 
 func startStep(e *entry, o proxy.StartOptions) step {
-	return step{name: "start", options: o, do: onVolume(e, func(ctx context.Context, v Volume) error { return v.Start(ctx, o) })}
+	return step{name: "start", options: o, question: proxy.StartStep(o), do: onVolume(e, func(ctx context.Context, v Volume) error { return v.Start(ctx, o) })}
 }
 
 func (s *Service) pause(r *http.Request, e *entry) error {
@@ -96,7 +97,7 @@ func (s *Service) cutover(r *http.Request, e *entry) error {
 	if err := decode(r, "cutover", &o); err != nil {
 		return err
 	}
-	return s.ask(r, step{name: "cutover", options: o,
+	return s.ask(r, step{name: "cutover", options: o, question: proxy.CutoverStep(o),
 		refuse: func() error { return s.alone(r, e, "cutover", proxy.Cutover) },
 		do:     onVolume(e, func(ctx context.Context, v Volume) error { return v.Cutover(ctx, o) }),
 	}, e)

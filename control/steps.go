@@ -3,6 +3,7 @@ package control
 import (
 	"cmp"
 	"context"
+	"fmt"
 	"net/http"
 	"slices"
 	"sync"
@@ -21,42 +22,30 @@ type step struct {
 	group string
 	// refuse, unless nil, says why it is not begun at all.
 	refuse func() error
+	// question is set for a step that changes who serves what: everybody is asked first.
+	question proxy.Question
 	// do does it. text says more of a step that was done, for the audit trail.
 	do func(ctx context.Context) (text string, err error)
 }
 
-// change is a step that changes who serves what: it has hooks.
+// change is a step that changes who serves what.
 type change struct {
-	before, after string // hooks; empty for none
-	// from tells whether a volume that is so changes by it, to is where it comes to.
-	from func(v proxy.Status, options any) bool
-	to   proxy.Phase
+	before, after string      // hooks; empty for none
+	follows       string      // the hook of a phase that the volume comes to by itself afterwards
+	to            proxy.Phase // where it comes to
 }
 
-// changes are those steps by their names. What follows on phases that a volume comes to by itself
-// is in follow.go.
+// changes are those steps that have hooks, by their names. What follows on phases that a volume
+// comes to by itself is in follow.go.
 var changes = map[string]change{
-	"start": {before: beforeStart, to: proxy.Migrating, from: func(v proxy.Status, _ any) bool { return idle(v.Phase) }},
-	"cutover": {before: beforeCutover, after: afterCutover, to: proxy.Cutover, from: func(v proxy.Status, options any) bool {
-		o, _ := options.(proxy.CutoverOptions)
-		lost := o.AcceptUnreadable && v.Phase == proxy.Migrating && v.Unreadable > 0 && v.Remaining == v.Unreadable
-		return v.Phase == proxy.Synced || lost
-	}},
-	"rollback": {before: beforeRollback, to: proxy.RollingBack, from: func(v proxy.Status, _ any) bool {
-		return v.Phase == proxy.Migrating || v.Phase == proxy.Synced
-	}},
+	"start":    {before: beforeStart, follows: afterSynced, to: proxy.Migrating},
+	"cutover":  {before: beforeCutover, after: afterCutover, to: proxy.Cutover},
+	"rollback": {before: beforeRollback, follows: afterRollback, to: proxy.RollingBack},
 }
 
-// at tells how a volume stands to the change: it would change, or it has done so already.
-func (c change) at(v proxy.Status, options any) (changes, done bool) {
-	if c.from == nil {
-		return false, false
-	}
-	if changes = c.from(v, options); changes {
-		return true, false
-	}
-	done, _ = proxy.Reached(v.Phase, c.to)
-	return false, done
+// hooks are those that run because of the step.
+func (c change) hooks() []string {
+	return slices.DeleteFunc([]string{c.before, c.after, c.follows}, func(name string) bool { return name == "" })
 }
 
 // ask is step for a request.
@@ -93,11 +82,11 @@ func (s *Service) take(ctx context.Context, st step, entries []*entry) (text str
 			return "", refusal{err}
 		}
 	}
-	c, hooked := changes[st.name]
-	if !hooked {
+	if st.question == nil {
 		return st.do(ctx)
 	}
-	// One such step at a time, so that what a hook was told holds when the step is taken.
+	// One such step at a time, so that what was asked and what a hook was told holds when the
+	// step is taken.
 	ordered := slices.SortedFunc(slices.Values(entries), func(a, b *entry) int { return cmp.Compare(a.name, b.name) })
 	for i, e := range ordered {
 		if err := e.stepping.take(ctx); err != nil {
@@ -112,37 +101,72 @@ func (s *Service) take(ctx context.Context, st step, entries []*entry) (text str
 			e.stepping.give()
 		}
 	}()
-	for _, e := range entries {
-		e.fail("hook", nil)
-	}
-	// Where one of them cannot be stepped no hook of any is of use: the step refuses.
-	var moving []*entry
-	able := true
-	for _, e := range entries {
-		_, closed := e.open()
-		changes, done := c.at(e.status(), st.options)
-		able = able && closed == nil && (changes || done)
-		if changes {
-			moving = append(moving, e)
+	c := changes[st.name]
+	if len(c.hooks()) > 0 {
+		for _, e := range entries {
+			e.fail("hook", nil)
 		}
 	}
-	if able {
-		for _, e := range moving {
-			if _, err := s.runHook(ctx, e, st.group, st.name, c.before); err != nil {
-				return "", refusal{notBegun(e, st.name, err)}
-			}
+	answers, moving := s.agreement(ctx, st.question, entries)
+	if err := proxy.Disagreement(answers); err != nil {
+		if st.group != "" {
+			err = groupError(st.group, st.name, "not begun", err)
+		}
+		return "", refusal{err}
+	}
+	for _, e := range moving {
+		if _, err := s.runHook(ctx, e, st.group, st.name, c.before); err != nil {
+			return "", refusal{notBegun(e, st.name, err)}
 		}
 	}
 	if text, err = st.do(ctx); err == nil && len(moving) == 0 && text == "" {
 		text = "nothing to do"
 	}
 	for _, e := range moving {
-		if _, done := c.at(e.status(), st.options); done {
+		if over, _ := proxy.Reached(e.status().Phase, c.to); over {
 			// The step is taken, whatever becomes of the hook, which keeps its failure itself.
 			_, _ = s.runHook(ctx, e, st.group, st.name, c.after)
 		}
 	}
 	return text, err
+}
+
+// agreement asks everybody about a step: the volumes, what they need, and the hooks. moving are
+// the volumes that it would change.
+func (s *Service) agreement(ctx context.Context, q proxy.Question, entries []*entry) (answers []proxy.Answer, moving []*entry) {
+	said := make([][]proxy.Answer, len(entries))
+	moves := make([]bool, len(entries))
+	var asking sync.WaitGroup
+	for i, e := range entries {
+		asking.Go(func() {
+			v, err := e.open()
+			if err != nil {
+				a := proxy.NewAnswer("volume "+e.name, q.Name(), err)
+				a.Err = err // it names the volume
+				said[i] = []proxy.Answer{a}
+				return
+			}
+			done := false
+			if said[i], done = v.Ask(ctx, q); done {
+				return
+			}
+			moves[i] = true
+			hooks := e.settings().Hooks
+			for _, hook := range changes[q.Name()].hooks() {
+				if command := hookOf(hooks, hook); len(command) > 0 {
+					party := fmt.Sprintf("volume %s: hook %s %s", e.name, hook, command[0])
+					said[i] = append(said[i], proxy.NewAnswer(party, q.Name(), hookFault(command)))
+				}
+			}
+		})
+	}
+	asking.Wait()
+	for i, e := range entries {
+		if moves[i] {
+			moving = append(moving, e)
+		}
+	}
+	return slices.Concat(said...), moving
 }
 
 // turn is a lock that can be waited for as long as a context.

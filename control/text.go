@@ -121,6 +121,9 @@ func WriteDetail(w io.Writer, v proxy.Status) error {
 	for _, s := range v.Sessions {
 		row("", "%s from %s since %s%s", s.Initiator, s.Address, s.Since.Local().Format(time.DateTime), sessionNote(s))
 	}
+	if text := v.Reservation.String(); text != "" {
+		row("reservation", "%s", text)
+	}
 	return t.Flush()
 }
 

@@ -397,10 +397,10 @@ func TestDisturbedFenceIsLookedAfterAtOnce(t *testing.T) {
 // at that instant. Caught: a record that does not tell.
 func TestFencesThatOutliveTheCutoverAreGivenUpLater(t *testing.T) {
 	r := newFencedRig(t)
+	r.cfg.CutOver = func() { r.setFail(lun.ErrUnavailable) }
 	v := r.open(t)
 	must(t, v.Start(t.Context()))
 	must(t, v.Wait(t.Context(), Synced))
-	r.setFail(lun.ErrUnavailable)
 	must(t, v.Cutover(t.Context(), CutoverOptions{}))
 	if st := v.Status(); !st.Degraded || !strings.Contains(st.DegradedReason, "break-fence vol") {
 		t.Errorf("cut over, with fences that stay: %+v", st)

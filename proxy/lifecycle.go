@@ -114,41 +114,64 @@ type StartOptions struct {
 func (v *Volume) Start(ctx context.Context, o ...StartOptions) error {
 	v.step.Lock()
 	defer v.step.Unlock()
+	s := start{append(o, StartOptions{})[0]}
+	if done, err := s.allowed(v); done || err != nil {
+		return err
+	}
+	return v.becomeMigrating(ctx, s)
+}
+
+// StartStep is Start, to ask about it.
+func StartStep(o StartOptions) Question { return start{o} }
+
+type start struct{ o StartOptions }
+
+func (start) Name() string { return "start" }
+
+func (start) allowed(v *Volume) (done bool, err error) {
 	if v.closed {
-		return v.errorf("start: %w", lun.ErrClosed)
+		return false, v.errorf("start: %w", lun.ErrClosed)
 	}
 	switch v.Phase() {
-	case RolledBack:
-		if err := v.becomeReady(ctx); err != nil {
-			return err
-		}
-		fallthrough
-	case Ready:
-		return v.becomeMigrating(ctx, append(o, StartOptions{})[0])
+	case Migrating, Synced:
+		return true, nil
 	case RollingBack:
-		return v.notAllowed("start", fmt.Sprintf("wait until it is rolled back (lunshift wait %s --for %s)", v.cfg.Name, RolledBack))
+		return false, v.notAllowed("start", fmt.Sprintf("wait until it is rolled back (lunshift wait %s --for %s)", v.cfg.Name, RolledBack))
 	case Cutover:
-		return v.notAllowed("start", "it is done; remove the volume to use its name again")
+		return false, v.notAllowed("start", "it is done; remove the volume to use its name again")
 	}
-	return nil
+	return false, nil
 }
+
+func (start) needs(v *Volume) []*unit { return v.units() }
+
+func (s start) look(ctx context.Context, v *Volume) error {
+	refused, err := Check(ctx, v.cfg.Source, v.cfg.Destination, v.set().Overwrite || s.compares(v))
+	if err == nil && len(refused) > 0 {
+		err = oneLine(refused)
+	}
+	return err
+}
+
+// compares tells whether both sides are compared, and only what differs is written.
+func (s start) compares(v *Volume) bool { return s.o.Reuse || v.set().Seeded }
 
 // becomeMigrating changes which side takes writes at an instant at which none is
 // under way: a write still on its way to the source would otherwise be missed by the
 // copy.
-func (v *Volume) becomeMigrating(ctx context.Context, o StartOptions) error {
-	accepted, err := v.checkOthers(ctx, o.IgnoreRegistrations)
+func (v *Volume) becomeMigrating(ctx context.Context, s start) error {
+	if err := agree(ctx, s, v); err != nil {
+		return err
+	}
+	compare := s.compares(v)
+	accepted, err := v.checkOthers(ctx, s.o.IgnoreRegistrations)
 	if err != nil {
 		return err
 	}
-	set := v.set()
-	compare := o.Reuse || set.Seeded
-	refused, err := Check(ctx, v.cfg.Source, v.cfg.Destination, set.Overwrite || compare)
-	if err != nil {
-		return v.errorf("%w", err)
-	}
-	if len(refused) > 0 {
-		return v.errorf("start refused: %w", oneLine(refused))
+	if v.Phase() == RolledBack {
+		if err := v.becomeReady(ctx); err != nil {
+			return err
+		}
 	}
 	// Most of what the source has in its cache is flushed before commands are held.
 	if err := v.source.Flush(ctx); err != nil {
@@ -470,28 +493,51 @@ func CutoverStep(o CutoverOptions) Step { return cutover{o} }
 
 type cutover struct{ o CutoverOptions }
 
-func (cutover) name() string { return "cutover" }
+func (cutover) Name() string { return "cutover" }
+
+func (s cutover) allowed(v *Volume) (done bool, err error) {
+	switch phase := v.Phase(); {
+	case phase == Cutover:
+		return true, nil
+	case v.closed:
+		return false, v.errorf("cutover: %w", lun.ErrClosed)
+	case phase == Synced, phase == Migrating && s.o.AcceptUnreadable && v.onlyUnreadable():
+		return false, nil
+	}
+	return false, v.notAllowed("cutover", v.untilSynced())
+}
+
+// samples tells whether source and destination are compared first.
+func (s cutover) samples(v *Volume) bool { return v.set().VerifySample > 0 && !s.o.NoVerify }
+
+// needs the source only to compare it: the old array may be gone by now.
+func (s cutover) needs(v *Volume) []*unit {
+	if s.samples(v) {
+		return []*unit{v.source, v.destination}
+	}
+	return []*unit{v.destination}
+}
+
+func (s cutover) look(_ context.Context, v *Volume) error {
+	if s.samples(v) && v.verifying.Load() != nil {
+		return fmt.Errorf("a comparison is under way: wait for its end (lunshift status %s), or leave the one before the cutover out (--no-verify)", v.cfg.Name)
+	}
+	return nil
+}
 
 func (s cutover) prepare(ctx context.Context, v *Volume) (skip bool, err error) {
-	if v.Phase() == Migrating && s.o.AcceptUnreadable && !v.closed && v.onlyUnreadable() {
+	if done, err := s.allowed(v); done || err != nil {
+		return done, err
+	}
+	if v.Phase() == Migrating {
 		if err := v.becomeSyncedWithout(ctx); err != nil {
 			return false, err
 		}
 	}
-	switch v.Phase() {
-	case Cutover:
-		return true, nil
-	case Synced:
-	default:
-		return false, v.notAllowed("cutover", v.untilSynced())
-	}
-	if v.closed {
-		return false, v.errorf("cutover: %w", lun.ErrClosed)
-	}
 	if err := v.stopCopier(ctx); err != nil {
 		return false, err
 	}
-	if v.set().VerifySample > 0 && !s.o.NoVerify {
+	if s.samples(v) {
 		if err := v.verifySample(ctx); err != nil {
 			return false, v.errorf("cutover not begun: %w", err)
 		}

@@ -485,24 +485,50 @@ func (m *mirror) sourceIsBack(ctx context.Context) bool {
 	return m.v.sourceFlush.Flush(ctx) == nil
 }
 
+// MirrorStep is SetMirror, to ask about it.
+func MirrorStep(on bool) Question { return mirroring{on} }
+
+type mirroring struct{ on bool }
+
+func (mirroring) Name() string { return "mirror" }
+
+func (mirroring) allowed(v *Volume) (done bool, err error) {
+	switch v.Phase() {
+	case Ready, Migrating, Synced:
+	default:
+		return false, v.notAllowed("mirror", "writes go to one side for good")
+	}
+	if v.closed {
+		return false, v.errorf("mirror: %w", lun.ErrClosed)
+	}
+	return false, nil
+}
+
+// needs the source where it is to take writes from now on; a mirror that is broken may be
+// switched off.
+func (m mirroring) needs(v *Volume) []*unit {
+	if m.on && v.Phase().Moving() && v.mirror.Load() == nil {
+		return []*unit{v.source}
+	}
+	return nil
+}
+
+func (mirroring) look(context.Context, *Volume) error { return nil }
+
 // SetMirror switches the mirror on or off. It is kept over restarts, and wins over the
 // configuration.
 func (v *Volume) SetMirror(ctx context.Context, on bool) error {
 	v.step.Lock()
 	defer v.step.Unlock()
-	if v.closed {
-		return v.errorf("mirror: %w", lun.ErrClosed)
+	if err := agree(ctx, MirrorStep(on), v); err != nil {
+		return err
 	}
 	remember := func(r *state.Record) {
 		r.Mirror = &on
 		r.Mirrored = r.Mirrored || on && Phase(r.Phase) != Ready
 	}
-	switch v.Phase() {
-	case Ready:
+	if v.Phase() == Ready {
 		return v.save(ctx, remember)
-	case Migrating, Synced:
-	default:
-		return v.notAllowed("mirror", "writes go to one side for good")
 	}
 	if err := v.stopMirror(ctx); err != nil {
 		return err

@@ -29,24 +29,46 @@ func RollbackStep(o RollbackOptions) Step { return rollback{o} }
 
 type rollback struct{ o RollbackOptions }
 
-func (rollback) name() string { return "rollback" }
+func (rollback) Name() string { return "rollback" }
 
-func (s rollback) prepare(ctx context.Context, v *Volume) (skip bool, err error) {
-	if v.closed {
-		return false, v.errorf("rollback: %w", lun.ErrClosed)
-	}
+func (s rollback) allowed(v *Volume) (done bool, err error) {
 	switch v.Phase() {
-	case RolledBack:
-		return true, nil
-	case RollingBack:
-		if s.o.AcceptUnreadable && v.onlyUnreadable() {
-			return true, v.becomeRolledBackWithout(ctx)
-		}
+	case RolledBack, RollingBack:
 		return true, nil
 	case Ready:
 		return false, v.notAllowed("rollback", "nothing was moved")
 	case Cutover:
 		return false, v.notAllowed("rollback", "initiators use the destination without lunshift; move it back as a new volume with source and destination exchanged (lunshift start --reuse copies only what differs)")
+	}
+	if v.closed {
+		return false, v.errorf("rollback: %w", lun.ErrClosed)
+	}
+	return false, nil
+}
+
+// needs the destination only where it alone has blocks: of a mirror it may be gone.
+func (rollback) needs(v *Volume) []*unit {
+	// What is written just now counts once it is settled, which takes milliseconds or fails.
+	if err := v.raw().Await(context.Background(), run(v.info.All())); err != nil {
+		return []*unit{v.source, v.destination}
+	}
+	if _, missing := v.ways.Load().back.NextMissing(0); missing {
+		return []*unit{v.source, v.destination}
+	}
+	return []*unit{v.source}
+}
+
+func (rollback) look(context.Context, *Volume) error { return nil }
+
+func (s rollback) prepare(ctx context.Context, v *Volume) (skip bool, err error) {
+	done, err := s.allowed(v)
+	switch {
+	case err != nil:
+		return false, err
+	case done && v.Phase() == RollingBack && s.o.AcceptUnreadable && !v.closed && v.onlyUnreadable():
+		return true, v.becomeRolledBackWithout(ctx)
+	case done:
+		return true, nil
 	}
 	if err := v.stopCopier(ctx); err != nil {
 		return false, err

@@ -194,6 +194,8 @@ type Status struct {
 	Verify *VerifyStatus `json:"verify"`
 
 	Sessions []target.SessionInfo `json:"sessions"`
+	// Reservation is what initiators have reserved on the volume.
+	Reservation target.ReservationInfo `json:"reservation"`
 	// Dropped are the sessions that a forced cutover ended because they did not log out;
 	// nobody after a restart of the service.
 	Dropped     []target.SessionInfo `json:"dropped_sessions,omitempty"`

@@ -178,6 +178,7 @@ func (t Together) limit() time.Duration { return cmp.Or(t.HoldLimit, holdLimit) 
 
 // Step is what is done together.
 type Step interface {
+	Question
 	// prepare brings the volume as far as it comes without holding commands, and fails
 	// where the step is not to be done. skip says that there is nothing to do. undo takes
 	// back what it did.
@@ -192,7 +193,6 @@ type Step interface {
 	change(v *Volume, held time.Duration) change
 	// finish does what follows on the step.
 	finish(ctx context.Context, v *Volume) error
-	name() string
 }
 
 // gathering is what a step holds on to: drop is called once it is taken, end at the end,
@@ -202,10 +202,13 @@ type gathering interface {
 	end()
 }
 
-// Do takes a step with all of the volumes, or with none: where one is not ready for it, the
-// error says so of each that is not, and nothing changes.
+// Do takes a step with all of the volumes, or with none: where somebody is not ready for it, the
+// error says so of each who is not, and nothing changes.
 func Do(ctx context.Context, s Step, t Together, volumes ...*Volume) error {
 	defer lockSteps(volumes)()
+	if err := agree(ctx, s, volumes...); err != nil {
+		return err
+	}
 	do := make([]*Volume, 0, len(volumes))
 	skips := make(map[*Volume]bool)
 	var errs []error
@@ -257,9 +260,9 @@ func Do(ctx context.Context, s Step, t Together, volumes ...*Volume) error {
 	if err != nil {
 		undo()
 		if errors.Is(err, state.ErrFailed) {
-			return do[0].errorf("%s: whether it was recorded is not known; it goes on as %s: restart the service, and look at the phase then: %w", s.name(), do[0].Phase(), err)
+			return do[0].errorf("%s: whether it was recorded is not known; it goes on as %s: restart the service, and look at the phase then: %w", s.Name(), do[0].Phase(), err)
 		}
-		return do[0].errorf("%s undone, still %s: %w", s.name(), do[0].Phase(), err)
+		return do[0].errorf("%s undone, still %s: %w", s.Name(), do[0].Phase(), err)
 	}
 	failpoint.Here("step.released")
 	gathered.drop()

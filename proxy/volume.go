@@ -92,6 +92,8 @@ type Config struct {
 	Withdraw func(BlockRun)
 	// fenceEvery is the time between looks at the fences; 0 is 30 s.
 	fenceEvery time.Duration
+	// askLimit is how long somebody may take to answer before a step; 0 is 10 s.
+	askLimit time.Duration
 	// store takes the place of Store in tests.
 	store store
 
@@ -358,6 +360,7 @@ func (v *Volume) Status() Status {
 		Size: v.info.Size(), BlockSize: v.info.BlockSize, RateLimit: v.throttle.Rate(),
 		Sessions: v.cfg.Target.Sessions(v.cfg.IQN),
 	}
+	s.Reservation, _ = v.cfg.Target.Reservation(v.cfg.IQN, v.cfg.LUN) // none where it is not served
 	if s.Sessions == nil {
 		s.Sessions = []target.SessionInfo{}
 	}

@@ -1,0 +1,204 @@
+package control
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"net/http"
+	"slices"
+	"text/tabwriter"
+	"time"
+
+	"github.com/dustin/go-humanize"
+
+	"lunshift/proxy"
+)
+
+// DryRun is what an administrator looks at before a cutover, which is the decision that there is no
+// way back.
+type DryRun struct {
+	// Name is that of the volume or of the group.
+	Name string `json:"name"`
+	// Ready tells whether the cutover would begin now, Done whether it is done already.
+	Ready bool `json:"ready"`
+	Done  bool `json:"done"`
+	// Reason says in one line why it would not.
+	Reason  string         `json:"reason,omitempty"`
+	Volumes []DryRunVolume `json:"volumes"`
+	// Parties are all who were asked.
+	Parties []proxy.Answer `json:"parties"`
+}
+
+// DryRunVolume is one of its volumes.
+type DryRunVolume struct {
+	proxy.Status
+	// Hooks are those that would run, in their order. None of them has.
+	Hooks []hookOptions `json:"hooks"`
+	// LogoutTimeout is how long initiators may take to log out, in milliseconds.
+	LogoutTimeout int64 `json:"logout_timeout_ms"`
+	// RedirectTo is where logins are sent afterwards; empty where they are refused.
+	RedirectTo string `json:"redirect_to,omitempty"`
+}
+
+// dryRun asks everybody about a cutover and does nothing. why, unless nil, speaks against it
+// beforehand.
+func (s *Service) dryRun(ctx context.Context, name string, o proxy.CutoverOptions, why error, entries []*entry) DryRun {
+	answers, moving := s.agreement(ctx, proxy.CutoverStep(o), entries)
+	r := DryRun{Name: name, Volumes: []DryRunVolume{}, Parties: answers}
+	if why == nil {
+		why = proxy.Disagreement(answers)
+	}
+	if r.Ready = why == nil; !r.Ready {
+		r.Reason = oneLine(why)
+	}
+	r.Done = r.Ready && len(moving) == 0
+	for _, e := range entries {
+		v := DryRunVolume{Status: e.status(), Hooks: []hookOptions{}}
+		settings := e.settings()
+		if slices.Contains(moving, e) {
+			c := changes["cutover"]
+			for _, hook := range c.hooks() {
+				if command := hookOf(settings.Hooks, hook); len(command) > 0 {
+					v.Hooks = append(v.Hooks, hookOptions{hook, command})
+				}
+			}
+		}
+		v.LogoutTimeout = settings.LogoutTimeout.Milliseconds()
+		v.RedirectTo = settings.Redirect.Address
+		r.Volumes = append(r.Volumes, v)
+	}
+	return r
+}
+
+func (s *Service) answerDryRun(r *http.Request) (any, error) {
+	e, err := s.entry(r.PathValue("name"))
+	if err != nil {
+		return nil, err
+	}
+	var o proxy.CutoverOptions
+	if err := decode(r, "cutover", &o); err != nil {
+		return nil, err
+	}
+	return s.dryRun(s.running, e.name, o, s.alone(r, e, "cutover", proxy.Cutover), []*entry{e}), nil
+}
+
+func (s *Service) answerGroupDryRun(r *http.Request) (any, error) {
+	g, members, err := s.group(r.PathValue("name"))
+	if err != nil {
+		return nil, err
+	}
+	var o proxy.CutoverOptions
+	if err := decode(r, "cutover", &o); err != nil {
+		return nil, err
+	}
+	_, missing := s.openGroup(g, members)
+	return s.dryRun(s.running, g.Name, o, missing, members), nil
+}
+
+// CutoverDryRun says whether a cutover of a volume would begin, and what to look at before it
+// does. It changes nothing.
+func (c *Client) CutoverDryRun(ctx context.Context, volume string, o proxy.CutoverOptions) (r DryRun, err error) {
+	return r, c.onVolume(ctx, http.MethodPost, volume, "/cutover/dry-run"+c.alone(), o, &r)
+}
+
+// CutoverGroupDryRun is CutoverDryRun of a group.
+func (c *Client) CutoverGroupDryRun(ctx context.Context, group string, o proxy.CutoverOptions) (r DryRun, err error) {
+	return r, c.replyOfGroup(ctx, http.MethodPost, group, "/cutover/dry-run", o, &r)
+}
+
+// Err is nil where the cutover would begin.
+func (r DryRun) Err() error {
+	if r.Ready {
+		return nil
+	}
+	return &Error{WrongPhase, fmt.Sprintf("%s: the cutover would not begin: %s", r.Name, r.Reason)}
+}
+
+// WriteDryRun writes what there is to look at, as of now.
+func WriteDryRun(w io.Writer, r DryRun, now time.Time) error {
+	for _, v := range r.Volumes {
+		writeDryRunVolume(w, v, now)
+	}
+	outcome := "the cutover would begin"
+	switch {
+	case r.Done:
+		outcome = "the cutover is done"
+	case !r.Ready:
+		outcome = "the cutover would not begin"
+	}
+	_, err := fmt.Fprintf(w, "%s: %s\n", r.Name, outcome)
+	for _, a := range r.Parties {
+		if !a.Ready {
+			_, err = fmt.Fprintf(w, "  %s: %s\n", a.Party, a.Reason)
+		}
+	}
+	return err
+}
+
+func writeDryRunVolume(w io.Writer, v DryRunVolume, now time.Time) {
+	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	row := func(name, format string, args ...any) { fmt.Fprintf(t, name+"\t"+format+"\n", args...) }
+	row(v.Name, "")
+	row("phase", "%s", phase(v.Status))
+	row("remaining", "%s, %d blocks", humanize.IBytes(v.Remaining), v.Remaining/uint64(max(v.BlockSize, 1)))
+	row("unreadable", "%s", unreadable(v.Status))
+	row("verify", "%s", verifiedAgo(v.Verify, now))
+	mirrored := "off: the source is as it was at the start"
+	if v.Mirror != nil {
+		mirrored = mirror(v.Mirror)
+	}
+	row("mirror", "%s", mirrored)
+	if v.Degraded {
+		row("degraded", "%s", v.DegradedReason)
+	}
+	after := "logins are refused afterwards"
+	if v.RedirectTo != "" {
+		after = "logins are sent to " + v.RedirectTo + " afterwards"
+	}
+	row("sessions", "%d, asked to log out within %s; %s", len(v.Sessions), time.Duration(v.LogoutTimeout)*time.Millisecond, after)
+	for _, s := range v.Sessions {
+		row("", "%s from %s since %s%s", s.Initiator, s.Address, s.Since.Local().Format(time.DateTime), sessionNote(s))
+	}
+	reserved := v.Reservation.String()
+	if reserved == "" {
+		reserved = "none"
+	} else {
+		reserved += "; it is not taken along to the destination"
+	}
+	row("reservation", "%s", reserved)
+	for i, hook := range v.Hooks {
+		name := ""
+		if i == 0 {
+			name = "hooks"
+		}
+		row(name, "%s: %s", hook.Hook, printable(fmt.Sprint(hook.Command)))
+	}
+	if len(v.Hooks) == 0 {
+		row("hooks", "none")
+	}
+	_ = t.Flush() // what w does not take is told by the next write
+	fmt.Fprintln(w)
+}
+
+// unreadable says what would be lost.
+func unreadable(v proxy.Status) string {
+	text := "nothing"
+	if v.Unreadable > 0 {
+		text = fmt.Sprintf("%s in %d place(s) on the source (--accept-unreadable gives them up)", humanize.IBytes(v.Unreadable), len(v.UnreadableRuns))
+	}
+	if v.AcceptedUnreadable > 0 {
+		text += fmt.Sprintf("; %s given up, reading as zeroes", humanize.IBytes(v.AcceptedUnreadable))
+	}
+	return text
+}
+
+// verifiedAgo is the last comparison with its age.
+func verifiedAgo(v *proxy.VerifyStatus, now time.Time) string {
+	switch {
+	case v == nil || v.Last == nil && !v.Running:
+		return "never compared; a sample is just before the cutover, unless verify_sample is 0"
+	case v.Running || v.Last == nil:
+		return verified(v)
+	}
+	return fmt.Sprintf("%s, %s ago", verified(v), duration(now.Sub(v.Last.At)))
+}
