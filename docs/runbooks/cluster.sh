@@ -43,6 +43,7 @@ nodes "$REGISTERED"
 $lunshift wait "$volume" --for synced --timeout "${WAIT:-24h}"
 nodes "$REGISTERED"
 $lunshift verify "$volume" || die "source and destination differ; the volume stays synced"
+$lunshift cutover "$volume" --dry-run || die "not ready to be cut over; the volume stays synced"
 
 say "the disk goes offline"
 nodes "$OFFLINE"
@@ -56,5 +57,5 @@ nodes "$LOGIN"
 nodes "$ONLINE"
 nodes "$REGISTERED"
 $lunshift status "$volume" --json
-if $lunshift --help | grep -q '^  history'; then $lunshift history "$volume"; fi
+$lunshift history "$volume"
 say "done: the disk is online on the new array"

@@ -54,6 +54,7 @@ if command -v multipath >/dev/null; then multipath -ll | grep -q queue_if_no_pat
 	{ echo "multipath does not queue: no_path_retry queue"; exit 1; }; fi'
 
 $lunshift verify "$volume" || die "source and destination differ; the volume stays synced"
+$lunshift cutover "$volume" --dry-run || die "not ready to be cut over; the volume stays synced"
 $lunshift cutover "$volume" || die "the cutover was undone; the host goes on with lunshift"
 
 n=0
@@ -66,5 +67,5 @@ after=$(wwids)
 [ "$before" = "$after" ] || die "the disks of the host were $before and are $after"
 host "iscsiadm -m node -T $iqn -p $NEW -o new >/dev/null"
 $lunshift status "$volume" --json
-if $lunshift --help | grep -q '^  history'; then $lunshift history "$volume"; fi
+$lunshift history "$volume"
 say "done: the host goes on at $NEW"

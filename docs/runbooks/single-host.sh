@@ -61,6 +61,7 @@ if [ "$at" = migrating ]; then
 fi
 if [ "$at" = synced ]; then
 	$lunshift verify "$volume" || die "source and destination differ; the volume stays synced"
+	$lunshift cutover "$volume" --dry-run || die "not ready to be cut over; the volume stays synced"
 	say "the host moves to the new array"
 	host "$STOP"
 	log_out "$GATEWAY" "$iqn"
@@ -77,5 +78,5 @@ fi
 
 host 'iscsiadm -m session' | grep -F "${NEW% *}:" || die "the host is not logged in to $NEW"
 $lunshift status "$volume" --json
-if $lunshift --help | grep -q '^  history'; then $lunshift history "$volume"; fi
+$lunshift history "$volume"
 say "done; when nobody needs lunshift's state of it any more: lunshift remove $volume"
