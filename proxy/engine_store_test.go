@@ -167,6 +167,10 @@ func (s *engineState) PutUnused(ctx context.Context, _ string, data []byte) erro
 	return s.write(ctx, "unused", func() { s.unused = data })
 }
 
+func (s *engineState) Attach(ctx context.Context, _ string, _ state.Attachment, _ []byte) error {
+	return s.write(ctx, "attachment", func() {})
+}
+
 func (s *engineState) Flags(_ string, g state.Geometry) (flags, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()

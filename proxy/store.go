@@ -18,6 +18,7 @@ type store interface {
 	PutReservation(ctx context.Context, volume string, data []byte) error
 	Unused(volume string) ([]byte, error)
 	PutUnused(ctx context.Context, volume string, data []byte) error
+	Attach(ctx context.Context, volume string, a state.Attachment, data []byte) error
 	Flags(volume string, geometry state.Geometry) (flags, error)
 	// Turn is PutRecords, and begins a new turn of the flags in the same transaction.
 	Turn(ctx context.Context, turns []turning, records ...state.Record) error

@@ -80,12 +80,16 @@ type verification struct {
 
 	mu     sync.Mutex // protects report
 	report VerifyReport
+
+	sums *summing // nil where a part is compared
 }
 
 // Verify compares source and destination block by block while initiators go on,
 // leaving out what they wrote since the start: what differs elsewhere was copied
 // wrongly, or was changed behind lunshift's back. Only in phase synced, one at a time.
 // It changes nothing. An error says that it did not come to its end.
+//
+// Where everything is compared its checksums are kept (ReadChecksums).
 func (v *Volume) Verify(ctx context.Context, o VerifyOptions) (VerifyReport, error) {
 	if v.Phase() != Synced {
 		return VerifyReport{}, v.notAllowed("verify", fmt.Sprintf("source and destination are compared in phase %s", Synced))
@@ -105,8 +109,19 @@ func (v *Volume) Verify(ctx context.Context, o VerifyOptions) (VerifyReport, err
 	x.report.EndedAt = time.Now()
 	slices.SortFunc(x.report.Extents, func(a, b BlockRun) int { return cmp.Compare(a.LBA, b.LBA) })
 	r := x.report
+	if x.sums != nil {
+		if err := x.keepChecksums(ctx); err != nil {
+			return r, err
+		}
+	}
 	err := v.save(ctx, func(rec *state.Record) {
-		rec.Verified = &state.Verified{At: r.EndedAt, Sample: r.Sample, ComparedBytes: r.Compared, DifferentBytes: r.Different}
+		rec.Verified = &state.Verified{At: r.EndedAt, Sample: r.Sample, ComparedBytes: r.Compared, DifferentBytes: r.Different,
+			UnallocatedBytes: r.Unallocated, UnusedBytes: r.Unused, WrittenBytes: r.Written}
+		if r.Sample {
+			rec.VerifiedSample = rec.Verified
+		} else {
+			rec.VerifiedAll = rec.Verified
+		}
 	})
 	return r, err
 }
@@ -137,9 +152,16 @@ func (x *verification) run(ctx context.Context, sample uint64) error {
 		}
 		x.total.Store(n * verifyChunk)
 	}
+	if sample == 0 {
+		x.sums = newSumming(x.v.info, x.v.raw().Any, x.v.leftOut(), x.accepted)
+	}
 	parts, gctx := errgroup.WithContext(ctx)
 	parts.SetLimit(verifyDepth)
 	number := uint64(0)
+	// Chunks are compared side by side and summed up one after another: each waits for the one
+	// before it, which was begun earlier and so does not wait for it.
+	before := make(chan struct{})
+	close(before)
 	for _, r := range runs {
 		for ; !r.Empty() && gctx.Err() == nil; number++ {
 			c := lun.Extent{Start: r.Start, Blocks: min(r.Blocks, verifyChunk/bs)}
@@ -147,9 +169,22 @@ func (x *verification) run(ctx context.Context, sample uint64) error {
 			if chosen != nil && !chosen[number] {
 				continue
 			}
+			summed, last := make(chan struct{}), before
+			before = summed
 			parts.Go(func() error {
 				defer x.looked.Add(c.Blocks * bs)
-				return x.chunk(gctx, c)
+				defer close(summed)
+				content, uncovered, err := x.chunk(gctx, c)
+				if err != nil || x.sums == nil {
+					return err
+				}
+				select {
+				case <-last:
+					x.sums.add(c, content, uncovered)
+					return nil
+				case <-gctx.Done():
+					return gctx.Err()
+				}
 			})
 		}
 	}
@@ -184,38 +219,47 @@ func (x *verification) allocated(ctx context.Context) ([]lun.Extent, error) {
 	return merged, nil
 }
 
-// chunk compares what initiators did not write of e.
-func (x *verification) chunk(ctx context.Context, e lun.Extent) error {
+// chunk compares what initiators did not write of e. It gives the content of e where all of it
+// is equal, and otherwise says why there is none that counts.
+func (x *verification) chunk(ctx context.Context, e lun.Extent) (content []byte, uncovered string, err error) {
 	clean, err := x.clean(e)
 	if err != nil {
-		return err
+		return nil, "", err
 	}
 	left := e.Blocks
 	for _, c := range clean {
 		left -= c.Blocks
 		if err := x.throttle.Wait(ctx, int(x.v.info.Bytes(c))); err != nil {
-			return err
+			return nil, "", err
 		}
-		differ, err := x.differ(ctx, c, false)
+		read, differ, err := x.differ(ctx, c, false)
 		if err != nil {
-			return err
+			return nil, "", err
 		}
 		x.count(func(r *VerifyReport) { r.Compared += x.v.info.Bytes(c) })
+		content = append(content, read...)
 		for _, d := range differ {
+			uncovered = UncoveredDifferent
 			if err := x.again(ctx, d); err != nil {
-				return err
+				return nil, "", err
 			}
 		}
 	}
+	if left > 0 {
+		uncovered = UncoveredWritten
+	}
 	x.count(func(r *VerifyReport) { r.Written += left * uint64(x.v.info.BlockSize) })
-	return nil
+	if uncovered != "" {
+		return nil, uncovered, nil
+	}
+	return content, "", nil
 }
 
 // again compares e once more with writes to it kept out, and enters what differs and is not
 // dirty: a write between the look at the flags and the reads may have come to both sides by
 // now, in one after the other.
 func (x *verification) again(ctx context.Context, e lun.Extent) error {
-	differ, err := x.differ(ctx, e, true)
+	_, differ, err := x.differ(ctx, e, true)
 	if err != nil {
 		return err
 	}
@@ -247,21 +291,21 @@ func (x *verification) clean(e lun.Extent) ([]lun.Extent, error) {
 	return out, nil
 }
 
-// differ reads e of both sides, alone with no write to it beside, and gives the runs in
-// which they differ.
-func (x *verification) differ(ctx context.Context, e lun.Extent, alone bool) ([]lun.Extent, error) {
+// differ reads e of both sides, alone with no write to it beside, and gives what the destination
+// has and the runs in which they differ.
+func (x *verification) differ(ctx context.Context, e lun.Extent, alone bool) (read []byte, out []lun.Extent, err error) {
 	v := x.v
 	if err := v.gate.enter(ctx); err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	defer v.gate.leave()
 	if v.Phase() != Synced {
-		return nil, fmt.Errorf("the volume is in phase %s now", v.Phase())
+		return nil, nil, fmt.Errorf("the volume is in phase %s now", v.Phase())
 	}
 	if alone {
 		held, err := v.writes.Lock(ctx, e)
 		if err != nil {
-			return nil, err
+			return nil, nil, err
 		}
 		defer v.writes.Unlock(held)
 	}
@@ -271,19 +315,18 @@ func (x *verification) differ(ctx context.Context, e lun.Extent, alone bool) ([]
 	sides.Go(func() error { return v.source.ReadAt(gctx, a, e.Start) })
 	sides.Go(func() error { return v.destination.ReadAt(gctx, b, e.Start) })
 	if err := sides.Wait(); err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	if bytes.Equal(a, b) {
-		return nil, nil
+		return b, nil, nil
 	}
-	var out []lun.Extent
 	bs := uint64(v.info.BlockSize)
 	for i := range e.Blocks {
 		if !bytes.Equal(a[i*bs:(i+1)*bs], b[i*bs:(i+1)*bs]) {
 			out = lun.Join(out, lun.Extent{Start: e.Start + lun.LBA(i), Blocks: 1})
 		}
 	}
-	return out, nil
+	return b, out, nil
 }
 
 // differs enters runs that differ in the report.

@@ -78,6 +78,9 @@ type Record struct {
 	Accepted   []Run `json:"accepted_unreadable,omitempty"`
 	// Verified is the last comparison of source and destination; nil without.
 	Verified *Verified `json:"verified,omitempty"`
+	// VerifiedAll is the last comparison of everything, VerifiedSample that of a part.
+	VerifiedAll    *Verified `json:"verified_all,omitempty"`
+	VerifiedSample *Verified `json:"verified_sample,omitempty"`
 }
 
 // Presented is the identity of a device as initiators find it on the volume: it stays from the
@@ -98,6 +101,11 @@ type Verified struct {
 	Sample         bool   `json:"sample"`
 	ComparedBytes  uint64 `json:"compared_bytes"`
 	DifferentBytes uint64 `json:"different_bytes"`
+	// UnallocatedBytes had storage on neither side, UnusedBytes were left out by the copy as
+	// free, WrittenBytes were written by initiators or given up.
+	UnallocatedBytes uint64 `json:"unallocated_bytes,omitempty"`
+	UnusedBytes      uint64 `json:"unused_bytes,omitempty"`
+	WrittenBytes     uint64 `json:"initiator_written_bytes,omitempty"`
 }
 
 // storedRecord is a Record on disk.
