@@ -214,6 +214,9 @@ func (s *Service) followTo(f *follower, e *entry, p proxy.Phase, at time.Time, h
 			event := state.Event{Volume: e.name, At: at, Who: itself, What: string(p), Result: resultNoted}
 			err = s.store.AppendFollowed(context.Background(), e.name, text, event)
 		}
+		if err == nil {
+			s.logReport(e.name)
+		}
 		if err != nil {
 			f.fails(s.log, err)
 			return

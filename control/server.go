@@ -48,6 +48,7 @@ func (s *Service) handler() http.Handler {
 	mux.HandleFunc("DELETE /v1/volumes/{name}", s.answer(s.answerRemove))
 	mux.HandleFunc("POST /v1/volumes/{name}/cutover/dry-run", s.answer(s.answerDryRun))
 	mux.HandleFunc("GET /v1/volumes/{name}/history", s.answer(s.answerHistory))
+	mux.HandleFunc("GET /v1/volumes/{name}/report", s.answer(s.answerReport))
 	mux.HandleFunc("GET /v1/history", s.answer(s.answerHistories))
 	s.groupRoutes(mux)
 	return mux

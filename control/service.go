@@ -61,6 +61,8 @@ type Service struct {
 	store   *state.Store
 	target  *target.Server
 	metrics net.Listener
+	// keeping is held while a report is taken and kept.
+	keeping sync.Mutex
 	// follower takes what volumes come to by themselves.
 	follower *follower
 
@@ -274,6 +276,9 @@ func (s *Service) Statuses() []proxy.Status {
 func (s *Service) Remove(ctx context.Context, name string) (RemoveReport, error) {
 	report := RemoveReport{Name: name}
 	record, found, err := s.store.Record(name)
+	if err == nil && proxy.Phase(record.Phase) == proxy.Cutover {
+		err = s.keepReport(ctx, name) // nobody could tell it afterwards
+	}
 	if err != nil {
 		return report, err
 	}
@@ -392,6 +397,9 @@ func (s *Service) openEntry(ctx context.Context, e *entry, a ...*adoption) error
 	}
 	v, status := e.settings(), e.status()
 	s.follower.happened(proxy.Happening{Volume: e.name, Phase: status.Phase})
+	if status.Phase.Moving() || status.Phase == proxy.Cutover {
+		s.logReport(e.name) // with this version, and what a kill kept from it
+	}
 	if !v.Autostart || status.Phase != proxy.Ready {
 		return nil
 	}

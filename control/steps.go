@@ -68,6 +68,11 @@ func (s *Service) step(ctx context.Context, who state.Who, st step, entries ...*
 	}
 	text, err := s.take(ctx, st, entries)
 	a.ends(text, err)
+	if outcome(err) != resultRefused {
+		for _, e := range entries {
+			s.logReport(e.name)
+		}
+	}
 	if err == nil && st.name == "start" {
 		for _, e := range entries {
 			e.fail("start", nil)

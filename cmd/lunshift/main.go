@@ -130,7 +130,7 @@ Exit codes: 0 done, 1 failed, 2 wrong usage (of serve also: a faulty configurati
 	root.AddCommand(
 		a.serveCommand(), a.reloadCommand(), a.checkCommand(), a.startCommand(), a.statusCommand(),
 		a.pauseCommand(), a.resumeCommand(), a.throttleCommand(), a.waitCommand(),
-		a.verifyCommand(), a.mirrorCommand(), a.cutoverCommand(), a.rollbackCommand(), a.removeCommand(), a.historyCommand(), a.breakFenceCommand(), a.adoptCommand(), a.demoCommand(), a.versionCommand(),
+		a.verifyCommand(), a.mirrorCommand(), a.cutoverCommand(), a.rollbackCommand(), a.removeCommand(), a.historyCommand(), a.reportCommand(), a.breakFenceCommand(), a.adoptCommand(), a.demoCommand(), a.versionCommand(),
 	)
 	for _, command := range append([]*cobra.Command{root}, root.Commands()...) {
 		do := command.RunE
