@@ -30,9 +30,16 @@ type Question interface {
 	// nothing to do.
 	allowed(v *Volume) (done bool, err error)
 	// needs are the logical units without which the volume cannot take it.
-	needs(v *Volume) []*unit
+	needs(v *Volume) []need
 	// look fails where something else speaks against it. It is called once those units answered.
 	look(ctx context.Context, v *Volume) error
+}
+
+// need is a logical unit that a step cannot do without.
+type need struct {
+	u *unit
+	// written: it is to take writes. Of the others it is enough that they can be read.
+	written bool
 }
 
 // Answer is what somebody said who was asked about a step.
@@ -137,8 +144,8 @@ func (v *Volume) ask(ctx context.Context, q Question) (answers []Answer, done bo
 		return []Answer{own}, done
 	}
 	parties := []party{stateParty{v}}
-	for _, u := range q.needs(v) {
-		parties = append(parties, side{v, u, q})
+	for _, n := range q.needs(v) {
+		parties = append(parties, side{v, n.u, n.written, q})
 	}
 	others := make([]Answer, len(parties))
 	var each sync.WaitGroup
@@ -146,6 +153,12 @@ func (v *Volume) ask(ctx context.Context, q Question) (answers []Answer, done bo
 		each.Go(func() { others[i] = answer(ctx, q, p, cmp.Or(v.cfg.askLimit, askLimit)) })
 	}
 	each.Wait()
+	for i, a := range others {
+		var fenced *FencedError
+		if errors.As(a.Err, &fenced) { // it names the unit
+			others[i].Err = v.errorf("%s refused: %w", q.Name(), fenced)
+		}
+	}
 	if Disagreement(others) == nil {
 		if err := q.look(ctx, v); err != nil {
 			refused(v.errorf("%s refused: %w", q.Name(), err))
@@ -168,36 +181,45 @@ func (p stateParty) ready(ctx context.Context) error {
 type side struct {
 	v *Volume
 	u *unit
-	q Question
+	// written is as in need.
+	written bool
+	q       Question
 }
 
 func (p side) name() string {
 	return "volume " + p.v.cfg.Name + ": " + p.u.role + " " + p.u.address
 }
 
-// ready implements party: nobody else has the fence, and a block can be read.
+// ready implements party: nobody else has reserved what is to be written, and a block can be
+// read.
 func (p side) ready(ctx context.Context) error {
 	if d, ok := p.u.Device.(lun.Reachable); ok {
 		if err := d.Unreachable(); err != nil {
 			return err // nobody waits for an array that is gone
 		}
 	}
-	if err := p.fence(ctx); err != nil {
-		return err
+	if p.written {
+		if err := p.fence(ctx); err != nil {
+			return err
+		}
 	}
 	err := p.u.ReadAt(ctx, make([]byte, p.v.info.BlockSize), 0)
-	if lun.MediumError(err) { // it answers; what it cannot read is another matter
+	var named *unitError
+	switch {
+	case lun.MediumError(err): // it answers; what it cannot read is another matter
 		return nil
+	case errors.As(err, &named): // as is the party
+		return named.err
 	}
 	return err
 }
 
-// fence fails where somebody else has reserved the unit, or where what the volume holds there
-// is gone; before a start also where others may write.
+// fence fails where somebody else has reserved the unit; before a start also where others may
+// write.
 func (p side) fence(ctx context.Context) error {
 	v, u := p.v, p.u
 	s, starts := p.q.(start)
-	refused, held, err := CheckFence(ctx, v.cfg.Name, u.role, u.address, u.Device, v.key, starts && !s.o.IgnoreRegistrations)
+	refused, _, err := CheckFence(ctx, v.cfg.Name, u.role, u.address, u.Device, v.key, starts && !s.o.IgnoreRegistrations)
 	switch {
 	case errors.Is(err, lun.ErrUnsupported):
 		return nil
@@ -205,8 +227,6 @@ func (p side) fence(ctx context.Context) error {
 		return fmt.Errorf("ask for reservations: %w", err)
 	case len(refused) > 0:
 		return &FencedError{oneLine(refused).Error(), lun.ErrConflict}
-	case v.Phase().Moving() && u.fence() == FenceReserved && held.Type == 0:
-		return fmt.Errorf("its reservation was taken away: it is taken again by itself, unless somebody else does; try again then")
 	}
 	return nil
 }

@@ -136,3 +136,55 @@ func TestWhoDoesNotAnswerIsNotReady(t *testing.T) {
 		t.Errorf("%v, phase %s", err, v.Phase())
 	}
 }
+
+// A step goes ahead where it does not depend on what is wrong: a cutover where somebody else has
+// reserved the source, of which it only reads; either way where the own reservation is gone and not
+// taken again yet. Where somebody else has what is to be written it is refused. Caught: a
+// source that is compared asked for its reservation; a destination that is not.
+func TestAReservationCountsWhereTheStepWrites(t *testing.T) {
+	const stranger = 0x77
+	take := func(a *fenceArray, key uint64) {
+		a.mu.Lock()
+		defer a.mu.Unlock()
+		a.key, a.registered = key, map[uint64]string{}
+		if key != 0 {
+			a.registered[key] = "a stranger"
+		}
+	}
+	cut := func(v *Volume) error { return v.Cutover(t.Context(), CutoverOptions{}) }
+	back := func(v *Volume) error { return v.Rollback(t.Context(), RollbackOptions{}) }
+	for name, c := range map[string]struct {
+		step                func(*Volume) error
+		source, destination uint64 // whose reservation it is; 1 is the volume's
+		refused             string
+	}{
+		"cutover, the source is somebody else's":      {cut, stranger, 1, ""},
+		"cutover, the destination is somebody else's": {cut, 1, stranger, "volume vol: cutover refused: destination /new is reserved (Write Exclusive – Registrants Only) by "},
+		"cutover, nobody has either":                  {cut, 0, 0, ""},
+		"rollback, the source is somebody else's":     {back, stranger, 1, "volume vol: rollback refused: source /old is reserved (Write Exclusive – Registrants Only) by "},
+		"rollback, nobody has either":                 {back, 0, 0, ""},
+	} {
+		t.Run(name, func(t *testing.T) {
+			r := newFencedRig(t)
+			r.cfg.fenceEvery = time.Hour // nothing is taken again in time, or if it is that is as well
+			r.cfg.VerifySample = 1 << 20
+			r.cfg.SourceAddress, r.cfg.DestinationAddress = "/old", "/new"
+			v := r.open(t)
+			defer r.close(t)
+			must(t, v.Start(t.Context()))
+			waitFor(t, v, Synced)
+			if c.source != 1 {
+				take(r.from, c.source)
+			}
+			if c.destination != 1 {
+				take(r.to, c.destination)
+			}
+			err := c.step(v)
+			if c.refused == "" {
+				must(t, err)
+			} else if err == nil || !strings.Contains(err.Error(), c.refused) || !errors.Is(err, lun.ErrConflict) || v.Phase() != Synced {
+				t.Errorf("%v, phase %s", err, v.Phase())
+			}
+		})
+	}
+}

@@ -143,7 +143,7 @@ func (start) allowed(v *Volume) (done bool, err error) {
 	return false, nil
 }
 
-func (start) needs(v *Volume) []*unit { return v.units() }
+func (start) needs(v *Volume) []need { return []need{{v.source, true}, {v.destination, true}} }
 
 func (s start) look(ctx context.Context, v *Volume) error {
 	refused, err := Check(ctx, v.cfg.Source, v.cfg.Destination, v.set().Overwrite || s.compares(v))
@@ -511,11 +511,12 @@ func (s cutover) allowed(v *Volume) (done bool, err error) {
 func (s cutover) samples(v *Volume) bool { return v.set().VerifySample > 0 && !s.o.NoVerify }
 
 // needs the source only to compare it: the old array may be gone by now.
-func (s cutover) needs(v *Volume) []*unit {
+func (s cutover) needs(v *Volume) []need {
+	destination := need{v.destination, true}
 	if s.samples(v) {
-		return []*unit{v.source, v.destination}
+		return []need{{v.source, false}, destination}
 	}
-	return []*unit{v.destination}
+	return []need{destination}
 }
 
 func (s cutover) look(_ context.Context, v *Volume) error {

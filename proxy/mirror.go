@@ -506,9 +506,9 @@ func (mirroring) allowed(v *Volume) (done bool, err error) {
 
 // needs the source where it is to take writes from now on; a mirror that is broken may be
 // switched off.
-func (m mirroring) needs(v *Volume) []*unit {
+func (m mirroring) needs(v *Volume) []need {
 	if m.on && v.Phase().Moving() && v.mirror.Load() == nil {
-		return []*unit{v.source}
+		return []need{{v.source, true}}
 	}
 	return nil
 }

@@ -47,15 +47,16 @@ func (s rollback) allowed(v *Volume) (done bool, err error) {
 }
 
 // needs the destination only where it alone has blocks: of a mirror it may be gone.
-func (rollback) needs(v *Volume) []*unit {
+func (rollback) needs(v *Volume) []need {
+	source, destination := need{v.source, true}, need{v.destination, false}
 	// What is written just now counts once it is settled, which takes milliseconds or fails.
 	if err := v.raw().Await(context.Background(), run(v.info.All())); err != nil {
-		return []*unit{v.source, v.destination}
+		return []need{source, destination}
 	}
 	if _, missing := v.ways.Load().back.NextMissing(0); missing {
-		return []*unit{v.source, v.destination}
+		return []need{source, destination}
 	}
-	return []*unit{v.source}
+	return []need{source}
 }
 
 func (rollback) look(context.Context, *Volume) error { return nil }
