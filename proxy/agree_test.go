@@ -188,3 +188,37 @@ func TestAReservationCountsWhereTheStepWrites(t *testing.T) {
 		})
 	}
 }
+
+// A broken mirror can be switched off, and one is not switched on while the source is away, but before the
+// start. Caught: a switch that asks the source in either case, or in none.
+func TestAMirrorNeedsTheSourceToBeSwitchedOn(t *testing.T) {
+	ctx := t.Context()
+	r := newRig(t, 64)
+	r.cfg.SourceAddress = "/old"
+	var away atomic.Bool
+	r.source.Before = func(context.Context, luntest.Op, lun.Extent) error {
+		if away.Load() {
+			return lun.ErrUnavailable
+		}
+		return nil
+	}
+	v := r.open(t)
+	defer r.close(t)
+	away.Store(true)
+	must(t, v.SetMirror(ctx, true))
+	away.Store(false)
+	must(t, v.Start(ctx))
+	waitFor(t, v, Synced)
+	away.Store(true)
+	fill(t, v, lun.Extent{Blocks: 1}, 2)
+	if m := v.Status().Mirror; m == nil || m.State != "broken" {
+		t.Fatalf("mirror %+v", m)
+	}
+	must(t, v.SetMirror(ctx, false))
+	err := v.SetMirror(ctx, true)
+	if s := v.Status(); err == nil || !strings.Contains(err.Error(), "source /old: not ready for the mirror: ") || s.Mirrored || s.Mirror != nil {
+		t.Errorf("%v, mirrored %v, %+v", err, s.Mirrored, s.Mirror)
+	}
+	away.Store(false)
+	must(t, v.SetMirror(ctx, true))
+}
