@@ -57,5 +57,5 @@ nodes "$LOGIN"
 nodes "$ONLINE"
 nodes "$REGISTERED"
 $lunshift status "$volume" --json
-$lunshift history "$volume"
+$lunshift report "$volume"
 say "done: the disk is online on the new array"

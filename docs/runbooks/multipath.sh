@@ -67,5 +67,5 @@ after=$(wwids)
 [ "$before" = "$after" ] || die "the disks of the host were $before and are $after"
 host "iscsiadm -m node -T $iqn -p $NEW -o new >/dev/null"
 $lunshift status "$volume" --json
-$lunshift history "$volume"
+$lunshift report "$volume"
 say "done: the host goes on at $NEW"

@@ -78,5 +78,5 @@ fi
 
 host 'iscsiadm -m session' | grep -F "${NEW% *}:" || die "the host is not logged in to $NEW"
 $lunshift status "$volume" --json
-$lunshift history "$volume"
+$lunshift report "$volume"
 say "done; when nobody needs lunshift's state of it any more: lunshift remove $volume"

@@ -2,6 +2,7 @@ package e2e
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"math/rand/v2"
@@ -53,6 +54,7 @@ type load struct {
 	rng         *rand.Rand
 	findings    peer.Findings
 	acks, reads atomic.Int64
+	within      uint64 // the blocks from the first on that are written to; 0 is all
 }
 
 func newLoad(s *service, p *pair) *load {
@@ -70,7 +72,7 @@ func (l *load) during(do func()) {
 	defer leave()
 	load, stop := context.WithCancel(ctx)
 	defer stop()
-	share := uint64(len(l.o.Cells)) / clients
+	share := cmp.Or(l.within, uint64(len(l.o.Cells))) / clients
 	var running sync.WaitGroup
 	for i := range clients {
 		c := &peer.Client{ID: i, Oracle: l.o, From: uint64(i) * share, Blocks: share, Region: 64 * kib,
