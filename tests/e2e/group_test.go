@@ -9,7 +9,6 @@ import (
 	"slices"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"testing"
 	"time"
 
@@ -17,14 +16,13 @@ import (
 	"lunshift/tests/peer"
 )
 
-// records are what writers write: each numbers its records, writes record n to volume n mod 3, on
-// a session of its own, and begins none before the one before was acknowledged. So an image of
-// the volumes at one instant has of each writer the records up to some number, and no others.
+// records are what writers write to the volumes of a group (peer.Records), each on sessions of its
+// own.
 type records struct {
+	*peer.Records
 	s       *service
 	names   []string
 	paths   []string // of the destinations
-	acked   []atomic.Int64
 	writers sync.WaitGroup
 	stop    context.CancelFunc
 }
@@ -36,8 +34,7 @@ func (r *records) begin(writers int) {
 	r.s.t.Helper()
 	ctx, stop := context.WithCancel(r.s.t.Context())
 	r.stop = stop
-	r.acked = make([]atomic.Int64, writers)
-	share := uint64(recordVolume / 512 / writers)
+	r.Records = peer.NewRecords(len(r.names), writers, recordVolume)
 	for w := range writers {
 		var devices []lun.Device
 		for _, name := range r.names {
@@ -52,17 +49,8 @@ func (r *records) begin(writers int) {
 					_ = dev.Close() // after a cutover there is nobody to log out of
 				}
 			}()
-			block := make([]byte, 512)
-			for n := uint64(0); n/3 < share; n++ {
-				at := uint64(w)*share + n/3
-				peer.Stamp(block, 512, at, uint64(w+1), n+1)
-				if err := devices[n%3].WriteAt(ctx, block, lun.LBA(at)); err != nil {
-					if ctx.Err() == nil {
-						r.s.t.Errorf("writer %d, record %d: %v", w, n, err)
-					}
-					return
-				}
-				r.acked[w].Store(int64(n + 1))
+			if err := r.Write(ctx, w, devices); err != nil && ctx.Err() == nil {
+				r.s.t.Error(err)
 			}
 		})
 	}
@@ -77,28 +65,19 @@ func (r *records) end() {
 // more waits for so many further records of each writer, as far as there is room.
 func (r *records) more(n int64) {
 	r.s.t.Helper()
-	from := r.count()
-	share := int64(recordVolume / 512 / len(r.acked))
+	from := r.Acknowledged()
 	for deadline := time.Now().Add(time.Minute); ; time.Sleep(2 * time.Millisecond) {
 		if time.Now().After(deadline) {
-			r.s.t.Fatalf("the writers do not get on: %v", r.count())
+			r.s.t.Fatalf("the writers do not get on: %v", r.Acknowledged())
 		}
 		slow := false
-		for w, now := range r.count() {
-			slow = slow || now < min(from[w]+n, 3*share)
+		for w, now := range r.Acknowledged() {
+			slow = slow || now < min(from[w]+n, int64(r.Room()))
 		}
 		if !slow {
 			return
 		}
 	}
-}
-
-func (r *records) count() []int64 {
-	var list []int64
-	for w := range r.acked {
-		list = append(list, r.acked[w].Load())
-	}
-	return list
 }
 
 // image looks at the destinations, which are as they were at the instant of the step: nobody
@@ -111,25 +90,9 @@ func (r *records) image(what string, before []int64) {
 		must(r.s.t, err)
 		images = append(images, b)
 	}
-	share := uint64(recordVolume / 512 / len(r.acked))
-	var have []uint64
-	for w := range r.acked {
-		missing, last := ^uint64(0), uint64(0)
-		for n := uint64(0); n/3 < share; n++ {
-			at := uint64(w)*share + n/3
-			version, ok := peer.Stamped(images[n%3][at*512:(at+1)*512], at, uint64(w+1))
-			if ok = ok && version == n+1; !ok {
-				missing = min(missing, n)
-				continue
-			}
-			if last = n + 1; missing < n {
-				r.s.t.Fatalf("%s: record %d of writer %d is on volume %s, but record %d is not on volume %s", what, n, w, r.names[n%3], missing, r.names[missing%3])
-			}
-		}
-		if last < uint64(before[w]) {
-			r.s.t.Fatalf("%s: writer %d has %d records there, and %d were acknowledged before", what, w, last, before[w])
-		}
-		have = append(have, last)
+	have, err := r.Check(images, nil, before)
+	if err != nil {
+		r.s.t.Fatalf("%s: %v", what, err)
 	}
 	r.s.t.Logf("%s: records there %v, acknowledged before %v", what, have, before)
 }
@@ -148,7 +111,7 @@ func (r *records) phases() []string {
 // was taken of all volumes or of none. Then it gives what was acknowledged before.
 func (r *records) killed(rng *rand.Rand, within time.Duration, taken []string, args ...string) []int64 {
 	r.s.t.Helper()
-	before := r.count()
+	before := r.Acknowledged()
 	cmd := exec.Command(binary, append([]string{"--config", r.s.config()}, args...)...)
 	must(r.s.t, cmd.Start())
 	time.Sleep(time.Duration(rng.Int64N(int64(within)))) // the instant of the kill
@@ -163,7 +126,7 @@ func (r *records) killed(rng *rand.Rand, within time.Duration, taken []string, a
 	}
 	r.s.t.Logf("%v, killed: the volumes are %v", args, phases)
 	if none {
-		before = r.count()
+		before = r.Acknowledged()
 		r.s.run(args...)
 	}
 	return before
@@ -207,7 +170,7 @@ func TestAGroupStepsAtOneInstant(t *testing.T) {
 				start = []string{"start", "erp", "--reuse"}
 				s.run("wait", "erp", "--for", "synced", "--timeout", "60s")
 				r.more(30)
-				before := r.count()
+				before := r.Acknowledged()
 				if round%2 == 0 {
 					if text := s.run("rollback", "erp"); !strings.Contains(text, "group erp: 3 volume(s)") || !strings.Contains(text, " ms at the last step") {
 						t.Errorf("rollback tells %q", text)
@@ -223,7 +186,7 @@ func TestAGroupStepsAtOneInstant(t *testing.T) {
 			s.run("wait", "erp", "--for", "synced", "--timeout", "60s")
 			s.fails(usage, []string{"volume a: it is in group erp", "--alone"}, "cutover", "a")
 			r.more(30)
-			before := r.count()
+			before := r.Acknowledged()
 			if run == 0 {
 				s.run("cutover", "erp", "--force")
 			} else {
