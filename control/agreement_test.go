@@ -1,7 +1,9 @@
 package control
 
 import (
+	"errors"
 	"os"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -55,6 +57,62 @@ func TestAllWhoAreNotReadyAreNamedAndNothingIsDone(t *testing.T) {
 	for _, name := range []string{"a", "b", "c"} {
 		_, lines := historyOf(t, client, name)
 		sameLines(t, name, lines, "start (group erp) refused")
+	}
+}
+
+// Of a group are named as well those that the service does not have, or not yet, beside the others.
+// Caught: those alone; the others alone.
+func TestVolumesThatAreNotServedAreNamedWithThoseThatAreNotReady(t *testing.T) {
+	a, b, c := newFake("a"), newFake("b"), newFake("c")
+	client, s := serveFakes(t, a, b, c)
+	s.cfg.Groups = []conf.Group{{Name: "erp", Volumes: []string{"a", "b", "c", "d"}}}
+	a.set(func(s *proxy.Status) { s.Phase = proxy.Migrating })
+	s.entries[1].volume, s.entries[1].failure = nil, errors.New("volume b: source: no route")
+	s.entries[2].removed = true
+	_, err := client.CutoverGroup(t.Context(), "erp", proxy.CutoverOptions{})
+	for _, words := range []string{"group erp: cutover not begun: volume a: cutover is not allowed in phase migrating", "not served yet: volume b: source: no route",
+		"volume c: not ready for the cutover: the service does not have it", "volume d: not ready for the cutover: the service does not have it"} {
+		if err == nil || !strings.Contains(err.Error(), words) {
+			t.Errorf("%q is not in %v", words, err)
+		}
+	}
+}
+
+// A dry run tells whether the sessions are asked to leave: not while another volume stays on their target.
+// Of a volume that is removed it tells what a cutover does: nothing. Caught: a volume of the same
+// cutover, or one that is over, taken for one that stays; a removed one that is not known.
+func TestDryRunTellsWhetherTheSessionsAreToLeave(t *testing.T) {
+	a, b := newFake("a"), newFake("b")
+	client, s := serveFakes(t, a, b)
+	s.cfg.Groups = []conf.Group{{Name: "erp", Volumes: []string{"a", "b"}}}
+	for i, v := range []*fakeVolume{a, b} {
+		s.entries[i].conf.IQN = "iqn.2026-11.net.example:both"
+		v.set(func(s *proxy.Status) { s.Phase = proxy.Synced })
+	}
+	wants := func(what string, dry func() (DryRun, error), staying ...string) (r DryRun) {
+		t.Helper()
+		r, err := dry()
+		if err != nil || !r.Ready || !slices.Equal(r.Volumes[0].Staying, staying) {
+			t.Errorf("%s: %v, %+v", what, err, r)
+		}
+		var out strings.Builder
+		if err := WriteDryRun(&out, r, time.Now()); err != nil {
+			t.Fatal(err)
+		}
+		if stays := strings.Contains(out.String(), "0, not asked to log out, nor sent elsewhere, while b stays on this target"); stays != (len(staying) > 0) {
+			t.Errorf("%s:\n%s", what, out.String())
+		}
+		return r
+	}
+	client.Alone = true
+	alone := func() (DryRun, error) { return client.CutoverDryRun(t.Context(), "a", proxy.CutoverOptions{}) }
+	wants("alone", alone, "b")
+	wants("together", func() (DryRun, error) { return client.CutoverGroupDryRun(t.Context(), "erp", proxy.CutoverOptions{}) })
+	b.set(func(s *proxy.Status) { s.Phase = proxy.Cutover })
+	wants("the last", alone)
+	s.entries[0].removed = true
+	if r := wants("removed", alone); !r.Done {
+		t.Errorf("removed: %+v", r)
 	}
 }
 
@@ -118,7 +176,7 @@ func TestDryRunOfACutoverShowsAndDoesNothing(t *testing.T) {
 	if r, err = client.CutoverDryRun(ctx, "db01", proxy.CutoverOptions{}); err != nil || r.Ready || !strings.Contains(r.Reason, "it is in group erp") {
 		t.Errorf("a volume of a group: %v, %+v", err, r)
 	}
-	if r, err = client.CutoverGroupDryRun(ctx, "erp", proxy.CutoverOptions{}); err != nil || r.Ready || !strings.Contains(r.Reason, "volume db02: the service does not have it") {
+	if r, err = client.CutoverGroupDryRun(ctx, "erp", proxy.CutoverOptions{}); err != nil || r.Ready || !strings.Contains(r.Reason, "hook before_cutover /nowhere/hook: not ready for the cutover: no such file or directory; volume db02: not ready for the cutover: the service does not have it") {
 		t.Errorf("a group without one of its volumes: %v, %+v", err, r)
 	}
 	s.cfg.Groups, s.entries[0].conf.Hooks.BeforeCutover = nil, nil

@@ -6,6 +6,7 @@ import (
 	"io"
 	"net/http"
 	"slices"
+	"strings"
 	"text/tabwriter"
 	"time"
 
@@ -38,19 +39,17 @@ type DryRunVolume struct {
 	LogoutTimeout int64 `json:"logout_timeout_ms"`
 	// RedirectTo is where logins are sent afterwards; empty where they are refused.
 	RedirectTo string `json:"redirect_to,omitempty"`
+	// Staying are volumes on the same target that would not be cut over with it. While there are
+	// some, its sessions are not asked to log out, and logins are let in.
+	Staying []string `json:"staying"`
 }
 
-// dryRun asks everybody about a cutover and does nothing. why, unless nil, speaks against it
-// beforehand.
-func (s *Service) dryRun(ctx context.Context, name string, o proxy.CutoverOptions, why error, entries []*entry) DryRun {
-	answers, moving := s.agreement(ctx, proxy.CutoverStep(o), entries)
-	r := DryRun{Name: name, Volumes: []DryRunVolume{}, Parties: answers}
-	if why == nil {
-		why = proxy.Disagreement(answers)
-	}
-	if r.Ready = why == nil; !r.Ready {
-		r.Reason = oneLine(why)
-	}
+// dryRun asks everybody about a cutover and does nothing. more are answers that there are already.
+func (s *Service) dryRun(ctx context.Context, name string, o proxy.CutoverOptions, entries []*entry, missing []string, more ...proxy.Answer) DryRun {
+	answers, moving := s.agreement(ctx, proxy.CutoverStep(o), entries, missing...)
+	r := DryRun{Name: name, Volumes: []DryRunVolume{}, Parties: append(more, answers...)}
+	err := proxy.Disagreement(r.Parties)
+	r.Ready, r.Reason = err == nil, oneLine(err)
 	r.Done = r.Ready && len(moving) == 0
 	for _, e := range entries {
 		v := DryRunVolume{Status: e.status(), Hooks: []hookOptions{}}
@@ -64,13 +63,28 @@ func (s *Service) dryRun(ctx context.Context, name string, o proxy.CutoverOption
 			}
 		}
 		v.LogoutTimeout = settings.LogoutTimeout.Milliseconds()
-		v.RedirectTo = settings.Redirect.Address
+		v.RedirectTo, v.Staying = settings.Redirect.Address, s.staying(settings.IQN, entries)
 		r.Volumes = append(r.Volumes, v)
 	}
 	return r
 }
 
+// staying are the volumes on a target that go on being served there once the entries are cut over.
+func (s *Service) staying(iqn string, entries []*entry) []string {
+	names := []string{}
+	for _, e := range s.list() {
+		if e.settings().IQN == iqn && !slices.Contains(entries, e) && !e.isGone() && e.status().Phase != proxy.Cutover {
+			names = append(names, e.name)
+		}
+	}
+	return names
+}
+
 func (s *Service) answerDryRun(r *http.Request) (any, error) {
+	if status, gone := s.gone(r.PathValue("name")); gone {
+		v := DryRunVolume{Status: status, Hooks: []hookOptions{}, Staying: []string{}}
+		return DryRun{Name: status.Name, Ready: true, Done: true, Volumes: []DryRunVolume{v}, Parties: []proxy.Answer{}}, nil
+	}
 	e, err := s.entry(r.PathValue("name"))
 	if err != nil {
 		return nil, err
@@ -79,7 +93,13 @@ func (s *Service) answerDryRun(r *http.Request) (any, error) {
 	if err := decode(r, "cutover", &o); err != nil {
 		return nil, err
 	}
-	return s.dryRun(s.running, e.name, o, s.alone(r, e, "cutover", proxy.Cutover), []*entry{e}), nil
+	var more []proxy.Answer
+	if err := s.alone(r, e, "cutover", proxy.Cutover); err != nil {
+		a := proxy.NewAnswer("volume "+e.name, "cutover", err)
+		a.Err = err // it names the volume
+		more = append(more, a)
+	}
+	return s.dryRun(s.running, e.name, o, []*entry{e}, nil, more...), nil
 }
 
 func (s *Service) answerGroupDryRun(r *http.Request) (any, error) {
@@ -91,8 +111,7 @@ func (s *Service) answerGroupDryRun(r *http.Request) (any, error) {
 	if err := decode(r, "cutover", &o); err != nil {
 		return nil, err
 	}
-	_, missing := s.openGroup(g, members)
-	return s.dryRun(s.running, g.Name, o, missing, members), nil
+	return s.dryRun(s.running, g.Name, o, members, missing(g, members)), nil
 }
 
 // CutoverDryRun says whether a cutover of a volume would begin, and what to look at before it
@@ -155,7 +174,11 @@ func writeDryRunVolume(w io.Writer, v DryRunVolume, now time.Time) {
 	if v.RedirectTo != "" {
 		after = "logins are sent to " + v.RedirectTo + " afterwards"
 	}
-	row("sessions", "%d, asked to log out within %s; %s", len(v.Sessions), time.Duration(v.LogoutTimeout)*time.Millisecond, after)
+	asked := fmt.Sprintf("asked to log out within %s; %s", time.Duration(v.LogoutTimeout)*time.Millisecond, after)
+	if len(v.Staying) > 0 {
+		asked = fmt.Sprintf("not asked to log out, nor sent elsewhere, while %s stays on this target", strings.Join(v.Staying, ", "))
+	}
+	row("sessions", "%d, %s", len(v.Sessions), asked)
 	for _, s := range v.Sessions {
 		row("", "%s from %s since %s%s", s.Initiator, s.Address, s.Since.Local().Format(time.DateTime), sessionNote(s))
 	}

@@ -54,6 +54,13 @@ func groupStatus(g conf.Group, members []*entry) GroupStatus {
 	return status
 }
 
+// missing are the volumes of a group that are not among its members.
+func missing(g conf.Group, members []*entry) []string {
+	return slices.DeleteFunc(slices.Clone(g.Volumes), func(name string) bool {
+		return slices.ContainsFunc(members, func(e *entry) bool { return e.name == name })
+	})
+}
+
 // open gives the volumes of a group, or says of each that is not served why.
 func (s *Service) openGroup(g conf.Group, members []*entry) ([]Volume, error) {
 	var volumes []Volume
@@ -144,7 +151,7 @@ func (s *Service) startGroup(r *http.Request, g conf.Group, members []*entry) er
 	if err := decode(r, "start", &o); err != nil {
 		return err
 	}
-	return s.ask(r, step{name: "start", options: o, group: g.Name, question: proxy.StartStep(o), do: func(ctx context.Context) (string, error) {
+	return s.ask(r, step{name: "start", options: o, group: g.Name, missing: missing(g, members), question: proxy.StartStep(o), do: func(ctx context.Context) (string, error) {
 		return "", eachOf(g, members, "start", func(e *entry) error {
 			_, err := onVolume(e, func(ctx context.Context, v Volume) error { return v.Start(ctx, o) })(ctx)
 			return err
@@ -165,7 +172,7 @@ func (s *Service) cutoverGroup(r *http.Request, g conf.Group, members []*entry) 
 	if err := decode(r, "cutover", &o); err != nil {
 		return err
 	}
-	return s.ask(r, step{name: "cutover", options: o, group: g.Name, question: proxy.CutoverStep(o), do: func(ctx context.Context) (string, error) {
+	return s.ask(r, step{name: "cutover", options: o, group: g.Name, missing: missing(g, members), question: proxy.CutoverStep(o), do: func(ctx context.Context) (string, error) {
 		return s.together(ctx, g, members, "cutover", proxy.CutoverStep(o), proxy.Cutover)
 	}}, members...)
 }
@@ -175,7 +182,7 @@ func (s *Service) rollbackGroup(r *http.Request, g conf.Group, members []*entry)
 	if err := decode(r, "rollback", &o); err != nil {
 		return err
 	}
-	return s.ask(r, step{name: "rollback", options: o, group: g.Name, question: proxy.RollbackStep(o), do: func(ctx context.Context) (string, error) {
+	return s.ask(r, step{name: "rollback", options: o, group: g.Name, missing: missing(g, members), question: proxy.RollbackStep(o), do: func(ctx context.Context) (string, error) {
 		return s.together(ctx, g, members, "rollback", proxy.RollbackStep(o), proxy.RollingBack)
 	}}, members...)
 }

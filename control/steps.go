@@ -3,6 +3,7 @@ package control
 import (
 	"cmp"
 	"context"
+	"errors"
 	"fmt"
 	"net/http"
 	"slices"
@@ -20,6 +21,8 @@ type step struct {
 	options any
 	// group is what the volumes are stepped as; empty for a volume alone.
 	group string
+	// missing are volumes of the group that the service does not have.
+	missing []string
 	// refuse, unless nil, says why it is not begun at all.
 	refuse func() error
 	// question is set for a step that changes who serves what: everybody is asked first.
@@ -112,7 +115,7 @@ func (s *Service) take(ctx context.Context, st step, entries []*entry) (text str
 			e.fail("hook", nil)
 		}
 	}
-	answers, moving := s.agreement(ctx, st.question, entries)
+	answers, moving := s.agreement(ctx, st.question, entries, st.missing...)
 	if err := proxy.Disagreement(answers); err != nil {
 		if st.group != "" {
 			err = groupError(st.group, st.name, "not begun", err)
@@ -136,14 +139,18 @@ func (s *Service) take(ctx context.Context, st step, entries []*entry) (text str
 	return text, err
 }
 
-// agreement asks everybody about a step: the volumes, what they need, and the hooks. moving are
-// the volumes that it would change.
-func (s *Service) agreement(ctx context.Context, q proxy.Question, entries []*entry) (answers []proxy.Answer, moving []*entry) {
+// agreement asks everybody about a step: the volumes, what they need, and the hooks. Volumes that
+// are missing are not ready. moving are the volumes that it would change.
+func (s *Service) agreement(ctx context.Context, q proxy.Question, entries []*entry, missing ...string) (answers []proxy.Answer, moving []*entry) {
 	said := make([][]proxy.Answer, len(entries))
 	moves := make([]bool, len(entries))
 	var asking sync.WaitGroup
 	for i, e := range entries {
 		asking.Go(func() {
+			if e.isRemoved() {
+				said[i] = []proxy.Answer{notThere(q, e.name)}
+				return
+			}
 			v, err := e.open()
 			if err != nil {
 				a := proxy.NewAnswer("volume "+e.name, q.Name(), err)
@@ -166,12 +173,20 @@ func (s *Service) agreement(ctx context.Context, q proxy.Question, entries []*en
 		})
 	}
 	asking.Wait()
+	for _, name := range missing {
+		said = append(said, []proxy.Answer{notThere(q, name)})
+	}
 	for i, e := range entries {
 		if moves[i] {
 			moving = append(moving, e)
 		}
 	}
 	return slices.Concat(said...), moving
+}
+
+// notThere answers for a volume of a group that the service does not have.
+func notThere(q proxy.Question, volume string) proxy.Answer {
+	return proxy.NewAnswer("volume "+volume, q.Name(), errors.New("the service does not have it"))
 }
 
 // turn is a lock that can be waited for as long as a context.
