@@ -80,7 +80,7 @@ func newCollector(version string, statuses func() []proxy.Status, stats func() s
 			volume("queue_position", "Which of the volumes that wait for others to be copied this one is; 0 where it does not wait.", gauge, func(s proxy.Status) float64 { return float64(s.Queued) }),
 			volume("degraded", "1 while something is wrong; status tells what.", gauge, func(s proxy.Status) float64 { return truth(s.Degraded) }),
 			volume("sessions", "Sessions of initiators.", gauge, func(s proxy.Status) float64 { return float64(len(s.Sessions)) }),
-			volume("cutover_hold_seconds", "How long commands of initiators were held at the cutover or the rollback; 0 before.", gauge, func(s proxy.Status) float64 {
+			volume("hold_seconds", "How long commands of initiators were held at the cutover or the rollback; 0 before.", gauge, func(s proxy.Status) float64 {
 				if s.Hold == nil {
 					return 0
 				}

@@ -162,7 +162,7 @@ func TestMetricsFollowStatus(t *testing.T) {
 		`lunshift_volume_compared_bytes_total{volume="db01"} 9.437184e+07`,
 		`lunshift_volume_equal_bytes_total{volume="db01"} 5.24288e+07`,
 		`lunshift_volume_sessions{volume="db01"} 1`,
-		`lunshift_volume_cutover_hold_seconds{volume="db01"} 0.0125`,
+		`lunshift_volume_hold_seconds{volume="db01"} 0.0125`,
 		`lunshift_unit_up{side="source",volume="db01"} 1`,
 		`lunshift_unit_up{side="destination",volume="db01"} 0`,
 		`lunshift_unit_errors_total{side="destination",volume="db01"} 2`,

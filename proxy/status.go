@@ -187,8 +187,8 @@ type Status struct {
 	// RollbackAt is when the source took the writes again, RolledBackAt when it had everything.
 	RollbackAt   *time.Time `json:"rollback_at,omitempty"`
 	RolledBackAt *time.Time `json:"rolled_back_at,omitempty"`
-	// Hold is how long initiator I/O was held at cutover, or else at the rollback, in milliseconds.
-	Hold *float64 `json:"cutover_hold_ms,omitempty"`
+	// Hold is how long commands of initiators were held at the cutover or the rollback, in milliseconds.
+	Hold *float64 `json:"hold_ms,omitempty"`
 
 	// Verify is null where source and destination were never compared.
 	Verify *VerifyStatus `json:"verify"`
