@@ -155,6 +155,26 @@ func TestDryRunOfACutoverShowsAndDoesNothing(t *testing.T) {
 		t.Errorf("history has %v", lines)
 	}
 
+	for what, c := range map[string]struct {
+		v    proxy.VerifyStatus
+		want []string
+	}{
+		"a sample after everything": {proxy.VerifyStatus{Last: &state.Verified{At: compared, Sample: true}, LastAll: &state.Verified{At: compared.Add(-time.Hour)}},
+			[]string{"everything compared ", ": no difference, 4h 00m ago\n", "a sample compared ", ": no difference, 3h 00m ago\n"}},
+		"a sample alone":               {proxy.VerifyStatus{Last: &state.Verified{At: compared, Sample: true, DifferentBytes: 512}}, []string{"never everything\n", "a sample compared ", "512 B differ, 3h 00m ago\n"}},
+		"one under way after a sample": {proxy.VerifyStatus{Running: true, Total: 4, Done: 1, Last: &state.Verified{At: compared, Sample: true}}, []string{"under way, 25.0%\n", "a sample compared "}},
+		"the first is under way":       {proxy.VerifyStatus{Running: true}, []string{"under way\n"}},
+	} {
+		out.Reset()
+		if err := WriteDryRun(&out, DryRun{Volumes: []DryRunVolume{{Status: proxy.Status{Verify: &c.v}}}}, compared.Add(3*time.Hour)); err != nil {
+			t.Fatal(err)
+		}
+		for _, words := range c.want {
+			if !strings.Contains(out.String(), words) {
+				t.Errorf("%s: %q is not in\n%s", what, words, out.String())
+			}
+		}
+	}
 	s.entries[0].conf.Hooks.BeforeCutover = []string{"/nowhere/hook"}
 	v.set(func(st *proxy.Status) {
 		st.Verify, st.Unreadable, st.UnreadableRuns = nil, 512, []proxy.BlockRun{{LBA: 1, Blocks: 1}}

@@ -13,6 +13,7 @@ import (
 	"github.com/dustin/go-humanize"
 
 	"lunshift/proxy"
+	"lunshift/state"
 )
 
 // DryRun is what an administrator looks at before a cutover, which is the decision that there is no
@@ -161,7 +162,9 @@ func writeDryRunVolume(w io.Writer, v DryRunVolume, now time.Time) {
 	row("phase", "%s", phase(v.Status))
 	row("remaining", "%s, %d blocks", humanize.IBytes(v.Remaining), v.Remaining/uint64(max(v.BlockSize, 1)))
 	row("unreadable", "%s", unreadable(v.Status))
-	row("verify", "%s", verifiedAgo(v.Verify, now))
+	for i, line := range verifiedAgo(v.Verify, now) {
+		row([]string{"verify", ""}[min(i, 1)], "%s", line)
+	}
 	mirrored := "off: the source is as it was at the start"
 	if v.Mirror != nil {
 		mirrored = mirror(v.Mirror)
@@ -215,13 +218,26 @@ func unreadable(v proxy.Status) string {
 	return text
 }
 
-// verifiedAgo is the last comparison with its age.
-func verifiedAgo(v *proxy.VerifyStatus, now time.Time) string {
-	switch {
-	case v == nil || v.Last == nil && !v.Running:
-		return "never compared; a sample is just before the cutover, unless verify_sample is 0"
-	case v.Running || v.Last == nil:
-		return verified(v)
+// verifiedAgo are the comparisons with their age: the last of everything, and of a sample where
+// that is later.
+func verifiedAgo(v *proxy.VerifyStatus, now time.Time) (lines []string) {
+	if v == nil || v.Last == nil && !v.Running {
+		return []string{"never compared; a sample is just before the cutover, unless verify_sample is 0"}
 	}
-	return fmt.Sprintf("%s, %s ago", verified(v), duration(now.Sub(v.Last.At)))
+	if v.Running {
+		lines = append(lines, verified(v))
+	}
+	if v.Last == nil {
+		return lines
+	}
+	shown := []*state.Verified{v.Last}
+	if v.Last.Sample && v.LastAll != nil {
+		shown = []*state.Verified{v.LastAll, v.Last}
+	} else if v.Last.Sample {
+		lines = append(lines, "never everything")
+	}
+	for _, c := range shown {
+		lines = append(lines, fmt.Sprintf("%s, %s ago", comparison(c), duration(now.Sub(c.At))))
+	}
+	return lines
 }

@@ -11,6 +11,7 @@ import (
 	"github.com/dustin/go-humanize"
 
 	"lunshift/proxy"
+	"lunshift/state"
 	"lunshift/target"
 )
 
@@ -172,15 +173,20 @@ func verified(v *proxy.VerifyStatus) string {
 	case v.Running:
 		return "under way"
 	}
+	return comparison(v.Last)
+}
+
+// comparison is how one ended.
+func comparison(v *state.Verified) string {
 	what := "everything"
-	if v.Last.Sample {
+	if v.Sample {
 		what = "a sample"
 	}
 	result := "no difference"
-	if v.Last.DifferentBytes > 0 {
-		result = humanize.IBytes(v.Last.DifferentBytes) + " differ"
+	if v.DifferentBytes > 0 {
+		result = humanize.IBytes(v.DifferentBytes) + " differ"
 	}
-	return fmt.Sprintf("%s compared %s (%s): %s", what, v.Last.At.Local().Format(time.DateTime), humanize.IBytes(v.Last.ComparedBytes), result)
+	return fmt.Sprintf("%s compared %s (%s): %s", what, v.At.Local().Format(time.DateTime), humanize.IBytes(v.ComparedBytes), result)
 }
 
 // sessionNote tells how a session came in where that is not the plain way.

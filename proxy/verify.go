@@ -68,6 +68,9 @@ type VerifyStatus struct {
 	Done  uint64 `json:"done_bytes,omitempty"`
 	// Last is the last comparison that came to its end; null where there was none.
 	Last *state.Verified `json:"last"`
+	// LastAll is the last of everything, LastSample that of a part; null where there was none.
+	LastAll    *state.Verified `json:"last_all"`
+	LastSample *state.Verified `json:"last_sample"`
 }
 
 // verification is one comparison under way.
@@ -352,7 +355,7 @@ func (x *verification) count(do func(*VerifyReport)) {
 
 // verified is the state of the comparison for Status; v.mu is held.
 func (v *Volume) verified() *VerifyStatus {
-	s := &VerifyStatus{Last: v.record.Verified}
+	s := &VerifyStatus{Last: v.record.Verified, LastAll: v.record.VerifiedAll, LastSample: v.record.VerifiedSample}
 	if x := v.verifying.Load(); x != nil {
 		s.Running, s.Total, s.Done = true, x.total.Load(), x.looked.Load()
 	} else if s.Last == nil {

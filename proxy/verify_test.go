@@ -57,7 +57,7 @@ func TestVerifyFindsWhatWasChangedBehindTheVolumesBack(t *testing.T) {
 		t.Errorf("status %+v", s)
 	}
 	r.close(t)
-	if s := r.open(t).Status().Verify; s == nil || s.Last == nil || s.Last.DifferentBytes != 5*testBlock {
+	if s := r.open(t).Status().Verify; s == nil || s.Last == nil || s.Last.DifferentBytes != 5*testBlock || s.LastAll == nil || s.LastAll.DifferentBytes != 5*testBlock || s.LastSample != nil {
 		t.Errorf("after a restart: %+v", s)
 	}
 }

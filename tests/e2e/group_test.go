@@ -162,7 +162,7 @@ func TestAGroupStepsAtOneInstant(t *testing.T) {
 			s.start()
 			r.begin(4)
 			defer r.end()
-			s.fails(wrongPhase, []string{"group erp: cutover not done", "volume a: cutover is not allowed", "volume b: ", "volume c: "}, "cutover", "erp", "--force")
+			s.fails(wrongPhase, []string{"group erp: cutover not begun", "volume a: cutover is not allowed", "volume b: ", "volume c: "}, "cutover", "erp", "--force")
 			start := []string{"start", "erp"}
 			back := []string{"rolling-back", "rolled-back"}
 			for round := range 4 {
