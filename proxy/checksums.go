@@ -204,13 +204,12 @@ func (s *summing) fill(e lun.Extent, content []byte) {
 	}
 }
 
-// keepChecksums writes down what the comparison of everything summed up, but for what initiators wrote
-// meanwhile.
+// keepChecksums writes down what the comparison of everything summed up; ReadChecksums knows what of
+// it initiators wrote meanwhile.
 func (x *verification) keepChecksums(ctx context.Context) error {
 	s := x.sums
 	s.fill(lun.Extent{Start: s.at, Blocks: s.info.Blocks - uint64(s.at)}, nil)
 	c := Checksums{At: x.report.EndedAt, ExtentBytes: s.blocks * uint64(s.info.BlockSize), Extents: s.list}
-	c.drop(x.v.raw().Any)
 	data, err := json.Marshal(c)
 	if err != nil {
 		return x.v.errorf("encode its checksums: %w", err)
