@@ -54,7 +54,7 @@ func sameSums(t *testing.T, c *Checksums, d lun.Device) {
 
 // Caught: storage that is on neither side left out of the sums; chunks summed up in the order in
 // which they were read; a write after the comparison that leaves the sum as it is, also after the
-// cutover and a restart; a difference that is summed up; sums kept through a start anew.
+// cutover and a restart; a difference that is summed up.
 func TestChecksumsAreWhatTheDestinationHolds(t *testing.T) {
 	const blocks = 10*2048 + 100 // an extent is 2048
 	r := newRig(t, blocks)
@@ -125,7 +125,7 @@ func TestChecksumsAreWhatTheDestinationHolds(t *testing.T) {
 	}
 }
 
-// Caught: no look at what was written while the comparison ran.
+// Caught: no look at what was written since the comparison began.
 func TestChecksumsUnderLoadHoldOnlyWhatNobodyWrote(t *testing.T) {
 	const blocks = 32 * 2048
 	r := newRig(t, blocks)
@@ -185,8 +185,8 @@ func TestChecksumsAreWithheldWhereWritesCannotBeTold(t *testing.T) {
 	}
 }
 
-// Caught: an extent summed up although blocks of it were left out; a chunk in two extents that
-// counts for one; a sum that is not begun anew after an uncovered extent; the sum of a
+// Caught: an extent summed up although blocks of it were left out; a run in two extents that
+// uncovers the first alone; a sum that is not begun anew after an uncovered extent; the sum of a
 // whole extent of zeroes taken for a shorter one.
 func TestChecksumsAreOfAllBytesInOrder(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
