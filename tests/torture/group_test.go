@@ -39,6 +39,9 @@ type groupLife struct {
 // TestGroupsStepAtOneInstantHoweverTheyAreKilled kills the service at each place within a step
 // of a group, under load: the step is taken of all volumes or of none, and the image of the three
 // at its instant has no record whose predecessor on another is missing.
+//
+// Caught, in the first run: a transaction for each volume; in the third: commands to one volume
+// held alone (the turn of the flags of the others is refused).
 func TestGroupsStepAtOneInstantHoweverTheyAreKilled(t *testing.T) {
 	peer.Need(t, "tgtd", "tgtadm")
 	r := tierOf(t, 6, 100)

@@ -136,7 +136,7 @@ func TestDiskCutsAFileOffAsAWhole(t *testing.T) {
 // a block may hold what it held when it was last made durable (a first write of a block,
 // a write with FUA, a SYNCHRONIZE CACHE) or anything written since; nothing else.
 //
-// It caught, in its first run or the second: no flush of first writes, of copies, of the
+// It caught, in its first run or the second: no flush of first writes, of copies in either direction, of the
 // source at the start and at the cutover; a commit whose log is not synced; the
 // name of Badger's directory not synced, after which a volume began again in phase
 // ready.
