@@ -77,7 +77,7 @@ func (c *Copier) readThere(ctx context.Context, there *held, runs []lun.Extent) 
 	read := func(e lun.Extent) error {
 		at := uint64(e.Start-there.of.Start) * uint64(c.info.BlockSize)
 		if err := c.Destination.ReadAt(ctx, there.data[at:at+c.info.Bytes(e)], e.Start); err != nil {
-			return fmt.Errorf("read %v of the destination: %w", e, err)
+			return fmt.Errorf("read %v of the %s: %w", e, c.to(), err)
 		}
 		return nil
 	}

@@ -16,6 +16,7 @@
 package copier
 
 import (
+	"cmp"
 	"context"
 	"sync"
 	"sync/atomic"
@@ -98,6 +99,9 @@ type Options struct {
 	// Compare reads both sides and writes only what differs, for a destination that holds
 	// most of the data already; SetCompare changes it.
 	Compare bool
+	// From and To are what errors call Source and Destination; empty is "source" and
+	// "destination".
+	From, To string
 	// Throttle limits the bytes read from the source per second; with Compare, those
 	// looked at, be it on the destination alone.
 	Throttle *Throttle
@@ -333,6 +337,9 @@ func (c *Copier) measure(m *AllocationMap) {
 	}
 	c.left.Store(left)
 }
+
+func (c *Copier) from() string { return cmp.Or(c.From, "source") }
+func (c *Copier) to() string   { return cmp.Or(c.To, "destination") }
 
 // allow returns when n more bytes may be read, or with ctx's error when that ends.
 func (c *Copier) allow(ctx context.Context, n int) error {

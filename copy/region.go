@@ -49,7 +49,7 @@ func (c *Copier) copyRegion(ctx context.Context, e lun.Extent, blank []lun.Exten
 	}
 	c.Ledger.Unreadable(ctx, e, bad)
 	if len(bad) > 0 {
-		d.unreadable = fmt.Errorf("the source cannot read %v and %d other runs of blocks near it", bad[0], len(bad)-1)
+		d.unreadable = fmt.Errorf("the %s cannot read %v and %d other runs of blocks near it", c.from(), bad[0], len(bad)-1)
 		need = without(need, bad)
 	}
 	for _, run := range need {
@@ -162,7 +162,7 @@ func (c *Copier) readRun(ctx context.Context, buf *buffer, e lun.Extent) error {
 		return err
 	}
 	if err := c.Source.ReadAt(ctx, p, e.Start); err != nil {
-		return fmt.Errorf("read %v of the source: %w", e, err)
+		return fmt.Errorf("read %v of the %s: %w", e, c.from(), err)
 	}
 	c.seal(buf, e)
 	c.bytesRead.Add(uint64(len(p)))
@@ -211,7 +211,7 @@ func (c *Copier) writeSlice(ctx context.Context, buf *buffer, there *held, slice
 		}
 		writes.Go(func() error {
 			if err := put(); err != nil {
-				return fmt.Errorf("write %v of the destination: %w", e, err)
+				return fmt.Errorf("write %v of the %s: %w", e, c.to(), err)
 			}
 			return nil
 		})
@@ -301,7 +301,7 @@ func (c *Copier) zeroPart(ctx context.Context, part lun.Extent, blank []lun.Exte
 	for _, run := range runs {
 		if !inside(blank, run) {
 			if err := c.Destination.WriteZeroes(ctx, run); err != nil {
-				return fmt.Errorf("zero %v of the destination: %w", run, err)
+				return fmt.Errorf("zero %v of the %s: %w", run, c.to(), err)
 			}
 			if c.readback.Load() {
 				if err := c.readBack(ctx, []lun.Extent{run}, func(lun.LBA) uint32 { return c.zero }); err != nil {
@@ -332,10 +332,10 @@ func (c *Copier) blank(ctx context.Context, e lun.Extent) ([]lun.Extent, error) 
 			return nil, nil
 		}
 		if err != nil {
-			return nil, fmt.Errorf("read the allocation of %v of the destination: %w", e, err)
+			return nil, fmt.Errorf("read the allocation of %v of the %s: %w", e, c.to(), err)
 		}
 		if len(list) == 0 {
-			return nil, fmt.Errorf("read the allocation of %v of the destination: no answer", e)
+			return nil, fmt.Errorf("read the allocation of %v of the %s: no answer", e, c.to())
 		}
 		for _, a := range list {
 			if !a.Allocated {

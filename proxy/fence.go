@@ -178,6 +178,7 @@ func (v *Volume) openFences(ctx context.Context, r *state.Record) error {
 			return v.errorf("%w", err)
 		}
 	}
+	r.Fenced = false
 	return nil
 }
 
@@ -278,10 +279,16 @@ func (v *Volume) checkOthers(ctx context.Context, ignore bool) (accepted map[str
 	return nil, v.errorf("start refused: %w", &FencedError{oneLine(refused).Error(), lun.ErrConflict})
 }
 
-// runGuard begins to look after the fences; the caller holds step.
+// runGuard begins to look after the fences, and gives them up once the volume is rolled back;
+// the caller holds step.
 func (v *Volume) runGuard() {
 	v.guard = begin(func(ctx context.Context) {
 		for {
+			if v.Phase() == RolledBack {
+				v.fault("registrations", nil)
+				v.keepReleasing(ctx, v.units(), func() {})
+				return
+			}
 			v.refence(ctx)
 			v.lookForOthers(ctx)
 			if !v.untilNextLook(ctx) {
@@ -486,7 +493,7 @@ func (b Broken) Err() error { return errors.Join(b.Source, b.Destination) }
 
 // BreakFence takes every reservation and registration of others away from source and
 // destination, from the one also where the other cannot be reached. The fences of a volume
-// that is migrating or synced are then its own. In phase cutover the volume has no units, so
+// that is migrating, synced or rolling back are then its own. In phase cutover the volume has no units, so
 // they must be given; nil is one that could not be opened. The error is ErrClosed.
 func (v *Volume) BreakFence(ctx context.Context, source, destination lun.Device) (Broken, error) {
 	v.step.Lock()
@@ -498,7 +505,7 @@ func (v *Volume) BreakFence(ctx context.Context, source, destination lun.Device)
 		source, destination = v.source.Device, v.destination.Device
 	}
 	broken := breakFences(ctx, v.key, false, source, destination)
-	if broken.Err() == nil && len(v.record.AcceptedKeys) > 0 {
+	if broken.Err() == nil && len(v.current().AcceptedKeys) > 0 {
 		if err := v.save(ctx, func(r *state.Record) { r.AcceptedKeys = nil }); err != nil {
 			return broken, v.errorf("write its state: %w", err)
 		}
@@ -508,7 +515,7 @@ func (v *Volume) BreakFence(ctx context.Context, source, destination lun.Device)
 		if broken.Err() == nil && source != nil && destination != nil {
 			v.released(ctx, nil)
 		}
-	case Migrating, Synced:
+	case Migrating, Synced, RollingBack:
 		v.refence(ctx)
 		v.lookForOthers(ctx)
 	}
@@ -516,7 +523,7 @@ func (v *Volume) BreakFence(ctx context.Context, source, destination lun.Device)
 }
 
 // BreakFence is Volume.BreakFence for a volume that is not open. The fences of one that is
-// migrating or synced are held by its key from then on, until Open takes them over.
+// migrating, synced or rolling back are held by its key from then on, until Open takes them over.
 func BreakFence(ctx context.Context, store *state.Store, volume string, source, destination lun.Device) (Broken, error) {
 	key, err := FenceKey(ctx, store, volume)
 	if err != nil {
@@ -526,7 +533,7 @@ func BreakFence(ctx context.Context, store *state.Store, volume string, source, 
 	if err != nil {
 		return Broken{}, fmt.Errorf("volume %s: %w", volume, err)
 	}
-	hold := Phase(record.Phase) == Migrating || Phase(record.Phase) == Synced
+	hold := Phase(record.Phase).Moving()
 	broken := breakFences(ctx, key, hold, source, destination)
 	if broken.Err() == nil && source != nil && destination != nil && len(record.AcceptedKeys) > 0 {
 		record.AcceptedKeys = nil

@@ -458,3 +458,44 @@ func TestUnitWithoutReservationsIsMigratedAllTheSame(t *testing.T) {
 	}
 	r.close(t)
 }
+
+// Caught: a guard that goes on in phase rolled-back; a record that is fenced still after a restart.
+func TestFencesAreGivenUpOnceRolledBack(t *testing.T) {
+	for _, restarted := range []bool{false, true} {
+		r := newFencedRig(t)
+		v := r.open(t)
+		must(t, v.Start(t.Context()))
+		waitFor(t, v, Synced)
+		must(t, v.Rollback(t.Context(), RollbackOptions{}))
+		waitFor(t, v, RolledBack)
+		if restarted {
+			r.close(t)
+			v = r.open(t)
+		}
+		soon(t, "both are free", func() bool { return r.from.holder() == 0 && r.to.holder() == 0 && !v.current().Fenced })
+		must(t, v.Start(t.Context(), StartOptions{Reuse: true}))
+		if r.from.holder() != v.key || r.to.holder() != v.key {
+			t.Errorf("started again: held by %#x and %#x", r.from.holder(), r.to.holder())
+		}
+		r.close(t)
+	}
+}
+
+// Caught: units of a volume that is rolling back left free.
+func TestBreakFenceTakesTheUnitsOfAMigrationThatIsNotOpenAgain(t *testing.T) {
+	for _, p := range []Phase{Migrating, Synced, RollingBack} {
+		r := newFencedRig(t)
+		store, err := state.Open(t.TempDir(), state.Options{Log: quiet()})
+		must(t, err)
+		must(t, store.PutRecords(t.Context(), state.Record{Volume: "vol", Phase: string(p), BlockSize: testBlock, Blocks: 1024, RegionBlocks: 128, CreatedAt: time.Now()}))
+		from, to := &fencePort{fenceArray: r.from}, &fencePort{fenceArray: r.to}
+		must(t, from.Fence(t.Context(), 0x99))
+		b, err := BreakFence(t.Context(), store, "vol", from, to)
+		must(t, err)
+		must(t, b.Err())
+		if r.from.holder() == 0 || r.to.holder() == 0 {
+			t.Errorf("%s: held by %#x and %#x", p, r.from.holder(), r.to.holder())
+		}
+		must(t, store.Close())
+	}
+}

@@ -82,17 +82,21 @@ func (v *Volume) resumePhase() {
 	case Migrating:
 		v.runGuard()
 		v.log.Infof("takes up the migration: %d of %d blocks are valid", v.raw().Count(state.Valid), v.info.Blocks)
-		v.runMirror()
-		if !v.record.Paused {
+		v.workMirror()
+		if !v.paused() {
 			v.runCopier()
 		}
 	case Synced:
 		v.runGuard()
-		v.runMirror()
+		v.workMirror()
+	case RolledBack:
+		if v.current().Fenced {
+			v.runGuard() // which gives the fences up
+		}
 	case RollingBack:
 		v.runGuard()
 		v.log.Infof("takes up the rollback: %d of %d blocks are still on the destination alone", v.raw().Count(state.Dirty), v.info.Blocks)
-		if !v.record.Paused {
+		if !v.paused() {
 			v.runCopier()
 		}
 	}
@@ -192,7 +196,7 @@ func (v *Volume) becomeMigrating(ctx context.Context, s start) error {
 			r.Mirrored = v.wantsMirror(*r)
 		})
 		if err == nil {
-			v.runMirror()
+			v.makeMirror()
 		}
 		return err
 	})
@@ -206,7 +210,8 @@ func (v *Volume) becomeMigrating(ctx context.Context, s start) error {
 	}
 	v.ways.Load().forward.copier.SetCompare(compare)
 	v.runGuard()
-	if !v.record.Paused {
+	v.workMirror()
+	if !v.paused() {
 		v.runCopier()
 	}
 	return nil
@@ -236,6 +241,7 @@ func (v *Volume) becomeReady(ctx context.Context) error {
 	v.mu.Lock()
 	v.record = r
 	v.mu.Unlock()
+	v.cleared.Store(0)
 	v.ways.Store(v.newWays(flags, false))
 	v.usage.left.Store(nil)
 	v.usage.wrote.Store(true)
@@ -371,7 +377,7 @@ func (v *Volume) without(ctx context.Context, follow func(context.Context) error
 	if err == nil {
 		err = follow(ctx)
 	}
-	if err != nil && !v.record.Paused {
+	if err != nil && !v.paused() {
 		v.runCopier()
 	}
 	return err
@@ -435,9 +441,16 @@ func (v *Volume) setPaused(ctx context.Context, paused bool) error {
 	if err := v.save(ctx, func(r *state.Record) { r.Paused = paused }); err != nil {
 		return err
 	}
+	if v.mirror.Load() != nil { // what catches it up looks whether it may
+		if err := v.stopMirror(ctx); err != nil {
+			return err
+		}
+		v.workMirror()
+	}
 	if paused {
 		err := v.stopCopier(ctx)
 		v.fault("copy", nil)
+		v.fault(copyBack, nil)
 		return err
 	}
 	if v.copying != nil && v.copying.ending() {
@@ -525,6 +538,8 @@ func (s cutover) look(_ context.Context, v *Volume) error {
 	}
 	return nil
 }
+
+func (cutover) final(v *Volume) bool { return v.Phase() == Migrating }
 
 func (s cutover) prepare(ctx context.Context, v *Volume) (skip bool, err error) {
 	if done, err := s.allowed(v); done || err != nil {

@@ -1,6 +1,7 @@
 package proxy
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -18,6 +19,10 @@ const (
 	// mirrorRound is the time between looks at what both sides hold alike, and at a source
 	// that is gone.
 	mirrorRound = time.Second
+	// mirrorCalm is how long a mirror that was mended must not break for it to be tried again at
+	// once then; else it rests twice as long as the time before, up to mostRest.
+	mirrorCalm = time.Minute
+	mostRest   = 30 * time.Second
 	// mostEqual bounds the extents that are known to be equal and not noted yet; of what is
 	// beyond it the source gets a copy once more.
 	mostEqual = 1 << 16
@@ -46,6 +51,7 @@ type mirror struct {
 
 	copying, clearing *activity // guarded by v.step
 	wake              chan struct{}
+	most              int // of equal
 
 	mu     sync.Mutex // guards what follows; before v.mu
 	broken error      // why nothing is written to the source
@@ -70,26 +76,25 @@ func (v *Volume) wantsMirror(r state.Record) bool {
 	return v.set().Mirror
 }
 
-// runMirror begins to mirror where that is wanted. The caller holds step, and no command is
-// under way or could be.
-func (v *Volume) runMirror() {
-	v.mu.Lock()
-	r := v.record
-	v.mu.Unlock()
-	if !v.wantsMirror(r) || v.mirror.Load() != nil {
+// makeMirror has writes go to both sides where that is wanted. No command is under way or could
+// be.
+func (v *Volume) makeMirror() {
+	if !v.wantsMirror(v.current()) || v.mirror.Load() != nil {
 		return
 	}
-	m := &mirror{
-		v: v, back: v.ways.Load().back, wake: make(chan struct{}, 1),
+	v.mirror.Store(&mirror{
+		v: v, back: v.ways.Load().back, wake: make(chan struct{}, 1), most: cmp.Or(v.cfg.mostEqual, mostEqual),
 		breaks: make(chan struct{}), equal: make(map[uint64][]*equal),
-	}
-	v.mirror.Store(m)
-	v.workMirror()
+	})
 }
 
-// workMirror begins what a mirror does in the background; the caller holds step.
+// workMirror begins what a mirror does in the background, where there is one; the caller holds
+// step.
 func (v *Volume) workMirror() {
 	m := v.mirror.Load()
+	if m == nil {
+		return
+	}
 	m.copying, m.clearing = begin(m.catchUp), begin(m.clear)
 }
 
@@ -213,18 +218,18 @@ func (m *mirror) mend() {
 	m.v.fault("mirror", nil)
 }
 
-// flush is that of an initiator.
+// flush is that of an initiator, of the source as well while it takes writes.
 func (m *mirror) flush(ctx context.Context) error {
 	flushed := make(chan error, 1)
 	_, broken := m.state()
 	if broken == nil {
-		go func() { flushed <- m.v.sourceFlush.Flush(ctx) }()
+		go func() {
+			flushed <- m.writeSource(ctx, func(ctx context.Context, _ *unit) error { return m.v.sourceFlush.Flush(ctx) })
+		}()
 	}
 	err := m.v.destinationFlush.Flush(ctx)
 	if broken == nil {
-		if mine := <-flushed; mine != nil && ctx.Err() == nil {
-			m.fail(mine)
-		}
+		<-flushed // a failure broke the mirror
 	}
 	return err
 }
@@ -245,7 +250,7 @@ func (m *mirror) note(e lun.Extent, as equal) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.regions(e, func(g uint64, part lun.Extent) {
-		if m.count >= mostEqual {
+		if m.count >= m.most {
 			m.back.suspect(part) // a copy under way may be older
 			return
 		}
@@ -254,7 +259,7 @@ func (m *mirror) note(e lun.Extent, as equal) {
 		m.equal[g] = append(m.equal[g], &one)
 		m.count++
 	})
-	if m.count >= mostEqual/2 {
+	if m.count >= m.most/2 {
 		m.poke()
 	}
 }
@@ -408,9 +413,25 @@ func (m *mirror) clearBatch(ctx context.Context, batch []*equal, kinds state.Kin
 		return v.stateError(ctx, err)
 	}
 	for _, x := range same {
+		if kinds == state.Dirty {
+			v.cleared.Add(v.info.Bytes(x.Extent))
+		}
 		m.drop(x)
 	}
 	return nil
+}
+
+// lost tells whether a side may have lost with its cache what is taken to be equal.
+func (m *mirror) lost() bool {
+	source, destination := m.v.source.Resets(), m.v.destination.Resets()
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for _, list := range m.equal {
+		if slices.ContainsFunc(list, func(x *equal) bool { return x.source != source || x.destination != destination }) {
+			return true
+		}
+	}
+	return false
 }
 
 func (m *mirror) has(x *equal) bool {
@@ -447,18 +468,30 @@ func (m *mirror) clear(ctx context.Context) {
 	}
 }
 
-// catchUp brings the source what is dirty and not equal, and mends the mirror.
+// catchUp brings the source what is dirty and not equal, and mends the mirror: one that breaks
+// again soon after rests longer each time.
 func (m *mirror) catchUp(ctx context.Context) {
 	round := time.NewTicker(mirrorRound)
 	defer round.Stop()
+	rest := mirrorRound
+	var mended, until time.Time // until is zero while the mirror is not known to be broken
 	for ctx.Err() == nil {
 		gone, broken := m.state()
 		if broken != nil {
-			if m.sourceIsBack(ctx) {
+			switch now := time.Now(); {
+			case !until.IsZero():
+			case now.Sub(mended) < mirrorCalm:
+				rest = min(2*rest, mostRest)
+				until = now.Add(rest)
+			default:
+				rest, until = mirrorRound, now
+			}
+			if !time.Now().Before(until) && m.sourceIsBack(ctx) {
 				m.mend()
+				mended, until = time.Now(), time.Time{}
 				continue
 			}
-		} else if _, missing := m.back.NextMissing(0); missing {
+		} else if _, missing := m.back.NextMissing(0); missing && !m.v.paused() {
 			run, stop := context.WithCancel(ctx)
 			go func() {
 				select {
@@ -482,7 +515,31 @@ func (m *mirror) sourceIsBack(ctx context.Context) bool {
 	if d, ok := m.v.source.Device.(lun.Reachable); ok && d.Unreachable() != nil {
 		return false
 	}
-	return m.v.sourceFlush.Flush(ctx) == nil
+	return m.sourceWrites(ctx) == nil && m.v.sourceFlush.Flush(ctx) == nil
+}
+
+// sourceWrites fails where the source does not take a block that it is behind with: one that fails
+// writes alone would break the mirror again at once.
+func (m *mirror) sourceWrites(ctx context.Context) error {
+	region, missing := m.back.NextMissing(0)
+	if !missing {
+		return nil
+	}
+	release, err := m.back.Exclude(ctx, m.v.region(region))
+	if err != nil {
+		return err
+	}
+	defer release()
+	left, err := m.back.Invalid(m.v.region(region))
+	if err != nil || len(left) == 0 {
+		return err
+	}
+	// It stays dirty, and comes again with the others.
+	p := make([]byte, m.v.info.BlockSize)
+	if err := m.v.destination.ReadAt(ctx, p, left[0].Start); err != nil {
+		return nil // that is another matter
+	}
+	return m.v.source.WriteAt(ctx, p, left[0].Start)
 }
 
 // MirrorStep is SetMirror, to ask about it.
@@ -538,10 +595,11 @@ func (v *Volume) SetMirror(ctx context.Context, on bool) error {
 			return err
 		}
 		if on {
-			v.runMirror()
+			v.makeMirror()
 		} else if m := v.mirror.Swap(nil); m != nil {
 			v.fromFlushed.Store(false)
 			v.fault("mirror", nil)
+			v.fault(copyBack, nil)
 		}
 		return nil
 	})
@@ -574,6 +632,8 @@ func (v *Volume) mirrorStatus() *MirrorStatus {
 	bs := uint64(v.info.BlockSize)
 	writing := m.back.underWay(v.info.All())
 	s := &MirrorStatus{State: "whole", Behind: v.raw().Count(state.Dirty) * bs}
+	// The counts are of different instants: whole is what has nothing to be copied.
+	_, missing := m.back.NextMissing(0)
 	for _, e := range writing {
 		_ = v.raw().Runs(state.Dirty, run(e), func(r state.Run, dirty bool) bool { // an error has its own fault
 			if dirty {
@@ -597,7 +657,7 @@ func (v *Volume) mirrorStatus() *MirrorStatus {
 	switch {
 	case m.broken != nil:
 		s.State, s.Reason = "broken", m.broken.Error()
-	case s.Behind > 0:
+	case s.Behind > 0 || missing:
 		s.State = "behind"
 	}
 	return s

@@ -2,14 +2,19 @@ package proxy
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"io"
 	"math/rand/v2"
 	"path/filepath"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
+
+	"github.com/sirupsen/logrus"
 
 	copier "lunshift/copy"
 	"lunshift/lun"
@@ -105,6 +110,295 @@ func TestManySuspectsAreOneDoubt(t *testing.T) {
 	eventually(t, v, "the mirror is whole again", func(s Status) bool { return s.Mirror.State == "whole" })
 	expect(t, r.source, e, 5)
 	expect(t, r.source, lun.Extent{Start: 20, Blocks: 1}, 5)
+}
+
+// Caught: a record of phase ready that is made anew without it.
+func TestAMirrorThatIsSwitchedOnIsKeptUntilTheStart(t *testing.T) {
+	r := newRig(t, 2048)
+	v := r.open(t)
+	defer func() { r.close(t) }()
+	must(t, v.SetMirror(t.Context(), true))
+	if !v.Status().Mirrored {
+		t.Fatal("not mirrored before")
+	}
+	r.close(t)
+	v = r.open(t)
+	if !v.Status().Mirrored {
+		t.Error("it is forgotten")
+	}
+}
+
+// onLine does something as a line is logged.
+type onLine struct {
+	text string
+	do   func()
+}
+
+func (h *onLine) Levels() []logrus.Level { return logrus.AllLevels }
+func (h *onLine) Fire(e *logrus.Entry) error {
+	if strings.Contains(e.Message, h.text) {
+		h.do()
+	}
+	return nil
+}
+
+
+// A volume that is opened while the target serves already, as after an array was away: the first
+// command comes as soon as the unit is there, and its write is on both sides or not clean. Caught: a
+// mirror that begins after the unit is on the target.
+func TestAMirrorIsThereBeforeTheFirstCommand(t *testing.T) {
+	ctx := context.Background()
+	var at atomic.Value // address
+	dir := t.TempDir()
+	source, destination := luntest.NewThinMemory(testBlock, 2048), luntest.NewThinMemory(testBlock, 2048)
+	fill(t, source, lun.Extent{Blocks: 2048}, 1)
+	var failing atomic.Bool
+	source.Before = func(_ context.Context, op luntest.Op, _ lun.Extent) error {
+		if failing.Load() && op != luntest.Read {
+			return lun.ErrUnavailable
+		}
+		return nil
+	}
+	open := func(log logrus.FieldLogger) (*Volume, *state.Store, *target.Server) {
+		store, err := state.Open(dir, state.Options{Log: quiet()})
+		must(t, err)
+		tgt, err := target.New(target.Config{Log: quiet(), Portals: []target.Portal{{Address: "127.0.0.1:0"}}})
+		must(t, err)
+		must(t, tgt.Listen())
+		go func() { _ = tgt.Serve(ctx) }()
+		// as of a volume that is opened later than others (Service.reopen)
+		iqn := "iqn.2026-11.net.example:vol"
+		addr := fmt.Sprintf("iscsi://%s/%s/0", tgt.Addrs()[0], iqn)
+		at.Store(addr)
+		v, err := Open(ctx, Config{
+			Name: "vol", IQN: iqn, Source: source, Destination: destination, Mirror: true,
+			RegionSize: testRegion, CopyDepth: 4, Store: store, Target: tgt, Log: log,
+		})
+		must(t, err)
+		return v, store, tgt
+	}
+	v, store, tgt := open(quiet())
+	must(t, v.Throttle(ctx, 1))
+	must(t, v.Start(ctx))
+	must(t, v.Pause(ctx))
+	must(t, v.Throttle(ctx, 0))
+	failing.Store(true)
+	fill(t, v, lun.Extent{Start: 5, Blocks: 1}, 2) // on the destination alone, dirty: as after a kill or an outage of the source
+	must(t, v.Shutdown(ctx))
+	tgt.Close()
+	must(t, store.Close())
+	failing.Store(false)
+
+	var entered sync.Once
+	in, copied := make(chan struct{}), make(chan struct{})
+	var copiedOnce sync.Once
+	var ourWrite atomic.Bool
+	destination.Before = func(_ context.Context, op luntest.Op, e lun.Extent) error {
+		if e.Start <= 5 && e.End() > 5 {
+			switch {
+			case op == luntest.Write && ourWrite.Load():
+				entered.Do(func() { close(in) })
+				select {
+				case <-copied:
+					time.Sleep(100 * time.Millisecond) // a write that takes 0.1 s longer than the read of the copier
+				case <-time.After(time.Second):
+				}
+			case op == luntest.Read && ourWrite.Load():
+				time.AfterFunc(50*time.Millisecond, func() { copiedOnce.Do(func() { close(copied) }) })
+			}
+		}
+		return nil
+	}
+	written := make(chan error, 1)
+	log := logrus.New()
+	log.SetOutput(io.Discard)
+	log.AddHook(&onLine{"takes up the migration", func() {
+		go func() {
+			dev, err := lun.Open(ctx, at.Load().(string), lun.Options{InitiatorName: "iqn.2026-11.net.example:host"})
+			if err != nil {
+				written <- err
+				return
+			}
+			defer dev.Close()
+			ourWrite.Store(true)
+			written <- dev.WriteAt(ctx, stamp(5, 3), 5)
+		}()
+		select {
+		case <-in:
+		case err := <-written:
+			written <- err
+		case <-time.After(time.Second):
+		}
+	}})
+	v, store, tgt = open(log)
+	must(t, <-written)
+	expect(t, v, lun.Extent{Start: 5, Blocks: 1}, 3)
+	eventually(t, v, "whole", func(s Status) bool { return s.Mirror != nil && s.Mirror.State == "whole" })
+	eventually(t, v, "clean", func(Status) bool { return v.raw().Count(state.Dirty) == 0 })
+	must(t, v.Rollback(ctx, RollbackOptions{}))
+	waitFor(t, v, RolledBack)
+	t.Cleanup(func() { must(t, v.Shutdown(ctx)); tgt.Close(); must(t, store.Close()) })
+	expect(t, v, lun.Extent{Start: 5, Blocks: 1}, 3) // acknowledged
+}
+
+// Caught: a flush, or a write, that waits as long as the array's time-out.
+type gone struct {
+	*luntest.Memory
+	is atomic.Bool
+}
+
+func (g *gone) Unreachable() error {
+	if g.is.Load() {
+		return lun.ErrUnavailable
+	}
+	return nil
+}
+
+func TestNobodyWaitsForASourceThatIsGone(t *testing.T) {
+	source := &gone{Memory: luntest.NewThinMemory(testBlock, 2048)}
+	fill(t, source, lun.Extent{Blocks: 2048}, 1)
+	destination := luntest.NewThinMemory(testBlock, 2048)
+	v := openWith(t, source, destination)
+	must(t, v.SetMirror(t.Context(), true))
+	must(t, v.Start(t.Context()))
+	waitFor(t, v, Synced)
+	eventually(t, v, "whole", func(s Status) bool { return s.Mirror != nil && s.Mirror.State == "whole" })
+	const ioTimeout = 6 * time.Second
+	source.Before = func(ctx context.Context, op luntest.Op, _ lun.Extent) error {
+		if source.is.Load() && (op == luntest.Flush || op == luntest.Write) {
+			select {
+			case <-time.After(ioTimeout):
+				return lun.ErrUnavailable
+			case <-ctx.Done():
+				return ctx.Err()
+			}
+		}
+		return nil
+	}
+	source.is.Store(true)
+	began := time.Now()
+	done := make(chan struct{})
+	go func() { // another initiator writes: the mirror breaks after 2 s
+		defer close(done)
+		time.Sleep(100 * time.Millisecond)
+		fill(t, v, lun.Extent{Start: 9, Blocks: 1}, 3)
+		if took := time.Since(began); took > 4*time.Second {
+			t.Errorf("a write took %v", took)
+		}
+	}()
+	must(t, v.Flush(t.Context()))
+	took := time.Since(began)
+	<-done
+	if took > 4*time.Second {
+		t.Errorf("a flush took %v", took)
+	}
+	source.is.Store(false)
+}
+
+// A source that takes flushes and fails writes is not tried once a second, each time with a
+// warning and two events in the audit trail. Caught: a flush for all that is asked of it.
+func TestAMirrorRestsWhereTheSourceTakesNoWrites(t *testing.T) {
+	r := newRig(t, 2048)
+	fill(t, r.source, lun.Extent{Blocks: 2048}, 1)
+	var full atomic.Bool
+	r.source.Before = func(_ context.Context, op luntest.Op, e lun.Extent) error {
+		if full.Load() && op == luntest.Write && e.Start <= 5 && e.End() > 5 {
+			return errors.New("space allocation failed")
+		}
+		return nil
+	}
+	r.cfg.Mirror = true
+	var told atomic.Int64
+	r.cfg.Happened = func(h Happening) {
+		if h.Fault != "" {
+			told.Add(1)
+		}
+	}
+	v := r.open(t)
+	defer func() { r.close(t) }()
+	must(t, v.Start(t.Context()))
+	waitFor(t, v, Synced)
+	eventually(t, v, "whole", func(s Status) bool { return s.Mirror != nil && s.Mirror.State == "whole" })
+	full.Store(true)
+	for end := time.Now().Add(3 * time.Second); time.Now().Before(end); {
+		fill(t, v, lun.Extent{Start: 5, Blocks: 1}, 2)
+		time.Sleep(50 * time.Millisecond)
+	}
+	if n := told.Load(); n != 1 {
+		t.Errorf("%d faults began or ended", n)
+	}
+	full.Store(false)
+	eventually(t, v, "whole again", func(s Status) bool { return s.Mirror.State == "whole" })
+}
+
+// Caught: a fault of the way back that is one of the copy forward, and stays.
+func TestFaultsOfACatchUpEndWithTheMirror(t *testing.T) {
+	r := newRig(t, 2048)
+	fill(t, r.source, lun.Extent{Blocks: 2048}, 1)
+	var full atomic.Bool
+	r.source.Before = func(_ context.Context, op luntest.Op, e lun.Extent) error {
+		if full.Load() && op == luntest.Write {
+			return errors.New("space allocation failed")
+		}
+		return nil
+	}
+	v := r.open(t)
+	defer func() { r.close(t) }()
+	must(t, v.Start(t.Context()))
+	waitFor(t, v, Synced)
+	fill(t, v, lun.Extent{Start: 5, Blocks: 1}, 2)
+	full.Store(true)
+	must(t, v.SetMirror(t.Context(), true))
+	eventually(t, v, "copy fault", func(s Status) bool { return s.Degraded })
+	must(t, v.SetMirror(t.Context(), false))
+	if s := v.Status(); s.Degraded {
+		t.Error(s.DegradedReason)
+	}
+}
+
+// Caught: a catch-up that does not look.
+func TestPauseHoldsTheCatchUpOfAMirror(t *testing.T) {
+	r := newRig(t, 2048)
+	v := r.open(t)
+	defer func() { r.close(t) }()
+	must(t, v.Throttle(t.Context(), 1))
+	fill(t, r.source, lun.Extent{Start: 1024, Blocks: 1024}, 1)
+	must(t, v.Start(t.Context()))
+	fill(t, v, lun.Extent{Blocks: 512}, 2)
+	must(t, v.Throttle(t.Context(), 0))
+	must(t, v.Pause(t.Context()))
+	must(t, v.SetMirror(t.Context(), true))
+	time.Sleep(2 * mirrorRound)
+	if n := v.Status().CopiedBack; n > 0 {
+		t.Errorf("%d bytes copied back", n)
+	}
+	must(t, v.Resume(t.Context()))
+	eventually(t, v, "whole", func(s Status) bool { return s.Mirror.State == "whole" })
+}
+
+// Caught: dirty blocks alone; what was cleared taken for what was copied, after a restart.
+func TestWhatInitiatorsWroteCountsWithAMirrorToo(t *testing.T) {
+	r := newRig(t, 2048)
+	fill(t, r.source, lun.Extent{Blocks: 128}, 1)
+	r.cfg.Mirror = true
+	v := r.open(t)
+	defer func() { r.close(t) }()
+	must(t, v.Start(t.Context()))
+	waitFor(t, v, Synced)
+	fill(t, v, lun.Extent{Blocks: 1024}, 2)
+	eventually(t, v, "clean", func(Status) bool { return v.raw().Count(state.Dirty) == 0 })
+	wants := func() {
+		t.Helper()
+		if s := v.Status(); s.InitiatorWritten != 1024*testBlock || s.Copied != 128*testBlock {
+			t.Errorf("%d bytes written, %d copied", s.InitiatorWritten, s.Copied)
+		}
+	}
+	wants()
+	must(t, v.SetMirror(t.Context(), false))
+	r.cfg.Mirror = false
+	r.close(t)
+	v = r.open(t)
+	wants()
 }
 
 // BenchmarkMirror is writes of 4 KiB at random, in phase synced, by 32 writers onto LUNs in memory,

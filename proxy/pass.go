@@ -22,7 +22,6 @@ const mostSuspects = 256
 // It implements copier.Ledger for the copier that works in its direction.
 type pass struct {
 	v        *Volume
-	name     string
 	from, to *unit
 	// fromFlush and toFlush flush the two.
 	fromFlush, toFlush *flusher
@@ -65,12 +64,12 @@ func (v *Volume) newWays(f flags, backward bool) *ways {
 		v: v, from: v.destination, to: v.source, fromFlush: v.destinationFlush, toFlush: v.sourceFlush, flags: reversed{f, v.info.Blocks},
 	}
 	set := v.set()
-	for _, p := range []*pass{w.forward, w.back} {
+	for p, kind := range map[*pass]string{w.forward: "copy", w.back: copyBack} {
 		o := copier.Options{
-			Source: p.from, Destination: p.to, Ledger: p,
+			Source: p.from, Destination: p.to, From: p.from.role, To: p.to.role, Ledger: p,
 			Volume: v.info.All(), RegionBlocks: v.record.RegionBlocks, Depth: set.CopyDepth,
 			Throttle: v.throttle, Shared: v.cfg.CopyRateOfAll, Readback: set.Readback, Compare: p == w.forward && v.record.Compare,
-			Fault: func(err error) { v.fault("copy", err) },
+			Fault: func(err error) { v.fault(kind, err) },
 		}
 		if p == w.forward {
 			o.Survey = v.survey
@@ -95,7 +94,7 @@ func (w *ways) count() {
 	if v.record.AllocatedBytes != nil {
 		w.before.Allocated, w.before.Surveyed = *v.record.AllocatedBytes, true
 	}
-	if p := Phase(v.record.Phase); p != Migrating && p != Synced || v.wantsMirror(v.record) {
+	if p := Phase(v.record.Phase); p != Migrating && p != Synced || v.wantsMirror(v.record) || v.record.Mirrored {
 		return
 	}
 	// What is valid and was never written by an initiator came from the copier, also
@@ -111,6 +110,9 @@ func (w *ways) count() {
 		w.before.Copied += brought - counted
 	}
 }
+
+// copyBack is the kind of the faults of a copy to the source.
+const copyBack = "copy back"
 
 // unmapped is a unit that does not tell what is allocated.
 type unmapped struct{ *unit }

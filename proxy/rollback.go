@@ -53,13 +53,23 @@ func (rollback) needs(v *Volume) []need {
 	if err := v.raw().Await(context.Background(), run(v.info.All())); err != nil {
 		return []need{source, destination}
 	}
-	if _, missing := v.ways.Load().back.NextMissing(0); missing {
+	if v.needsDestination() {
 		return []need{source, destination}
 	}
 	return []need{source}
 }
 
+// needsDestination tells whether the destination may have blocks that the source has not: what a
+// mirror took to be on both is not, where one of them lost its cache.
+func (v *Volume) needsDestination() bool {
+	_, missing := v.ways.Load().back.NextMissing(0)
+	m := v.mirror.Load()
+	return missing || m != nil && m.lost()
+}
+
 func (rollback) look(context.Context, *Volume) error { return nil }
+
+func (s rollback) final(v *Volume) bool { return v.Phase() == RollingBack && s.o.AcceptUnreadable }
 
 func (s rollback) prepare(ctx context.Context, v *Volume) (skip bool, err error) {
 	done, err := s.allowed(v)
@@ -103,7 +113,7 @@ func (rollback) settle(ctx context.Context, v *Volume) error {
 	}
 	err := v.destinationFlush.Flush(ctx)
 	// Of a mirror, what both sides hold alike does not count, and the destination may be gone.
-	if _, missing := v.ways.Load().back.NextMissing(0); missing && err != nil {
+	if err != nil && v.needsDestination() {
 		return fmt.Errorf("blocks are on the destination alone: %w", err)
 	}
 	return nil
@@ -124,7 +134,7 @@ func (rollback) undo(v *Volume) {
 	if v.mirror.Load() != nil {
 		v.workMirror()
 	}
-	if v.Phase() == Migrating && !v.record.Paused {
+	if v.Phase() == Migrating && !v.paused() {
 		v.runCopier()
 	}
 }
@@ -150,7 +160,7 @@ func (v *Volume) becomeRolledBack(ctx context.Context) error {
 		return err
 	}
 	now := time.Now()
-	v.fault("copy", nil)
+	v.fault(copyBack, nil)
 	return v.advance(ctx, RolledBack, func(r *state.Record) { r.RolledBackAt, r.Paused = &now, false })
 }
 

@@ -3,6 +3,7 @@ package proxy
 import (
 	"context"
 	"errors"
+	"strings"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -232,4 +233,130 @@ func newPair(t *testing.T, blocks uint64) []*rig {
 		must(t, store.Close())
 	})
 	return pair
+}
+
+// Caught: a new record before it is known that the start goes on.
+func TestARefusedStartLeavesWhatWasRolledBack(t *testing.T) {
+	r := newRig(t, 2048)
+	fill(t, r.source, lun.Extent{Blocks: 2048}, 1)
+	v := r.open(t)
+	defer func() { r.close(t) }()
+	must(t, v.Start(t.Context()))
+	waitFor(t, v, Synced)
+	must(t, v.Rollback(t.Context(), RollbackOptions{}))
+	waitFor(t, v, RolledBack)
+	err := v.Start(t.Context())
+	if s := v.Status(); err == nil || s.Phase != RolledBack || s.RolledBackAt == nil {
+		t.Errorf("%v, phase %s, rolled back at %v", err, s.Phase, s.RolledBackAt)
+	}
+}
+
+// Caught: a hold that was measured before the record was written.
+func TestTheHoldThatIsShownIsAllOfIt(t *testing.T) {
+	r := newRig(t, 2048)
+	fill(t, r.source, lun.Extent{Blocks: 2048}, 1)
+	r.cfg.Mirror = true
+	v := r.open(t)
+	defer func() { r.close(t) }()
+	must(t, v.Start(t.Context()))
+	waitFor(t, v, Synced)
+	eventually(t, v, "whole", func(s Status) bool { return s.Mirror != nil && s.Mirror.State == "whole" })
+	var slow atomic.Bool
+	r.source.Before = func(_ context.Context, op luntest.Op, _ lun.Extent) error {
+		if op == luntest.Flush && slow.Load() {
+			time.Sleep(400 * time.Millisecond)
+		}
+		return nil
+	}
+	stop := make(chan struct{})
+	longest := make(chan time.Duration)
+	go func() {
+		var most time.Duration
+		for at := uint64(0); ; at++ {
+			select {
+			case <-stop:
+				longest <- most
+				return
+			default:
+			}
+			began := time.Now()
+			if err := v.WriteAt(context.Background(), stamp(lun.LBA(at%2000), 2), lun.LBA(at%2000)); err != nil {
+				t.Error(err)
+			}
+			most = max(most, time.Since(began))
+			time.Sleep(time.Millisecond)
+		}
+	}()
+	time.Sleep(300 * time.Millisecond)
+	slow.Store(true)
+	must(t, v.Rollback(t.Context(), RollbackOptions{}))
+	close(stop)
+	most := <-longest
+	shown := time.Duration(*v.Status().Hold * float64(time.Millisecond))
+	if most > shown+250*time.Millisecond {
+		t.Errorf("a write was held for %v, shown are %v", most, shown)
+	}
+	slow.Store(false)
+	waitFor(t, v, RolledBack)
+}
+
+// Caught: the source called the destination.
+func TestACopyBackNamesTheSidesAsTheyAre(t *testing.T) {
+	r := newRig(t, 2048)
+	fill(t, r.source, lun.Extent{Blocks: 2048}, 1)
+	v := r.open(t)
+	defer func() { r.close(t) }()
+	must(t, v.Start(t.Context()))
+	waitFor(t, v, Synced)
+	fill(t, v, lun.Extent{Start: 5, Blocks: 1}, 2)
+	var bad atomic.Bool
+	bad.Store(true)
+	r.source.Before = func(_ context.Context, op luntest.Op, e lun.Extent) error {
+		if bad.Load() && op == luntest.Write {
+			return errors.New("write protected")
+		}
+		return nil
+	}
+	must(t, v.Rollback(t.Context(), RollbackOptions{}))
+	eventually(t, v, "degraded", func(s Status) bool { return s.Degraded })
+	if why := v.Status().DegradedReason; !strings.Contains(why, "copy back: write LBA 5+1 of the source: ") {
+		t.Error(why)
+	}
+	bad.Store(false)
+	waitFor(t, v, RolledBack)
+}
+
+// Caught: blocks given up in the order of the volumes.
+func TestBlocksAreGivenUpOnceAllOthersAreReady(t *testing.T) {
+	pair := newPair(t, 256)
+	a, b := pair[0].vol, pair[1].vol
+	fill(t, pair[0].source, lun.Extent{Blocks: 256}, 1)
+	pair[0].source.Before = func(_ context.Context, op luntest.Op, e lun.Extent) error {
+		if op == luntest.Read && e.Start <= 7 && e.End() > 7 {
+			return &lun.SenseError{Key: 3, ASC: 0x11, LBA: 7, Valid: true}
+		}
+		return nil
+	}
+	for _, v := range []*Volume{a, b} {
+		must(t, v.Start(t.Context()))
+	}
+	waitFor(t, b, Synced)
+	eventually(t, a, "unreadable", func(s Status) bool { return s.Unreadable > 0 && s.Unreadable == s.Remaining })
+	var fails atomic.Bool
+	fails.Store(true)
+	pair[1].destination.Before = func(_ context.Context, op luntest.Op, _ lun.Extent) error {
+		if op == luntest.Flush && fails.Load() {
+			return lun.ErrUnavailable
+		}
+		return nil
+	}
+	cut := CutoverStep(CutoverOptions{NoVerify: true, AcceptUnreadable: true})
+	if err := Do(t.Context(), cut, Together{}, a, b); err == nil || a.Phase() != Migrating || a.Status().AcceptedUnreadable != 0 {
+		t.Errorf("%v; a is %s, %d bytes given up", err, a.Phase(), a.Status().AcceptedUnreadable)
+	}
+	fails.Store(false)
+	must(t, Do(t.Context(), cut, Together{}, a, b))
+	if a.Phase() != Cutover || b.Phase() != Cutover {
+		t.Errorf("phases %s and %s", a.Phase(), b.Phase())
+	}
 }

@@ -149,7 +149,8 @@ type Status struct {
 	Compare  bool   `json:"compare"`
 	Compared uint64 `json:"compared_bytes"`
 	Equal    uint64 `json:"equal_bytes"`
-	// InitiatorWritten is the size of the blocks initiators wrote since start.
+	// InitiatorWritten is the size of the blocks initiators wrote since start. With a mirror a
+	// block counts once more when it is written after both sides had it, up to Size.
 	InitiatorWritten uint64 `json:"initiator_written_bytes"`
 	// CopiedBack is what was copied from the destination back to the source: after a
 	// rollback, or for a mirror that was behind.
@@ -161,7 +162,7 @@ type Status struct {
 	// Remaining is what is not yet valid on the destination; in phase rolling-back on the
 	// source.
 	Remaining uint64 `json:"remaining_bytes"`
-	// Unreadable is the size of the blocks that the source cannot read and no initiator
+	// Unreadable is the size of the blocks that the side which is copied from cannot read and no initiator
 	// wrote since, UnreadableRuns where they are. They are part of Remaining.
 	Unreadable     uint64     `json:"unreadable_bytes"`
 	UnreadableRuns []BlockRun `json:"unreadable"`

@@ -179,6 +179,9 @@ func (t Together) limit() time.Duration { return cmp.Or(t.HoldLimit, holdLimit) 
 // Step is what is done together.
 type Step interface {
 	Question
+	// final tells whether prepare does something that undo does not take back: blocks are given
+	// up. Such volumes come last, once all others are prepared.
+	final(v *Volume) bool
 	// prepare brings the volume as far as it comes without holding commands, and fails
 	// where the step is not to be done. skip says that there is nothing to do. undo takes
 	// back what it did.
@@ -210,17 +213,20 @@ func Do(ctx context.Context, s Step, t Together, volumes ...*Volume) error {
 		return err
 	}
 	do := make([]*Volume, 0, len(volumes))
-	skips := make(map[*Volume]bool)
 	var errs []error
-	for _, v := range volumes {
-		skip, err := s.prepare(ctx, v)
-		switch {
-		case err != nil:
-			errs = append(errs, err)
-		case !skip:
-			do = append(do, v)
+	for _, final := range []bool{false, true} {
+		for _, v := range volumes {
+			if s.final(v) != final || final && len(errs) > 0 {
+				continue
+			}
+			skip, err := s.prepare(ctx, v)
+			switch {
+			case err != nil:
+				errs = append(errs, err)
+			case !skip:
+				do = append(do, v)
+			}
 		}
-		skips[v] = skip
 	}
 	undo := func() {
 		for _, v := range do {
@@ -239,7 +245,7 @@ func Do(ctx context.Context, s Step, t Together, volumes ...*Volume) error {
 	defer gathered.end()
 	failpoint.Here("step.ready")
 	began := time.Now()
-	_, err = heldAll(ctx, t.limit(), do, func(ctx context.Context) error {
+	held, err := heldAll(ctx, t.limit(), do, func(ctx context.Context) error {
 		failpoint.Here("step.held")
 		if err := each(ctx, do, s.settle); err != nil {
 			return err
@@ -252,19 +258,31 @@ func Do(ctx context.Context, s Step, t Together, volumes ...*Volume) error {
 		if err := advance(ctx, changes...); err != nil {
 			return err
 		}
-		for _, v := range do {
+		return each(ctx, do, func(ctx context.Context, v *Volume) error {
 			s.after(ctx, v)
-		}
-		return nil
+			return nil
+		})
 	})
 	if err != nil {
 		undo()
-		if errors.Is(err, state.ErrFailed) {
-			return do[0].errorf("%s: whether it was recorded is not known; it goes on as %s: restart the service, and look at the phase then: %w", s.Name(), do[0].Phase(), err)
+		switch phase := do[0].Phase(); {
+		case errors.Is(err, state.ErrFailed):
+			err = fmt.Errorf("%s: whether it was recorded is not known; what serves goes on serving: restart the service, and look at the phase then: %w", s.Name(), err)
+		case len(do) > 1: // which need not be in the same phase
+			err = fmt.Errorf("%s undone: %w", s.Name(), err)
+		default:
+			err = fmt.Errorf("%s undone, still %s: %w", s.Name(), phase, err)
 		}
-		return do[0].errorf("%s undone, still %s: %w", s.Name(), do[0].Phase(), err)
+		if len(do) > 1 {
+			return err
+		}
+		return do[0].errorf("%w", err)
 	}
 	failpoint.Here("step.released")
+	// All of it, with the writing of the record. A failure is shown by the volume.
+	_ = each(ctx, do, func(ctx context.Context, v *Volume) error {
+		return v.save(ctx, func(r *state.Record) { r.Hold = &held })
+	})
 	gathered.drop()
 	return each(ctx, do, s.finish)
 }

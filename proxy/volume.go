@@ -92,6 +92,8 @@ type Config struct {
 	Withdraw func(BlockRun)
 	// fenceEvery is the time between looks at the fences; 0 is 30 s.
 	fenceEvery time.Duration
+	// mostEqual bounds what a mirror knows to be equal; 0 is 65,536 extents.
+	mostEqual int
 	// askLimit is how long somebody may take to answer before a step; 0 is 10 s.
 	askLimit time.Duration
 	// store takes the place of Store in tests.
@@ -123,6 +125,8 @@ type Volume struct {
 	commits turn          // held while flags of copied blocks, or the record, are committed
 
 	usage usage // of the source by file systems
+
+	cleared atomic.Uint64 // state.Record.ClearedBytes
 
 	phase atomic.Value // Phase; assigned in lifecycle.go only
 	// fromFlushed: the side that takes no writes has nothing in its cache.
@@ -241,6 +245,9 @@ func Open(ctx context.Context, cfg Config) (*Volume, error) {
 		return nil, err
 	}
 	v.phase.Store(Phase(v.record.Phase))
+	if p := v.Phase(); p == Migrating || p == Synced {
+		v.makeMirror() // no command comes past it
+	}
 	if err := cfg.Target.AddUnit(v.front()); err != nil {
 		return nil, v.errorf("%w", err)
 	}
@@ -290,7 +297,7 @@ func (v *Volume) takeUp(ctx context.Context, r state.Record, found bool) error {
 			Volume: v.cfg.Name, SourceID: s.ID, DestinationID: d.ID,
 			BlockSize: s.BlockSize, Blocks: s.Blocks,
 			RegionBlocks: max(1, v.cfg.RegionSize/uint64(s.BlockSize)),
-			Phase:        string(Ready), Paused: r.Paused, RateLimit: rate, CreatedAt: time.Now(),
+			Phase:        string(Ready), Paused: r.Paused, RateLimit: rate, Mirror: r.Mirror, CreatedAt: time.Now(),
 			Presented: r.Presented,
 		}
 	}
@@ -299,7 +306,8 @@ func (v *Volume) takeUp(ctx context.Context, r state.Record, found bool) error {
 		return v.errorf("load its flags: %w", err)
 	}
 	v.record = r
-	v.ways.Store(v.newWays(flags, Phase(r.Phase) == RollingBack))
+	v.cleared.Store(r.ClearedBytes)
+	v.ways.Store(v.newWays(flags, Phase(r.Phase) == RollingBack || Phase(r.Phase) == RolledBack))
 	if err := v.way().recover(ctx); err != nil {
 		return err
 	}
@@ -408,7 +416,7 @@ func (v *Volume) Status() Status {
 	s.ChecksumErrors, s.ReadbackErrors = p.ChecksumErrors, p.ReadbackErrors
 	s.InitiatorWritten, s.Mirror = r.InitiatorWrittenBytes, v.mirrorStatus()
 	if s.Phase == Migrating || s.Phase == Synced {
-		s.InitiatorWritten = v.raw().Count(state.Dirty) * bs
+		s.InitiatorWritten = v.written()
 	}
 	if s.Phase != RolledBack {
 		s.Remaining = s.Size - v.way().flags.Count(state.Valid)*bs
@@ -440,7 +448,7 @@ func (v *Volume) degraded() (bool, string) {
 		}
 		reason += text
 	}
-	for _, kind := range []string{"state", "fence", "registrations", "copy", "mirror"} {
+	for _, kind := range []string{"state", "fence", "registrations", "copy", copyBack, "mirror"} {
 		if text := v.faults[kind]; text != "" {
 			add(text)
 		}
@@ -515,9 +523,26 @@ func (v *Volume) tally() state.Record {
 		r.AllocatedBytes = &p.Allocated
 	}
 	if at := Phase(r.Phase); at == Migrating || at == Synced {
-		r.InitiatorWrittenBytes = v.raw().Count(state.Dirty) * uint64(v.info.BlockSize)
+		r.ClearedBytes = v.cleared.Load()
+		r.InitiatorWrittenBytes = v.written()
 	}
 	return r
+}
+
+// current is the record as it stands.
+func (v *Volume) current() state.Record {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	return v.record
+}
+
+// paused tells whether the administrator wants nothing copied.
+func (v *Volume) paused() bool { return v.current().Paused }
+
+// written is the size of the blocks that initiators wrote since the start, see
+// Status.InitiatorWritten.
+func (v *Volume) written() uint64 {
+	return min(v.info.Size(), v.raw().Count(state.Dirty)*uint64(v.info.BlockSize)+v.cleared.Load())
 }
 
 // copiedBack is what was copied to the source since the migration started, in bytes.

@@ -59,6 +59,9 @@ type Record struct {
 	Mirror *bool `json:"mirror,omitempty"`
 	// Mirrored is true once writes went to both sides since the start.
 	Mirrored bool `json:"mirrored,omitempty"`
+	// ClearedBytes is the size of the blocks that were dirty until both sides of a mirror had
+	// them, each as often as that was so.
+	ClearedBytes uint64 `json:"cleared_bytes,omitempty"`
 	// InitiatorWrittenBytes is the size of the dirty blocks at the last record.
 	InitiatorWrittenBytes uint64 `json:"initiator_written_bytes"`
 
