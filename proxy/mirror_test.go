@@ -142,7 +142,6 @@ func (h *onLine) Fire(e *logrus.Entry) error {
 	return nil
 }
 
-
 // A volume that is opened while the target serves already, as after an array was away: the first
 // command comes as soon as the unit is there, and its write is on both sides or not clean. Caught: a
 // mirror that begins after the unit is on the target.
