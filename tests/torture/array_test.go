@@ -113,7 +113,7 @@ func (a *volatileArray) content() []byte {
 // a write with FUA and its own, in the third; what either side of a mirror lost taken for
 // equal, in the second.
 func TestPowerLossOfTheArraysLosesNothingThatWasDurable(t *testing.T) {
-	r := tierOf(t, 8, 120)
+	r := tierOf(t, 6, 120)
 	sum := sum{crashes: map[string]int{}}
 	defer func() { tell(t, r, sum) }()
 	rng := rand.New(rand.NewPCG(r.seed, 3))
@@ -225,7 +225,7 @@ func (l *life) lose(when string) {
 	l.first.Store(l.uncopied)
 	w := l.work()
 	time.Sleep(time.Duration(20+l.rng.IntN(200)) * time.Millisecond)
-	if l.mirrored && l.rng.IntN(4) == 0 {
+	if l.mirrored && l.rng.IntN(8) == 0 {
 		time.Sleep(settleTime)
 	}
 	w.stop() // the commands under way meet the loss
