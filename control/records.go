@@ -80,7 +80,7 @@ func foreign(records []state.Record, name, source, destination string) error {
 // gone is the status of a volume that is cut over and removed, or whose
 // [[volume]] was deleted after its cutover; false for every other name.
 func (s *Service) gone(name string) (proxy.Status, bool) {
-	status := proxy.Status{Name: name, Phase: proxy.Cutover, Sessions: []target.SessionInfo{},
+	status := proxy.Status{Name: name, Phase: proxy.Cutover, Sessions: []target.SessionInfo{}, Reservation: target.Unreserved(),
 		Source: proxy.UnitStatus{State: "released"}, Destination: proxy.UnitStatus{State: "released"}}
 	for _, e := range s.list() {
 		if e.name == name {
@@ -108,6 +108,7 @@ func (s *Service) knownOf(v conf.Volume, failure error) proxy.Status {
 		Name: v.Name, IQN: v.IQN, LUN: v.LUN, Phase: proxy.Ready,
 		Degraded: true, DegradedReason: "not served: " + oneLine(failure), RateLimit: uint64(v.Copy.Rate),
 		Sessions:    []target.SessionInfo{},
+		Reservation: target.Unreserved(),
 		Source:      proxy.UnitStatus{Address: v.Source.Address, State: "unavailable"},
 		Destination: proxy.UnitStatus{Address: v.Destination.Address, State: "unavailable"},
 	}

@@ -17,13 +17,16 @@ type ReservationInfo struct {
 	Registered []string `json:"registered"`
 }
 
+// Unreserved is of a unit on which nothing is.
+func Unreserved() ReservationInfo { return ReservationInfo{Holders: []string{}, Registered: []string{}} }
+
 // Reservation gives what is reserved on a unit. ErrNoUnit where there is none.
 func (s *Server) Reservation(iqn string, number uint64) (ReservationInfo, error) {
 	s.mu.Lock()
 	_, u, err := s.mapped(iqn, number)
 	s.mu.Unlock()
 	if err != nil {
-		return ReservationInfo{Holders: []string{}, Registered: []string{}}, err
+		return Unreserved(), err
 	}
 	return u.reserved.info(), nil
 }
@@ -32,7 +35,7 @@ func (r *reservations) info() ReservationInfo {
 	r.mu.Lock()
 	p, reserver := r.persistent.Load(), r.reserver
 	r.mu.Unlock()
-	info := ReservationInfo{Holders: []string{}, Registered: []string{}}
+	info := Unreserved()
 	add := func(to *[]string, name string) {
 		if !slices.Contains(*to, name) {
 			*to = append(*to, name)

@@ -527,7 +527,7 @@ func image(t *testing.T, path string, seed uint64, share float64) []byte {
 // TestKillsLoseNoAcknowledgedWrite is the short tier of `make torture`: ten crashes or
 // more. It caught, in its first run each: the flag committed before the data; a write
 // acknowledged before its flag; a copier that does not ask again which blocks are
-// still to be copied; a rewrite of a copied block that is not noted as dirty. In the third:
+// still to be copied; a rewrite of a copied block that is not noted as dirty, by what the cutover compares. In the third:
 // a write with a mirror acknowledged before the source has it.
 func TestKillsLoseNoAcknowledgedWrite(t *testing.T) {
 	peer.Need(t, "tgtd", "tgtadm")
