@@ -18,7 +18,9 @@ type ReservationInfo struct {
 }
 
 // Unreserved is of a unit on which nothing is.
-func Unreserved() ReservationInfo { return ReservationInfo{Holders: []string{}, Registered: []string{}} }
+func Unreserved() ReservationInfo {
+	return ReservationInfo{Holders: []string{}, Registered: []string{}}
+}
 
 // Reservation gives what is reserved on a unit. ErrNoUnit where there is none.
 func (s *Server) Reservation(iqn string, number uint64) (ReservationInfo, error) {
