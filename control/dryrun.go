@@ -149,7 +149,7 @@ func WriteDryRun(w io.Writer, r DryRun, now time.Time) error {
 	_, err := fmt.Fprintf(w, "%s: %s\n", r.Name, outcome)
 	for _, a := range r.Parties {
 		if !a.Ready {
-			_, err = fmt.Fprintf(w, "  %s: %s\n", a.Party, a.Reason)
+			_, err = fmt.Fprintf(w, "  %s: %s\n", a.Party, strings.TrimPrefix(a.Reason, a.Party+": "))
 		}
 	}
 	return err
