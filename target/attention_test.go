@@ -211,6 +211,8 @@ func TestLUNChangesAreAnnouncedAtOnce(t *testing.T) {
 	if status != 0 {
 		t.Fatal(status)
 	}
+	i.lun = 3
+	i.do(tur, nil, 0) // from its answer on the session is in full feature phase on both sides
 	if err := s.AddUnit(Unit{IQN: iqn, LUN: 1, Device: newMemory(512, 64)}); err != nil {
 		t.Fatal(err)
 	}
@@ -227,7 +229,6 @@ func TestLUNChangesAreAnnouncedAtOnce(t *testing.T) {
 	}
 	// It has a StatSN of its own.
 	sn := p.StatSN()
-	i.lun = 3
 	h := i.command(tur, 0, 0)
 	i.start(h, nil)
 	if p := i.recv(); p.StatSN() != sn+1 || p.ITT() != h.ITT() {
