@@ -441,12 +441,6 @@ func (v *Volume) setPaused(ctx context.Context, paused bool) error {
 	if err := v.save(ctx, func(r *state.Record) { r.Paused = paused }); err != nil {
 		return err
 	}
-	if v.mirror.Load() != nil { // what catches it up looks whether it may
-		if err := v.stopMirror(ctx); err != nil {
-			return err
-		}
-		v.workMirror()
-	}
 	if paused {
 		err := v.stopCopier(ctx)
 		v.fault("copy", nil)

@@ -271,7 +271,7 @@ func (m *mirror) catchUp(ctx context.Context) {
 				mended, until = time.Now(), time.Time{}
 				continue
 			}
-		} else if _, missing := m.back.NextMissing(0); missing && !m.v.paused() {
+		} else if _, missing := m.back.NextMissing(0); missing {
 			run, stop := context.WithCancel(ctx)
 			go func() {
 				select {
@@ -401,6 +401,9 @@ type MirrorStatus struct {
 	Reason string `json:"reason,omitempty"`
 	// Behind is what the source is still to get, in bytes.
 	Behind uint64 `json:"behind_bytes"`
+	// Marked is what a crash would have brought over once more, in bytes: what is behind, in
+	// flight, or was written in the last seconds.
+	Marked uint64 `json:"marked_bytes"`
 }
 
 // mirrorStatus is nil where there is no mirror.
@@ -411,7 +414,8 @@ func (v *Volume) mirrorStatus() *MirrorStatus {
 	}
 	bs := uint64(v.info.BlockSize)
 	writing := m.back.underWay(v.info.All())
-	s := &MirrorStatus{State: "whole", Behind: v.raw().Count(state.Dirty) * bs}
+	s := &MirrorStatus{State: "whole", Marked: v.raw().Count(state.Dirty) * bs}
+	s.Behind = s.Marked
 	// The counts are of different instants: whole is what has nothing to be copied.
 	_, missing := m.back.NextMissing(0)
 	for _, e := range writing {

@@ -355,26 +355,6 @@ func TestFaultsOfACatchUpEndWithTheMirror(t *testing.T) {
 	}
 }
 
-// Caught: a catch-up that does not look.
-func TestPauseHoldsTheCatchUpOfAMirror(t *testing.T) {
-	r := newRig(t, 2048)
-	v := r.open(t)
-	defer func() { r.close(t) }()
-	must(t, v.Throttle(t.Context(), 1))
-	fill(t, r.source, lun.Extent{Start: 1024, Blocks: 1024}, 1)
-	must(t, v.Start(t.Context()))
-	fill(t, v, lun.Extent{Blocks: 512}, 2)
-	must(t, v.Throttle(t.Context(), 0))
-	must(t, v.Pause(t.Context()))
-	must(t, v.SetMirror(t.Context(), true))
-	time.Sleep(2 * mirrorRound)
-	if n := v.Status().CopiedBack; n > 0 {
-		t.Errorf("%d bytes copied back", n)
-	}
-	must(t, v.Resume(t.Context()))
-	eventually(t, v, "whole", func(s Status) bool { return s.Mirror.State == "whole" })
-}
-
 // Caught: dirty blocks alone; what was cleared taken for what was copied, after a restart.
 func TestWhatInitiatorsWroteCountsWithAMirrorToo(t *testing.T) {
 	r := newRig(t, 2048)
