@@ -446,3 +446,31 @@ func TestWhatIsNotUnderstoodCountsAsAllocated(t *testing.T) {
 	change(t, disk, 0, []byte("LUKS\xba\xbe"))
 	wantNone(t, disk, "LUKS")
 }
+
+// TestAnOldFileSystemBesideSomethingElseCountsAsAllocated: what came after it left its beginning
+// alone. Caught: a partition that is not asked for a table; no look for ZFS.
+func TestAnOldFileSystemBesideSomethingElseCountsAsAllocated(t *testing.T) {
+	ext := small(t)
+	if free, _ := read(t, ext, 512, Use{}); len(free) == 0 {
+		t.Fatal("nothing is free in what is to be spoilt: the test shows nothing")
+	}
+	for _, ring := range []int64{128 << 10, 20*mib - 128<<10} {
+		for _, magic := range []string{zfsLittle, zfsBig} {
+			pool := same(t, ext)
+			change(t, pool, ring+5<<10, []byte(magic))
+			wantNone(t, pool, "ambiguous content")
+		}
+	}
+	for at, magic := range map[int64]string{32 << 10: "JFS1", 64<<10 + 52: "ReIsEr2Fs", 64 << 10: "\x01\x16\x19\x70", 8<<10 + 1372: "\x54\x19\x01\x00", 8 << 10: "\xa5\x01\xfc\xf5"} {
+		other := same(t, ext)
+		change(t, other, at, []byte(magic))
+		wantNone(t, other, "ambiguous content")
+	}
+	// A guest's disk in a partition that was a file system.
+	guest := same(t, ext)
+	run(t, "sh", "-c", "printf 'label: dos\\nstart=1MiB,size=10MiB,type=7\\n' | sfdisk -q --wipe never \"$0\"", guest)
+	disk := image(t, 100*mib, "")
+	table(t, disk, "label: gpt\nstart=2MiB,size=20MiB,type=linux\n")
+	place(t, guest, disk, 2*mib)
+	wantNone(t, disk, "ambiguous content")
+}

@@ -37,7 +37,20 @@ var signatures = []signature{
 	{"Btrfs", 65536 + 64, "_BHRfS_M"},
 	{"bcache", 4096 + 24, "\xc6\x85\x73\xf6\x4e\x1a\x45\xca\x82\x65\xf5\x7f\x48\xba\x6d\x81"},
 	{"MD RAID", 0, mdMagic}, {"MD RAID", 4096, mdMagic},
+	{"JFS", 32 << 10, "JFS1"},
+	{"ReiserFS", 64<<10 + 52, "ReIsEr"}, {"ReiserFS", 8<<10 + 52, "ReIsEr"},
+	{"GFS2", 64 << 10, "\x01\x16\x19\x70"},
+	{"UFS", 8<<10 + 1372, "\x54\x19\x01\x00"}, {"UFS", 8<<10 + 1372, "\x00\x01\x19\x54"},
+	{"UFS", 64<<10 + 1372, "\x19\x01\x54\x19"}, {"UFS", 64<<10 + 1372, "\x19\x54\x01\x19"},
+	{"VxFS", 1 << 10, "\xf5\xfc\x01\xa5"}, {"VxFS", 8 << 10, "\xa5\x01\xfc\xf5"},
 }
+
+// ZFS leaves the first 8 KiB to others. Each of its labels, two at either end, has a ring of
+// uberblocks in its second half, which begin with this at multiples of 1 KiB.
+const (
+	zfsLabel          = 256 << 10
+	zfsLittle, zfsBig = "\x0c\xb1\xba\x00\x00\x00\x00\x00", "\x00\x00\x00\x00\x00\xba\xb1\x0c"
+)
 
 const mdMagic = "\xfc\x4e\x2b\xa9"
 
@@ -67,9 +80,16 @@ func (m *mapper) unread(kind string, s *space, err error) error {
 
 // contents reads what lies in a partition or a logical volume.
 func (m *mapper) contents(ctx context.Context, s *space, volumes bool) error {
-	_, kinds, err := s.kinds(ctx)
+	head, kinds, err := s.kinds(ctx)
 	if err != nil {
 		return m.unread("unknown content", s, err)
+	}
+	if isTable(head, kinds) { // the disk of a guest
+		if len(kinds) == 0 {
+			m.find(Finding{Kind: "a partition table", Where: s.where, Text: "not read"})
+			return nil
+		}
+		kinds = append([]string{"a partition table"}, kinds...)
 	}
 	return m.content(ctx, s, kinds, volumes)
 }
@@ -124,6 +144,20 @@ func (s *space) kinds(ctx context.Context) (head []byte, kinds []string, err err
 		}
 		if string(tail) == mdMagic || string(tail) == "\xa9\x2b\x4e\xfc" {
 			say("MD RAID")
+		}
+	}
+	for _, label := range [...]uint64{0, s.size&^(zfsLabel-1) - min(s.size&^(zfsLabel-1), zfsLabel)} {
+		if !s.holds(label+zfsLabel/2, zfsLabel/2) {
+			continue
+		}
+		ring, err := s.get(ctx, label+zfsLabel/2, zfsLabel/2)
+		if err != nil {
+			return nil, nil, err
+		}
+		for ; len(ring) >= 1<<10; ring = ring[1<<10:] {
+			if bytes.HasPrefix(ring, []byte(zfsLittle)) || bytes.HasPrefix(ring, []byte(zfsBig)) {
+				say("ZFS")
+			}
 		}
 	}
 	return head, kinds, nil
