@@ -139,6 +139,10 @@ type RemoveReport struct {
 	Removed bool `json:"removed"`
 	// Known is false where neither the configuration nor the state has the name.
 	Known bool `json:"known"`
+	// Redirect is where logins are sent as long as the configuration has the volume, and
+	// RedirectUntil when that ends by itself, nil for never; empty where they are refused.
+	Redirect      string     `json:"redirect,omitempty"`
+	RedirectUntil *time.Time `json:"redirect_until,omitempty"`
 }
 
 // throttleRequest is the body of a throttle request, in bytes per second.

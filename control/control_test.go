@@ -54,7 +54,7 @@ func TestStepsTravelOverTheSocket(t *testing.T) {
 		t.Errorf("statuses: %+v, %v", all, err)
 	}
 	for _, first := range []bool{true, false} {
-		if r, err := client.Remove(ctx, "db01"); err != nil || r != (RemoveReport{"db01", first, true}) {
+		if r, err := client.Remove(ctx, "db01"); err != nil || r != (RemoveReport{Name: "db01", Removed: first, Known: true}) {
 			t.Errorf("remove: %+v, %v", r, err)
 		}
 	}

@@ -8,6 +8,7 @@ import (
 	"slices"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/sirupsen/logrus"
 
@@ -123,7 +124,8 @@ func (f *fakeVolume) Cutover(_ context.Context, o proxy.CutoverOptions) error {
 	f.mu.Lock()
 	f.asked = o
 	f.mu.Unlock()
-	return f.step(proxy.Synced, "cutover", func(s *proxy.Status) { s.Phase = proxy.Cutover })
+	now := time.Now()
+	return f.step(proxy.Synced, "cutover", func(s *proxy.Status) { s.Phase, s.CutoverAt = proxy.Cutover, &now })
 }
 func (f *fakeVolume) Rollback(_ context.Context, o proxy.RollbackOptions) error {
 	f.mu.Lock()
@@ -163,7 +165,7 @@ func serveFakes(t testing.TB, volumes ...*fakeVolume) (*Client, *Service) {
 	t.Helper()
 	log := logrus.New()
 	log.SetOutput(io.Discard)
-	s := &Service{cfg: &conf.Config{}, log: log}
+	s := &Service{cfg: &conf.Config{}, log: log, follower: &follower{queue: make(chan proxy.Happening, mostHappenings)}}
 	store, err := state.Open(t.TempDir(), state.Options{})
 	if err != nil {
 		t.Fatal(err)

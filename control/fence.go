@@ -244,7 +244,7 @@ func (s *Service) answerBreakFence(r *http.Request) (any, error) {
 	s.logStep(r)
 	s.log.Warnf("volume %s: takes the reservations and registrations of others away from source and destination", e.name)
 	var report BreakReport
-	err = s.ask(r, step{name: "break-fence", do: func(ctx context.Context) (text string, err error) {
+	err = s.ask(r, step{name: "break-fence", unwritten: true, do: func(ctx context.Context) (text string, err error) {
 		if report, err = s.breakFence(ctx, e); err == nil {
 			err = report.Err()
 		}

@@ -3,7 +3,9 @@ package control
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -22,8 +24,7 @@ const (
 	followInterval = 5 * time.Second
 )
 
-// follower takes what volumes come to by themselves, for the audit trail and for the hooks that
-// follow on it.
+// follower takes what volumes come to, for the audit trail and for the hooks that follow on it.
 type follower struct {
 	queue chan proxy.Happening
 	lost  atomic.Uint64
@@ -101,7 +102,7 @@ func (s *Service) follow(f *follower) {
 func (s *Service) followOne(f *follower, h proxy.Happening) {
 	if h.Phase != "" {
 		if e, err := s.entry(h.Volume); err == nil {
-			s.followPhase(f, e)
+			s.followPhases(f, e)
 		} else {
 			f.behind.Store(true) // it is being taken up
 		}
@@ -134,7 +135,7 @@ func (s *Service) catchUp(f *follower) {
 	f.failing = false
 	for _, e := range s.list() {
 		if _, err := e.open(); err == nil && !e.isRemoved() {
-			s.followPhase(f, e)
+			s.followPhases(f, e)
 		}
 	}
 }
@@ -148,55 +149,109 @@ func (f *follower) fails(log logrus.FieldLogger, err error) {
 	f.behind.Store(true)
 }
 
-// followed is what was done about a phase that a volume came to by itself; At names the time it
-// came there. Kept with the volume, so that it is done once, over restarts too.
+// followed is what was done about the phases that a hook follows on; At names the time the
+// volume came there. Kept with the volume, so that it is done once, over restarts too.
 type followed struct {
 	Synced     followedPhase `json:"synced"`
 	RolledBack followedPhase `json:"rolled_back"`
+	Cutover    followedPhase `json:"cutover"`
 }
 
 type followedPhase struct {
 	At time.Time `json:"at"`
 	// Hook is true once its hook has ended. A hook that the service's end cut off runs again.
 	Hook bool `json:"hook"`
+	// Failure is why the hook ended badly, empty where it did not.
+	Failure string `json:"failure,omitempty"`
 }
 
+// of is nil for phases that no hook follows on.
 func (x *followed) of(p proxy.Phase) *followedPhase {
-	if p == proxy.Synced {
+	switch p {
+	case proxy.Synced:
 		return &x.Synced
+	case proxy.RolledBack:
+		return &x.RolledBack
+	case proxy.Cutover:
+		return &x.Cutover
 	}
-	return &x.RolledBack
+	return nil
 }
 
-// followPhase does what follows on the phases that a volume came to, unless it is done.
-func (s *Service) followPhase(f *follower, e *entry) {
-	status := e.status()
-	for _, x := range []struct {
-		phase proxy.Phase
-		at    *time.Time
-		hook  string
-	}{{proxy.Synced, status.SyncedAt, afterSynced}, {proxy.RolledBack, status.RolledBackAt, afterRollback}} {
-		if x.at != nil {
-			s.followTo(f, e, x.phase, *x.at, x.hook, status.Phase == x.phase)
+// cameTo is when the volume came to a phase that a hook follows on; nil where it did not.
+func cameTo(status proxy.Status, p proxy.Phase) *time.Time {
+	switch p {
+	case proxy.Synced:
+		return status.SyncedAt
+	case proxy.RolledBack:
+		return status.RolledBackAt
+	case proxy.Cutover:
+		return status.CutoverAt
+	}
+	return nil
+}
+
+// followPhases does what follows on the phases that a volume came to, unless it is done.
+func (s *Service) followPhases(f *follower, e *entry) {
+	for _, step := range []string{"start", "rollback", "cutover"} {
+		c := changes[step]
+		if c.atOnce() && !e.stepping.try() {
+			f.behind.Store(true) // the step does it itself, unless something keeps it from that
+			continue
+		}
+		at, due := s.due(f, e, c.comes)
+		if c.atOnce() {
+			e.stepping.give()
+		}
+		if due {
+			f.work.Go(func() { s.followTo(f, e, c, at, s.groupOf(e.name, step)) })
 		}
 	}
 }
 
-// followTo writes down that the volume came to a phase at that time, and runs the hook, unless
-// the volume went on from there before this service was started: then there is nothing
-// to follow.
-func (s *Service) followTo(f *follower, e *entry, p proxy.Phase, at time.Time, hook string, there bool) {
+// followNow is what a step does about the phase that it brought a volume to. The caller has
+// e.stepping.
+func (s *Service) followNow(e *entry, c change, group string) {
+	if at, due := s.due(s.follower, e, c.comes); due {
+		s.followTo(s.follower, e, c, at, group)
+	}
+}
+
+// groupOf is the group that a volume was last stepped with; empty where it was alone.
+func (s *Service) groupOf(volume, step string) string {
+	events, err := s.store.History(volume)
+	if err != nil {
+		s.log.WithError(err).Errorf("volume %s: it is not known with which group it was stepped", volume)
+	}
+	for _, e := range slices.Backward(events) {
+		if e.What == step && e.Result != resultRefused {
+			return e.Group
+		}
+	}
+	return ""
+}
+
+// due writes down that the volume came to a phase, and tells whether its hook is to be run now,
+// which followTo ends. It is not where the volume went on from there before this service was
+// started: then there is nothing to follow.
+func (s *Service) due(f *follower, e *entry, p proxy.Phase) (at time.Time, is bool) {
 	f.keeping.Lock()
 	defer f.keeping.Unlock()
+	status := e.status()
+	came := cameTo(status, p)
+	if came == nil {
+		return at, false
+	}
+	at = *came
 	x, err := s.followed(e.name)
 	if err != nil {
 		f.fails(s.log, err)
-		return
+		return at, false
 	}
 	known := x.of(p)
 	fresh := !known.At.Equal(at)
 	if !fresh && known.Hook || s.running.Err() != nil && !fresh {
-		return
+		return at, false
 	}
 	e.mu.Lock()
 	running := e.following[p]
@@ -205,60 +260,115 @@ func (s *Service) followTo(f *follower, e *entry, p proxy.Phase, at time.Time, h
 		if fresh {
 			f.behind.Store(true) // the hook is that of a migration before
 		}
-		return
+		return at, false
 	}
 	if fresh {
-		*known = followedPhase{At: at, Hook: !there && at.Before(s.since)}
+		*known = followedPhase{At: at, Hook: status.Phase != p && at.Before(s.since)}
+		var events []state.Event
+		if p != proxy.Cutover { // that one is in the trail as a step
+			events = append(events, state.Event{Volume: e.name, At: at, Who: itself, What: string(p), Result: resultNoted})
+		}
 		text, err := json.Marshal(x)
 		if err == nil {
-			event := state.Event{Volume: e.name, At: at, Who: itself, What: string(p), Result: resultNoted}
-			err = s.store.AppendFollowed(context.Background(), e.name, text, event)
-		}
-		if err == nil {
-			s.logReport(e.name)
+			err = s.store.AppendFollowed(context.Background(), e.name, text, events...)
 		}
 		if err != nil {
 			f.fails(s.log, err)
-			return
+			return at, false
 		}
+		s.logReport(e.name)
 		if known.Hook || s.running.Err() != nil {
-			return
+			return at, false
 		}
 	}
 	e.mu.Lock()
+	defer e.mu.Unlock()
 	if e.following == nil {
 		e.following = map[proxy.Phase]bool{}
 	}
 	e.following[p] = true
-	e.mu.Unlock()
-	f.work.Go(func() {
-		ran, _ := s.runHook(s.running, e, "", string(p), hook) // it keeps its failure itself
-		if ran {
-			s.endFollow(f, e, p, at)
-		} else {
-			f.behind.Store(true)
-		}
-		e.mu.Lock()
-		delete(e.following, p)
-		e.mu.Unlock()
-	})
+	return at, true
 }
 
-// endFollow writes down that the hook after a phase has ended.
-func (s *Service) endFollow(f *follower, e *entry, p proxy.Phase, at time.Time) {
+// followTo runs the hook that is due.
+func (s *Service) followTo(f *follower, e *entry, c change, at time.Time, group string) {
+	ran, err := s.runHook(s.running, e, group, string(c.comes), c.follows)
+	if ran {
+		s.keep(f, e, c.comes, at, followedPhase{At: at, Hook: true, Failure: failureText(err)})
+	} else {
+		f.behind.Store(true)
+	}
+	e.mu.Lock()
+	delete(e.following, c.comes)
+	e.mu.Unlock()
+}
+
+func failureText(err error) string {
+	if err == nil {
+		return ""
+	}
+	return clean(oneLine(err), mostText)
+}
+
+// keep writes down what became of the hook after a phase.
+func (s *Service) keep(f *follower, e *entry, p proxy.Phase, at time.Time, became followedPhase) {
 	f.keeping.Lock()
 	defer f.keeping.Unlock()
 	x, err := s.followed(e.name)
 	if err == nil && x.of(p).At.Equal(at) {
-		x.of(p).Hook = true
+		*x.of(p) = became
 		var text []byte
 		if text, err = json.Marshal(x); err == nil {
 			err = s.store.Attach(context.Background(), e.name, state.Followed, text)
 		}
 	}
 	if err != nil {
-		s.log.WithError(err).Errorf("volume %s: that the hook after phase %s ran could not be written down: it runs again", e.name, p)
+		s.log.WithError(err).Errorf("volume %s: that the hook after phase %s ran could not be written down: it may run again", e.name, p)
 	}
+}
+
+// failedIn is how the hook after the phase that the volume is in failed; empty where it did not.
+func (s *Service) failedIn(e *entry) (failure string, at time.Time) {
+	status := e.status()
+	came := cameTo(status, status.Phase)
+	if came == nil {
+		return "", at
+	}
+	x, err := s.followed(e.name)
+	if err != nil {
+		s.log.WithError(err).Errorf("volume %s: it is not known how the hook after phase %s ended", e.name, status.Phase)
+		return "", at
+	}
+	if known := x.of(status.Phase); known.At.Equal(*came) {
+		failure = known.Failure
+	}
+	return failure, *came
+}
+
+// recall shows a failure of a hook again that was shown before a restart.
+func (s *Service) recall(e *entry) {
+	if failure, _ := s.failedIn(e); failure != "" {
+		e.fail("hook", errors.New(failure))
+	}
+}
+
+// followAgain has a hook that failed run again, as its step is asked for again. It tells whether
+// there was one.
+func (s *Service) followAgain(e *entry, c change, group string) bool {
+	if e.status().Phase != c.comes {
+		return false
+	}
+	failure, at := s.failedIn(e)
+	if failure == "" {
+		return false
+	}
+	s.keep(s.follower, e, c.comes, at, followedPhase{At: at, Failure: failure})
+	if c.atOnce() {
+		s.followNow(e, c, group)
+	} else {
+		s.follower.happened(proxy.Happening{Volume: e.name, Phase: c.comes})
+	}
+	return true
 }
 
 func (s *Service) followed(volume string) (x followed, err error) {

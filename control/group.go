@@ -116,7 +116,7 @@ func (f *groupFailure) Unwrap() []error { return []error{&f.told, f.cause} }
 func (s *Service) oneByOne(r *http.Request, g conf.Group, members []*entry, name string, do func(context.Context, Volume) error) error {
 	if _, err := s.openGroup(g, members); err != nil {
 		err = groupError(g.Name, name, "not begun", err)
-		return s.ask(r, step{name: name, group: g.Name, refuse: func() error { return err }}, members...)
+		return s.ask(r, step{name: name, group: g.Name, do: func(context.Context) (string, error) { return "", refusal{err} }}, members...)
 	}
 	return eachOf(g, members, name, func(e *entry) error {
 		return s.ask(r, step{name: name, group: g.Name, do: onVolume(e, do)}, e)

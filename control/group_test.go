@@ -104,6 +104,9 @@ func TestGroupStepsWithAllOfItsVolumesOrWithNone(t *testing.T) {
 		t.Errorf("alone: %v, %v", s.Phase, err)
 	}
 	r.client.Alone = false
+	if _, err := r.client.Rollback(ctx, "b", proxy.RollbackOptions{}); KindOf(err) != WrongPhase || strings.Contains(err.Error(), "group") {
+		t.Errorf("rollback of one that is cut over: %v", err)
+	}
 	for range 2 {
 		g, err = r.client.CutoverGroup(ctx, "erp", proxy.CutoverOptions{})
 		group("cutover", "a cutover, b cutover, c cutover", g, err)

@@ -83,7 +83,8 @@ func hookFault(command []string) error {
 
 // runHook runs a hook of a volume, where it has one, with the volume's status on standard
 // input, and writes it down. A failure is shown as a fault of the volume until a hook of it
-// succeeds or a step begins. ran is true once it has come to an end that is not ctx's; or there is none.
+// succeeds or a step of its hooks begins, which somebody who is not ready or a step that is done already
+// is not. ran is true once it has come to an end that is not ctx's; or there is none.
 func (s *Service) runHook(ctx context.Context, e *entry, group, what, name string) (ran bool, err error) {
 	hooks := e.settings().Hooks
 	command := hookOf(hooks, name)
@@ -105,8 +106,10 @@ func (s *Service) runHook(ctx context.Context, e *entry, group, what, name strin
 		}
 		output, err = runCommand(ctx, command, environment, append(input, '\n'), hooks.Timeout)
 	}
+	failed := &hookFailure{output: output}
 	if err != nil {
 		err = fmt.Errorf("hook %s (%s) %w", name, command[0], err)
+		failed.cause = err
 		if last := lastLine(output); last != "" {
 			err = fmt.Errorf("%w: %s", err, last)
 		}
@@ -118,7 +121,7 @@ func (s *Service) runHook(ctx context.Context, e *entry, group, what, name strin
 	if err != nil {
 		log.Warnf("%v", err)
 		// The trail has the reason first, and then all that is known.
-		a.ends("", &hookFailure{err, output})
+		a.ends("", failed)
 	} else {
 		log.Infof("hook %s (%s) ended well", name, command[0])
 		a.ends(output, nil)
@@ -127,7 +130,7 @@ func (s *Service) runHook(ctx context.Context, e *entry, group, what, name strin
 	return err == nil || ctx.Err() == nil, err
 }
 
-// hookFailure has the output of a hook in its text.
+// hookFailure has all of the output of a hook in its text.
 type hookFailure struct {
 	cause  error
 	output string

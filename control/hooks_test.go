@@ -17,6 +17,7 @@ import (
 
 	"lunshift/conf"
 	"lunshift/proxy"
+	"lunshift/state"
 )
 
 // script makes a program of the shell's and gives its path. In it $HERE is a directory of its own.
@@ -365,6 +366,165 @@ func TestHookAfterAPhaseRunsOnceOverRestarts(t *testing.T) {
 	if n := strings.Count(ran("ran"), "after_synced"); n != 2 {
 		t.Errorf("after_synced ran %d times: %s", n, ran("ran"))
 	}
+}
+
+// The volumes of a group are cut over at one instant; the service stops, or dies, while the hook
+// of the first one runs. Each has its hook run to the end once.
+//
+// Caught: a hook that only the step runs.
+func TestHookAfterTheCutoverIsOwedUntilItEnded(t *testing.T) {
+	ctx := t.Context()
+	path, here := script(t, "echo $LUNSHIFT_VOLUME $LUNSHIFT_STEP >>$HERE/ran; while test -e $HERE/hold; do sleep 0.02; done; echo $LUNSHIFT_VOLUME of $LUNSHIFT_GROUP >>$HERE/ended")
+	f := newFile(t)
+	hooks := fmt.Sprintf("[volume.hooks]\nafter_cutover = [%q]\n", path)
+	f.add("b", hooks)
+	f.add("c", hooks)
+	f.add("d", hooks+"\n[[group]]\nname = \"g\"\nvolumes = [\"b\", \"c\", \"d\"]\n")
+	lines := func(file string) []string {
+		lines := strings.Split(strings.TrimSpace(read(t, filepath.Join(here, file))), "\n")
+		slices.Sort(lines)
+		return lines
+	}
+	if err := os.WriteFile(filepath.Join(here, "hold"), nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	r := f.start()
+	if _, err := r.client.StartGroup(ctx, "g", proxy.StartOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := r.client.WaitGroup(ctx, "g", proxy.Synced, time.Minute, true); err != nil {
+		t.Fatal(err)
+	}
+	done := make(chan error, 1)
+	go func() {
+		_, err := r.client.CutoverGroup(context.Background(), "g", proxy.CutoverOptions{})
+		done <- err
+	}()
+	eventually(t, "a hook runs", func() bool { return lines("ran")[0] != "" })
+	if err := r.stop(); err != nil {
+		t.Fatal(err)
+	}
+	<-done // the answer may be lost, the step is not
+	if got := lines("ran"); len(got) != 1 || !strings.HasSuffix(got[0], " cutover") {
+		t.Fatalf("ran: %q, want one at a time", got)
+	}
+	// A kill leaves nothing about what was not begun.
+	store, err := state.Open(filepath.Join(f.dir, "state"), state.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(store.Attach(ctx, "d", state.Followed, []byte("{}")), store.Close(), os.Remove(filepath.Join(here, "hold"))); err != nil {
+		t.Fatal(err)
+	}
+	all := []string{"b of g", "c of g", "d of g"}
+	for range 2 {
+		r = f.start()
+		eventually(t, "each hook ended", func() bool { return slices.Equal(lines("ended"), all) })
+		for _, name := range []string{"b", "c", "d"} {
+			eventually(t, "it is written down", func() bool {
+				_, lines := historyOf(t, r.client, name)
+				return slices.Contains(lines, "hook after_cutover (group g) done")
+			})
+		}
+		if err := r.stop(); err != nil { // after which no hook is begun
+			t.Fatal(err)
+		}
+	}
+	if got := lines("ended"); !slices.Equal(got, all) {
+		t.Errorf("ended: %q", got)
+	}
+}
+
+// Caught: a failure that a step which is refused, one that is done already or a restart takes away.
+func TestFailureOfAHookIsShownUntilItSucceeds(t *testing.T) {
+	ctx := t.Context()
+	path, here := script(t, "echo x >>$HERE/ran; test -e $HERE/mended || { echo 'no ticket'; exit 7; }")
+	f := newFile(t)
+	f.add("db01", fmt.Sprintf("overwrite = true\n[volume.hooks]\nafter_synced = [%q]\nafter_cutover = [%q]\n", path, path))
+	ran := func() int { return len(strings.Fields(read(t, filepath.Join(here, "ran")))) }
+	r := f.start()
+	shown := func(when, hook string) {
+		t.Helper()
+		s, err := r.client.Status(ctx, "db01")
+		if text := "hook " + hook + " (" + path + ") ended with exit code 7: no ticket"; err != nil || s.Degraded != (hook != "") || hook != "" && !strings.Contains(s.DegradedReason, text) {
+			t.Errorf("%s: %v, degraded %v: %q", when, err, s.Degraded, s.DegradedReason)
+		}
+	}
+	if _, err := r.client.Start(ctx, "db01"); err != nil {
+		t.Fatal(err)
+	}
+	failed := func(hook string, times int) {
+		t.Helper()
+		eventually(t, "it failed", func() bool {
+			_, lines := historyOf(t, r.client, "db01")
+			return strings.Count(strings.Join(lines, "\n"), "hook "+hook+" failed") == times
+		})
+	}
+	failed(afterSynced, 1)
+	eventually(t, "it is shown", func() bool { s, err := r.client.Status(ctx, "db01"); return err == nil && s.Degraded })
+	shown("at first", afterSynced)
+	if _, err := r.client.Rollback(ctx, "db01", proxy.RollbackOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	shown("once another step began", "")
+	if _, err := r.client.Wait(ctx, "db01", proxy.RolledBack, time.Minute); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := r.client.Start(ctx, "db01"); err != nil {
+		t.Fatal(err)
+	}
+	failed(afterSynced, 2)
+	if _, err := r.client.Remove(ctx, "db01"); err == nil { // refused
+		t.Error("removed while it is synced")
+	}
+	f.volumes["db01"] += "before_cutover = [\"/nowhere/hook\"]\n"
+	f.reload(r)
+	eventually(t, "a reload of the hooks lets it be forgotten", func() bool { s, err := r.client.Status(ctx, "db01"); return err == nil && !s.Degraded })
+	if err := r.stop(); err != nil {
+		t.Fatal(err)
+	}
+	r = f.start()
+	shown("after a restart", afterSynced)
+	if _, err := r.client.Cutover(ctx, "db01", proxy.CutoverOptions{}); err == nil {
+		t.Fatal("cut over though a hook is not there")
+	}
+	shown("after a step that was refused", afterSynced)
+	before := ran()
+	if _, err := r.client.Start(ctx, "db01"); err != nil { // done already: its hook runs again
+		t.Fatal(err)
+	}
+	failed(afterSynced, 3)
+	if n := ran(); n != before+1 {
+		t.Errorf("ran %d times more", n-before)
+	}
+	shown("after it failed again", afterSynced)
+
+	f.volumes["db01"] = strings.Replace(f.volumes["db01"], "before_cutover = [\"/nowhere/hook\"]\n", "", 1)
+	f.reload(r)
+	if s, err := r.client.Cutover(ctx, "db01", proxy.CutoverOptions{}); err != nil || !s.Degraded {
+		t.Fatalf("cutover: %v, %+v", err, s)
+	}
+	shown("after the cutover", afterCutover)
+	if err := r.stop(); err != nil {
+		t.Fatal(err)
+	}
+	r = f.start()
+	shown("after a restart once more", afterCutover)
+	if err := os.WriteFile(filepath.Join(here, "mended"), nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	before = ran()
+	if s, err := r.client.Cutover(ctx, "db01", proxy.CutoverOptions{}); err != nil || s.Degraded || ran() != before+1 {
+		t.Errorf("again: %v, %q, ran %d times more", err, s.DegradedReason, ran()-before)
+	}
+	if _, err := r.client.Cutover(ctx, "db01", proxy.CutoverOptions{}); err != nil || ran() != before+1 {
+		t.Errorf("once more: %v, ran %d times", err, ran()-before)
+	}
+	if err := r.stop(); err != nil {
+		t.Fatal(err)
+	}
+	r = f.start()
+	shown("at the end", "")
 }
 
 // Caught: a start by itself that passes the hook by, or whose failure nobody sees.

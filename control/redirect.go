@@ -28,10 +28,25 @@ func (s *Service) redirect(iqn string) {
 	case r.Until.IsZero():
 		s.log.Infof("logins to %s are sent to %s", iqn, r.Address)
 	case time.Now().Before(r.Until):
-		s.log.Infof("logins to %s are sent to %s until %s", iqn, r.Address, r.Until.Format(time.RFC3339))
+		s.log.Infof("logins to %s are sent to %s %s", iqn, r.Address, untilText(r.Until))
 	default:
 		s.log.Infof("logins to %s are refused: they were sent to %s until %s (redirect_for)", iqn, r.Address, r.Until.Format(time.RFC3339))
 	}
+}
+
+// sentTo is where logins to a target are sent now, and until when, where there is an end; false
+// where they are not.
+func (s *Service) sentTo(iqn string) (address string, until time.Time, is bool) {
+	r, ok := s.redirection(iqn)
+	return r.Address, r.Until, ok && !r.Removed && (r.Until.IsZero() || time.Now().Before(r.Until))
+}
+
+// untilText is for people: until when logins are sent somewhere.
+func untilText(until time.Time) string {
+	if until.IsZero() {
+		return "without end (redirect_for)"
+	}
+	return "until " + until.Format(time.RFC3339) + " (redirect_for)"
 }
 
 // cutoverOf is when a volume was cut over, which may be removed since. Where the state does

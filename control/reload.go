@@ -187,6 +187,17 @@ func (s *Service) reload(ctx context.Context) (ReloadReport, error) {
 	var entries []*entry
 	left := map[string]*entry{}
 	iqns := map[string]bool{}
+	type sent struct {
+		address string
+		until   time.Time
+	}
+	redirected := map[string]sent{}
+	for _, e := range s.list() {
+		iqn := e.settings().IQN
+		if address, until, is := s.sentTo(iqn); is {
+			redirected[iqn] = sent{address, until}
+		}
+	}
 	for _, e := range s.list() {
 		iqns[e.settings().IQN] = true
 		if slices.ContainsFunc(file.Volumes, func(v conf.Volume) bool { return v.Name == e.name }) {
@@ -252,8 +263,13 @@ func (s *Service) reload(ctx context.Context) (ReloadReport, error) {
 	s.mu.Unlock()
 	s.queue.arrange(cfg)
 	s.copyRate.Set(uint64(service.Copy.Rate))
-	for iqn := range iqns {
+	for _, iqn := range slices.Sorted(maps.Keys(iqns)) {
 		s.redirect(iqn)
+		if was, is := redirected[iqn]; is {
+			if _, _, still := s.sentTo(iqn); !still {
+				report.Notes = append(report.Notes, fmt.Sprintf("logins to %s are not sent to %s any more, which was to go on %s: put the [[volume]] back where a host may still come here", iqn, was.address, untilText(was.until)))
+			}
+		}
 	}
 	return report, nil
 }

@@ -290,6 +290,12 @@ func (s *Service) Remove(ctx context.Context, name string) (RemoveReport, error)
 		if report.Removed {
 			s.claims.release(name)
 		}
+		if address, until, is := s.sentTo(entries[i].settings().IQN); is {
+			report.Redirect = address
+			if !until.IsZero() {
+				report.RedirectUntil = &until
+			}
+		}
 		return report, err
 	}
 	if !found {
@@ -395,6 +401,7 @@ func (s *Service) openEntry(ctx context.Context, e *entry, a ...*adoption) error
 	if err != nil || !opened {
 		return err
 	}
+	s.recall(e)
 	v, status := e.settings(), e.status()
 	s.follower.happened(proxy.Happening{Volume: e.name, Phase: status.Phase})
 	if status.Phase.Moving() || status.Phase == proxy.Cutover {

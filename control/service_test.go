@@ -366,7 +366,8 @@ func TestRemovedVolumeDoesNotBeginAnew(t *testing.T) {
 		}
 	}
 	for deadline := time.Now().Add(20 * time.Second); ; time.Sleep(20 * time.Millisecond) {
-		if all, err := unsure.client.Statuses(ctx); err == nil && len(all) == 1 {
+		// It is there a moment before it is started.
+		if all, err := unsure.client.Statuses(ctx); err == nil && len(all) == 1 && all[0].Phase != proxy.Ready {
 			break
 		}
 		if time.Now().After(deadline) {

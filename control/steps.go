@@ -23,8 +23,10 @@ type step struct {
 	group string
 	// missing are volumes of the group that the service does not have.
 	missing []string
-	// refuse, unless nil, says why it is not begun at all.
+	// refuse, unless nil, says why what all agreed to and would change something is not begun.
 	refuse func() error
+	// unwritten is set for a step that is taken though it cannot be written down.
+	unwritten bool
 	// question is set for a step that changes who serves what: everybody is asked first.
 	question proxy.Question
 	// do does it. text says more of a step that was done, for the audit trail.
@@ -33,23 +35,29 @@ type step struct {
 
 // change is a step that changes who serves what.
 type change struct {
-	before, after string      // hooks; empty for none
-	follows       string      // the hook of a phase that the volume comes to by itself afterwards
-	to            proxy.Phase // where it comes to
+	before  string      // the hook before it
+	to      proxy.Phase // where it brings the volume
+	comes   proxy.Phase // where the volume comes to afterwards, by itself unless that is the same
+	follows string      // the hook that follows on comes
 }
 
-// changes are those steps that have hooks, by their names. What follows on phases that a volume
-// comes to by itself is in follow.go.
+// changes are those steps that have hooks, by their names. What follows on phases is in follow.go.
 var changes = map[string]change{
-	"start":    {before: beforeStart, follows: afterSynced, to: proxy.Migrating},
-	"cutover":  {before: beforeCutover, after: afterCutover, to: proxy.Cutover},
-	"rollback": {before: beforeRollback, follows: afterRollback, to: proxy.RollingBack},
+	"start":    {beforeStart, proxy.Migrating, proxy.Synced, afterSynced},
+	"cutover":  {beforeCutover, proxy.Cutover, proxy.Cutover, afterCutover},
+	"rollback": {beforeRollback, proxy.RollingBack, proxy.RolledBack, afterRollback},
 }
 
-// hooks are those that run because of the step.
+// hooks are those that run because of the step; none of other steps.
 func (c change) hooks() []string {
-	return slices.DeleteFunc([]string{c.before, c.after, c.follows}, func(name string) bool { return name == "" })
+	if c.before == "" {
+		return nil
+	}
+	return []string{c.before, c.follows}
 }
+
+// atOnce tells whether the step itself runs the hook that follows, before it is answered.
+func (c change) atOnce() bool { return c.comes == c.to }
 
 // ask is step for a request.
 func (s *Service) ask(r *http.Request, st step, entries ...*entry) error {
@@ -66,7 +74,11 @@ func (s *Service) step(ctx context.Context, who state.Who, st step, entries ...*
 		names[i] = e.name
 	}
 	a, err := s.asks(ctx, who, st.group, st.name, st.options, names...)
-	if err != nil {
+	switch {
+	case err != nil && st.unwritten:
+		s.log.WithError(errors.Unwrap(err)).Errorf("%s is not in the audit trail, and is done all the same", st.name)
+		a = &asked{s: s}
+	case err != nil:
 		return err
 	}
 	text, err := s.take(ctx, st, entries)
@@ -85,11 +97,6 @@ func (s *Service) step(ctx context.Context, who state.Who, st step, entries ...*
 }
 
 func (s *Service) take(ctx context.Context, st step, entries []*entry) (text string, err error) {
-	if st.refuse != nil {
-		if err := st.refuse(); err != nil {
-			return "", refusal{err}
-		}
-	}
 	if st.question == nil {
 		return st.do(ctx)
 	}
@@ -110,11 +117,6 @@ func (s *Service) take(ctx context.Context, st step, entries []*entry) (text str
 		}
 	}()
 	c := changes[st.name]
-	if len(c.hooks()) > 0 {
-		for _, e := range entries {
-			e.fail("hook", nil)
-		}
-	}
 	answers, moving := s.agreement(ctx, st.question, entries, st.missing...)
 	if err := proxy.Disagreement(answers); err != nil {
 		if st.group != "" {
@@ -122,18 +124,34 @@ func (s *Service) take(ctx context.Context, st step, entries []*entry) (text str
 		}
 		return "", refusal{err}
 	}
+	if st.refuse != nil && len(moving) > 0 {
+		if err := st.refuse(); err != nil {
+			return "", refusal{err}
+		}
+	}
+	again := false
+	for _, e := range entries {
+		if !slices.Contains(moving, e) && s.followAgain(e, c, st.group) {
+			again = true
+		}
+	}
 	for _, e := range moving {
+		if c.before != "" {
+			e.fail("hook", nil)
+		}
 		if _, err := s.runHook(ctx, e, st.group, st.name, c.before); err != nil {
 			return "", refusal{notBegun(e, st.name, err)}
 		}
 	}
 	if text, err = st.do(ctx); err == nil && len(moving) == 0 && text == "" {
-		text = "nothing to do"
+		if text = "nothing to do"; again {
+			text = "nothing to do but the hook that had failed"
+		}
 	}
 	for _, e := range moving {
-		if over, _ := proxy.Reached(e.status().Phase, c.to); over {
-			// The step is taken, whatever becomes of the hook, which keeps its failure itself.
-			_, _ = s.runHook(ctx, e, st.group, st.name, c.after)
+		// The step is taken, whatever becomes of the hook, which keeps its failure itself.
+		if c.atOnce() && e.status().Phase == c.comes {
+			s.followNow(e, c, st.group)
 		}
 	}
 	return text, err
@@ -202,6 +220,17 @@ func (t *turn) take(ctx context.Context) error {
 		return nil
 	case <-ctx.Done():
 		return ctx.Err()
+	}
+}
+
+// try takes it where nobody has it.
+func (t *turn) try() bool {
+	t.once.Do(func() { t.held = make(chan struct{}, 1) })
+	select {
+	case t.held <- struct{}{}:
+		return true
+	default:
+		return false
 	}
 }
 

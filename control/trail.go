@@ -102,7 +102,7 @@ type asked struct {
 }
 
 // asks writes down that a step begins, before it does: what is done and not in the trail cannot
-// be. An empty volume is the service.
+// be, but for a step that is unwritten. An empty volume is the service.
 func (s *Service) asks(ctx context.Context, who state.Who, group, what string, options any, volumes ...string) (*asked, error) {
 	a := &asked{s: s, began: time.Now()}
 	text, err := json.Marshal(options)

@@ -116,6 +116,14 @@ func TestStepIsWrittenDownBeforeItBegins(t *testing.T) {
 	if _, err := client.Pause(ctx, "db01"); err == nil || !strings.Contains(err.Error(), "pause not begun, as it cannot be written down") || v.Status().Paused {
 		t.Errorf("without a trail: %v, paused %v", err, v.Status().Paused)
 	}
+	// But in an emergency.
+	if _, err := client.BreakFence(ctx, "db01"); err == nil || strings.Contains(err.Error(), "written down") || !strings.Contains(err.Error(), "volume db01") {
+		t.Errorf("break-fence without a trail: %v", err)
+	}
+	done := false
+	if err := s.step(ctx, itself, step{name: "break-fence", unwritten: true, do: func(context.Context) (string, error) { done = true; return "", nil }}, s.entries...); err != nil || !done {
+		t.Errorf("a step that needs no trail: %v, done %v", err, done)
+	}
 }
 
 // Caught: an end that is written under the context of the service; what an earlier service

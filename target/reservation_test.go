@@ -414,7 +414,7 @@ func TestPreemptTakesOverAndTellsWhomItConcerns(t *testing.T) {
 }
 
 func TestPreemptAndAbortEndsTheCommandsOfThePreempted(t *testing.T) {
-	d := deaf{newMemory(512, 64), make(chan struct{}, 1), make(chan struct{})}
+	d := newDeaf(t)
 	_, addr := begin(t, Config{}, Unit{IQN: iqn, Device: d})
 	a, b := host(t, addr, nameA), host(t, addr, nameB)
 	a.pr(prRegister, 0, 0, 0xa, 0)
@@ -427,9 +427,7 @@ func TestPreemptAndAbortEndsTheCommandsOfThePreempted(t *testing.T) {
 	h := b.command(prOutCDB(prPreemptAbort, typeWriteExclusive, len(list)), iscsi.FlagWrite, len(list))
 	b.start(h, list)
 	b.ping() // comes back before the command: its device still works on the write
-	if key, _ := b.reservation(); key != 0xb {
-		t.Fatal("the reservation waits for the aborted command")
-	}
+	waitFor(t, "the reservation, before the aborted command ends", func() bool { key, _ := b.reservation(); return key == 0xb })
 	close(d.release)
 	b.wants("PREEMPT AND ABORT", b.finish(h.ITT(), list), good)
 	a.wants("who was preempted", a.do(tur, nil, 0), attnRegistrationsPreempted)

@@ -52,19 +52,27 @@ func TestAbortsMeetTheUnitInEitherAddressFormat(t *testing.T) {
 type deaf struct {
 	*memory
 	began, release chan struct{}
+	ended          <-chan struct{} // the test
+}
+
+func newDeaf(t *testing.T) deaf {
+	return deaf{newMemory(512, 64), make(chan struct{}, 1), make(chan struct{}), t.Context().Done()}
 }
 
 func (d deaf) WriteAt(ctx context.Context, p []byte, start lun.LBA) error {
 	d.began <- struct{}{}
 	<-ctx.Done()
-	<-d.release
+	select {
+	case <-d.release:
+	case <-d.ended: // badly: its clean-up waits for the device
+	}
 	return ctx.Err()
 }
 
 func TestAbortIsAnsweredOnlyWhenTheDeviceIsDone(t *testing.T) {
 	for _, f := range []byte{iscsi.TMFAbortTask, iscsi.TMFAbortTaskSet, iscsi.TMFClearTaskSet, iscsi.TMFLUNReset, iscsi.TMFTargetWarmReset} {
 		t.Run(tmfName(f), func(t *testing.T) {
-			d := deaf{newMemory(512, 64), make(chan struct{}, 1), make(chan struct{})}
+			d := newDeaf(t)
 			_, addr := begin(t, Config{}, Unit{IQN: iqn, Device: d})
 			i := login(t, addr, loginOptions{})
 			w := i.command(rw16(0x8a, 0, 1), iscsi.FlagWrite, 512)
@@ -124,7 +132,7 @@ func TestAbortOfACommandThatNeverCameTakesItsPlace(t *testing.T) {
 }
 
 func TestTaskManagementInFlightIsBounded(t *testing.T) {
-	d := deaf{newMemory(512, 64), make(chan struct{}, 1), make(chan struct{})}
+	d := newDeaf(t)
 	_, addr := begin(t, Config{}, Unit{IQN: iqn, Device: d})
 	i, other := login(t, addr, loginOptions{}), login(t, addr, loginOptions{name: nameB})
 	w := other.command(rw16(0x8a, 0, 1), iscsi.FlagWrite, 512)

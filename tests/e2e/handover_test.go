@@ -183,10 +183,22 @@ func TestInitiatorsFollowACutoverToTheNewArray(t *testing.T) {
 	s.volumes[0].more = "redirect = true\nredirect_for = \"1h\"\n"
 	s.configure()
 	s.run("reload")
-	s.run("remove", "db01")
+	to := p.new.Portal()
+	if text := s.run("remove", "db01"); !strings.Contains(text, "db01: removed; logins are sent to "+to) || !strings.Contains(text, " until ") {
+		t.Errorf("remove says %q", text)
+	}
 	s.run("reload")
 	if out, err := at.Inquiry(t.Context(), -1); err != nil || !strings.Contains(out, "IET") {
 		t.Errorf("iscsi-inq after the removal: %v: %s", err, out)
+	}
+	s.volumes = []volume{files(t)} // of another name
+	s.volumes[0].name = "other"
+	s.configure()
+	if text := s.run("reload"); !strings.Contains(text, "logins to "+at.IQN+" are not sent to "+to) {
+		t.Errorf("reload without the volume says %q", text)
+	}
+	if _, err := at.Login(t.Context(), iscsi.ISID{9}); err == nil {
+		t.Error("logins are sent on though the configuration has no volume of it")
 	}
 	s.stop()
 }
