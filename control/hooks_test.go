@@ -77,7 +77,7 @@ func TestHookThatFailsBeforeAStepStopsIt(t *testing.T) {
 	}
 	events, lines := historyOf(t, client, "db01")
 	sameLines(t, "stopped", lines, "cutover refused", "hook before_cutover failed")
-	if !events[1].Who.Service || !strings.Contains(events[1].Text, "looks") || !strings.Contains(string(events[1].Options), path) || events[1].Took == nil {
+	if !events[1].Who.Service || strings.Count(events[1].Text, "it is Friday") != 1 || !strings.Contains(events[1].Text, "looks") || !strings.Contains(string(events[1].Options), path) || events[1].Took == nil {
 		t.Errorf("hook: %+v", events[1])
 	}
 	if s, err := client.Status(ctx, "db01"); err != nil || !s.Degraded || !strings.Contains(s.DegradedReason, "exit code 3") {
