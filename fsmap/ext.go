@@ -66,6 +66,7 @@ type ext struct {
 // extGroup is what is needed of a group descriptor.
 type extGroup struct {
 	bitmap uint64 // block
+	inodes uint64 // first block of their table
 	free   uint32 // clusters
 	sum    uint32
 	uninit bool
@@ -89,8 +90,11 @@ func readExt(ctx context.Context, s *space) (f fs, err error) {
 	if err != nil {
 		return f, err
 	}
+	if err = x.copies(ctx, groups); err != nil {
+		return f, err
+	}
 	if x.compat&extHasJournal != 0 {
-		if err = x.journal(ctx); err != nil {
+		if err = x.journal(ctx, groups); err != nil {
 			return f, err
 		}
 	}
@@ -299,7 +303,7 @@ func (x *ext) descriptors(ctx context.Context) ([]extGroup, error) {
 			}
 			return n
 		}
-		e := extGroup{bitmap: wide(0, 0x20), free: half(0x0c, 0x2c), sum: half(0x18, 0x38)}
+		e := extGroup{bitmap: wide(0, 0x20), inodes: wide(8, 0x28), free: half(0x0c, 0x2c), sum: half(0x18, 0x38)}
 		if x.ro&(extGDTCsum|extMetaCsum) != 0 {
 			e.uninit = le.Uint16(d[0x12:])&extBlockUninit != 0
 		}
@@ -319,7 +323,7 @@ func (x *ext) descriptors(ctx context.Context) ([]extGroup, error) {
 		} else if in := g % perBlock; in == 0 || in == 1 || in == perBlock-1 {
 			base++
 		}
-		for _, c := range [...][2]uint64{{x.groupFirst(g), base}, {e.bitmap, 1}, {wide(4, 0x24), 1}, {wide(8, 0x28), tableBlocks}} {
+		for _, c := range [...][2]uint64{{x.groupFirst(g), base}, {e.bitmap, 1}, {wide(4, 0x24), 1}, {e.inodes, tableBlocks}} {
 			if c[1] == 0 {
 				continue
 			}
@@ -377,7 +381,7 @@ func (x *ext) checkDescriptor(g uint64, d []byte) error {
 }
 
 // journal makes sure that nothing is left in it.
-func (x *ext) journal(ctx context.Context) error {
+func (x *ext) journal(ctx context.Context, groups []extGroup) error {
 	const number = 8
 	if x.u32(0xe0) != number {
 		return errors.New("its journal is somewhere else")
@@ -385,16 +389,7 @@ func (x *ext) journal(ctx context.Context) error {
 	if x.inodes < number {
 		return errors.New("its superblock is inconsistent")
 	}
-	// The inode table of group 0 is the last thing that its descriptor tells.
-	d, err := x.firstDescriptor(ctx)
-	if err != nil {
-		return err
-	}
-	table := uint64(le.Uint32(d[8:]))
-	if x.desc >= 64 {
-		table |= uint64(le.Uint32(d[0x28:])) << 32
-	}
-	inode, err := x.s.get(ctx, table*x.bs+(number-1)*x.inodeSize, x.inodeSize)
+	inode, err := x.s.get(ctx, groups[0].inodes*x.bs+(number-1)*x.inodeSize, x.inodeSize)
 	if err != nil {
 		return err
 	}
@@ -435,15 +430,6 @@ func (x *ext) journal(ctx context.Context) error {
 		return errors.New("its journal has recorded an error")
 	}
 	return nil
-}
-
-// firstDescriptor reads the descriptor of group 0 again.
-func (x *ext) firstDescriptor(ctx context.Context) ([]byte, error) {
-	at := uint64(1)
-	if x.bs == 1024 {
-		at = 2
-	}
-	return x.s.get(ctx, at*x.bs, x.desc)
 }
 
 func (x *ext) inodeSum(inode []byte, number uint32) bool {

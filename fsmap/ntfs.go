@@ -82,6 +82,9 @@ func (x *ntfs) boot(ctx context.Context) error {
 	if x.clusters == 0 {
 		return errNTFS
 	}
+	if err := x.copy(ctx, b); err != nil {
+		return err
+	}
 	// The first records, all that are needed, lie at the beginning of the table, which record 0
 	// confirms.
 	x.mft = byteRun{le.Uint64(b[0x30:]), (16*x.record + x.cluster - 1) / x.cluster}

@@ -247,6 +247,9 @@ func (x *xfs) group(ctx context.Context, ag uint64, yield func(byteRun)) error {
 	if length*x.bs < 4*x.sector {
 		return wrong
 	}
+	if err := x.copy(ctx, ag); err != nil {
+		return err
+	}
 	agf, err := x.s.get(ctx, start*x.bs+x.sector, x.sector)
 	if err != nil {
 		return err

@@ -1,0 +1,84 @@
+package fsmap
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+)
+
+// Each file system keeps copies of what it begins with, all over its space, and never gives their
+// places to files. What took the space over later and spared the beginning, as many things do, is
+// told by a copy that is gone. A copy that is not there for another reason costs only that
+// everything is copied.
+
+// maxCopies bounds how many copies of an ext superblock are looked at. With sparse_super no file
+// system has as many.
+const maxCopies = 64
+
+// copies holds the copies of the superblock against it, and the inode of the root directory.
+func (x *ext) copies(ctx context.Context, groups []extGroup) error {
+	var have []uint64
+	for g := uint64(1); g < x.groups; g++ {
+		if x.hasSuper(g) {
+			have = append(have, g)
+		}
+	}
+	step := max(1, (len(have)+maxCopies-1)/maxCopies)
+	for i := 0; i < len(have); i += step {
+		g := have[i]
+		b, err := x.s.get(ctx, x.groupFirst(g)*x.bs, 1024)
+		if err != nil {
+			return err
+		}
+		// Geometry and UUID stay over its life. A kernel that grew it mounted left the number of
+		// the group as it is in the first one.
+		number := le.Uint16(b[0x5a:])
+		if string(b[0x38:0x3a]) != "\x53\xef" || number != uint16(g) && number != 0 ||
+			!bytes.Equal(b[0x68:0x78], x.sb[0x68:0x78]) || !bytes.Equal(b[0x14:0x28], x.sb[0x14:0x28]) {
+			return fmt.Errorf("the copy of its superblock in block group %d is gone: something else may have taken its place", g)
+		}
+	}
+	const root, directory = 2, 0x4000
+	if x.inodes < root {
+		return errors.New("its superblock is inconsistent")
+	}
+	inode, err := x.s.get(ctx, groups[0].inodes*x.bs+(root-1)*x.inodeSize, x.inodeSize)
+	if err != nil {
+		return err
+	}
+	if le.Uint16(inode)&0xf000 != directory || x.ro&extMetaCsum != 0 && !x.inodeSum(inode, root) {
+		return errors.New("its root directory is gone: something else may have taken its place")
+	}
+	return nil
+}
+
+// copy holds the copy of the superblock at the beginning of an allocation group against it.
+func (x *xfs) copy(ctx context.Context, ag uint64) error {
+	b, err := x.s.get(ctx, ag*x.agBlocks*x.bs, x.sector)
+	if err != nil {
+		return err
+	}
+	// The size of a block; the UUID; blocks of a group.
+	if string(b[:4]) != "XFSB" || be.Uint32(b[4:]) != uint32(x.bs) || !bytes.Equal(b[32:48], x.logUUID) || be.Uint32(b[84:]) != uint32(x.agBlocks) {
+		return fmt.Errorf("the copy of its superblock in allocation group %d is gone: something else may have taken its place", ag)
+	}
+	return nil
+}
+
+// copy holds the copy of the boot sector, behind the last cluster, against it.
+func (x *ntfs) copy(ctx context.Context, boot []byte) error {
+	at := le.Uint64(boot[0x28:]) * x.sector
+	if !x.s.holds(at, 512) {
+		return errors.New("it is larger than what it lies in")
+	}
+	b, err := x.s.get(ctx, at, 512)
+	if err != nil {
+		return err
+	}
+	// All up to the serial number but where the partition lies, which tools that move it mend in one.
+	if !bytes.Equal(b[3:0x18], boot[3:0x18]) || !bytes.Equal(b[0x28:0x50], boot[0x28:0x50]) {
+		return errors.New("the copy of its boot sector is gone: something else may have taken its place")
+	}
+	return nil
+}
