@@ -303,14 +303,15 @@ func (r *VolumeReport) inspect(ctx context.Context, v conf.Volume, source, desti
 		*r = r.refuse("volume %s: %s", v.Name, oneLine(e))
 	}
 	r.inspectFences(ctx, v, source, destination, key)
-	var runs []lun.Extent
-	r.Allocated, r.AllocatedKnown, runs, err = allocated(ctx, source)
+	free, err := r.inspectFileSystems(ctx, v, source)
 	if err != nil {
-		*r = r.refuse("volume %s: source: ask for its allocation: %s", v.Name, oneLine(err))
+		*r = r.refuse("volume %s: source: read its file systems: %s", v.Name, oneLine(err))
 		return
 	}
-	if runs, err = r.inspectFileSystems(ctx, v, source, runs); err != nil {
-		*r = r.refuse("volume %s: source: read its file systems: %s", v.Name, oneLine(err))
+	var runs []lun.Extent
+	r.Allocated, r.AllocatedKnown, runs, err = allocated(ctx, source, proxy.Allocation(v.Allocation), free)
+	if err != nil {
+		*r = r.refuse("volume %s: source: ask for its allocation: %s", v.Name, oneLine(err))
 		return
 	}
 	if !idle(r.Phase) || r.Allocated == 0 {
@@ -354,48 +355,6 @@ func unitReport(address string, i lun.Info) UnitReport {
 		Thin: i.Thin, ReportsAllocation: i.ReportsAllocation, VolatileCache: i.VolatileCache,
 		Presentable: i.Identity != nil,
 	}
-}
-
-// allocated counts the bytes that dev has storage for, within allocationLimit, and
-// gives some of the runs they are in, from all over the device.
-func allocated(ctx context.Context, dev lun.Device) (bytes uint64, known bool, some []lun.Extent, err error) {
-	info := dev.Info()
-	if !info.ReportsAllocation {
-		return info.Size(), true, []lun.Extent{info.All()}, nil
-	}
-	limit, cancel := context.WithTimeout(ctx, allocationLimit)
-	defer cancel()
-	every, seen := 1, 0 // of the runs seen, every so many-th is kept
-	for rest := info.All(); !rest.Empty(); {
-		runs, err := dev.Extents(limit, rest)
-		if err != nil {
-			if limit.Err() != nil && ctx.Err() == nil {
-				return bytes, false, some, nil
-			}
-			return bytes, false, some, err
-		}
-		if len(runs) == 0 {
-			return bytes, false, some, fmt.Errorf("no answer for %v", rest)
-		}
-		for _, run := range runs {
-			if !run.Allocated {
-				continue
-			}
-			bytes += info.Bytes(run.Extent)
-			if seen++; seen%every == 0 {
-				some = append(some, run.Extent)
-			}
-			if len(some) == sampleRuns {
-				for i := range sampleRuns / 2 {
-					some[i] = some[2*i+1]
-				}
-				some, every = some[:sampleRuns/2], every*2
-			}
-		}
-		end := runs[len(runs)-1].End()
-		rest = lun.Extent{Start: end, Blocks: uint64(info.All().End() - end)}
-	}
-	return bytes, true, some, nil
 }
 
 // readRate reads parts of the runs for a moment and gives the speed in bytes per

@@ -321,7 +321,7 @@ func (s *striped) Extents(_ context.Context, e lun.Extent) ([]lun.Allocation, er
 func TestAllocationIsCountedAndSampledAllOver(t *testing.T) {
 	const blocks = 100_000
 	dev := &striped{info: lun.Info{BlockSize: 512, Blocks: blocks, ReportsAllocation: true}}
-	bytes, known, some, err := allocated(t.Context(), dev)
+	bytes, known, some, err := allocated(t.Context(), dev, proxy.AllocationAuto, nil)
 	if err != nil || !known || bytes != blocks/2*512 {
 		t.Errorf("%d bytes, known %v, %v", bytes, known, err)
 	}
@@ -331,6 +331,27 @@ func TestAllocationIsCountedAndSampledAllOver(t *testing.T) {
 	for n := range uint64(len(some) * 2) {
 		if e := at(some, n, 10); e.Empty() || e.Start%4 > 1 || e.Blocks > 2 {
 			t.Fatalf("block %d of the runs: %v", n, e)
+		}
+	}
+
+	// What file systems have free is taken off once, be it allocated or not.
+	free := []lun.Extent{{Start: 1000, Blocks: 49_000}, {Start: 70_000, Blocks: 1}, {Start: 70_002, Blocks: 2}}
+	whole := &striped{info: lun.Info{BlockSize: 512, Blocks: blocks}}
+	for what, c := range map[string]struct {
+		dev  lun.Device
+		a    proxy.Allocation
+		want uint64
+	}{
+		"both tell":        {dev, proxy.AllocationFileSystem, (blocks-49_000)/2 - 1},
+		"file system":      {whole, proxy.AllocationAuto, blocks - 49_000 - 3},
+		"neither is asked": {dev, proxy.AllocationAll, blocks},
+	} {
+		off := free
+		if c.a == proxy.AllocationAll {
+			off = nil
+		}
+		if bytes, known, some, err := allocated(t.Context(), c.dev, c.a, off); err != nil || !known || bytes != c.want*512 || len(lun.Without(some, off)) != len(some) {
+			t.Errorf("%s: %d blocks, want %d, known %v, %v", what, bytes/512, c.want, known, err)
 		}
 	}
 }

@@ -2,6 +2,7 @@ package e2e
 
 import (
 	"bytes"
+	"encoding/json"
 	"fmt"
 	"math/rand/v2"
 	"os"
@@ -56,6 +57,12 @@ func TestThickHalfFullFileSystemCopiesHalf(t *testing.T) {
 	if out := s.run("check"); !strings.Contains(out, "as the file systems of the source tell") || !strings.Contains(out, "ext4 on partition 1: clean, ") {
 		t.Errorf("check does not say what tells the allocation:\n%s", out)
 	}
+	var told struct {
+		Volumes []struct {
+			Allocated uint64 `json:"allocated_bytes"`
+		} `json:"volumes"`
+	}
+	must(t, json.Unmarshal([]byte(s.run("check", "--json")), &told))
 	s.start()
 	s.run("start", "fs")
 	host := shell(t, s.front("fs"))
@@ -67,6 +74,9 @@ func TestThickHalfFullFileSystemCopiesHalf(t *testing.T) {
 	t.Logf("copied %d MiB of %d, %d MiB are files; left out %d MiB", st.Copied/mib, size/mib, used/mib, st.Unused/mib)
 	if st.Copied < used-2*mib || st.Copied > used+used/5 || st.Unused < size*2/5 {
 		t.Errorf("copied %d, left out %d, of %d bytes in files", st.Copied, st.Unused, used)
+	}
+	if len(told.Volumes) != 1 || told.Volumes[0].Allocated != size-st.Unused {
+		t.Errorf("check said that %+v bytes are to be copied, %d were left out of %d", told.Volumes, st.Unused, size)
 	}
 	if out := s.run("status", "fs"); !strings.Contains(out, "ext4 on partition 1: clean, ") {
 		t.Errorf("status does not say what was found:\n%s", out)
