@@ -60,6 +60,8 @@ const (
 	Configuration Kind = "configuration"
 	// RestartNeeded: it was done, but for settings that count from the next start on.
 	RestartNeeded Kind = "restart_needed"
+	// Differs: source and destination were compared and are not the same.
+	Differs Kind = "differs"
 	// Interrupted: the caller was told to end first.
 	Interrupted Kind = "interrupted"
 )
@@ -80,6 +82,7 @@ const (
 	ExitUsage       = 2
 	ExitPhase       = 3
 	ExitRestart     = 4
+	ExitDiffers     = 5
 	ExitInterrupted = 130
 )
 
@@ -95,6 +98,8 @@ func ExitCode(err error) int {
 		return ExitPhase
 	case RestartNeeded:
 		return ExitRestart
+	case Differs:
+		return ExitDiffers
 	case Interrupted:
 		return ExitInterrupted
 	}

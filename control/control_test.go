@@ -430,7 +430,7 @@ func TestExitCodes(t *testing.T) {
 	}{
 		{nil, 0}, {errors.New("x"), 1}, {Usagef("x"), 2}, {fmt.Errorf("x: %w", Usagef("y")), 2},
 		{&proxy.PhaseError{}, 3}, {fmt.Errorf("x: %w", proxy.ErrPhase), 3}, {&Error{Kind: WrongPhase}, 3},
-		{context.Canceled, 130}, {context.DeadlineExceeded, 1}, {&Error{Kind: Unknown}, 1},
+		{context.Canceled, 130}, {context.DeadlineExceeded, 1}, {&Error{Kind: Unknown}, 1}, {&Error{Kind: Differs}, 5},
 	} {
 		if got := ExitCode(tc.err); got != tc.exit {
 			t.Errorf("%v: %d, want %d", tc.err, got, tc.exit)

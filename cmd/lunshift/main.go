@@ -107,7 +107,8 @@ and the destination, and moves the first onto the second while initiators keep
 reading and writing.
 
 Exit codes: 0 done, 1 failed, 2 wrong usage (of serve also: a faulty configuration),
-3 not allowed in this phase, 4 done but for what needs a restart, 130 interrupted.`,
+3 not allowed in this phase, 4 done but for what needs a restart, 5 source and
+destination differ, 130 interrupted.`,
 		SilenceUsage:      true,
 		SilenceErrors:     true,
 		CompletionOptions: cobra.CompletionOptions{HiddenDefaultCmd: true},

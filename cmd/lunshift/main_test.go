@@ -370,15 +370,16 @@ func TestCommandsCanBeRepeatedFromStartToRemove(t *testing.T) {
 		do(0, "", "resume", "db01")
 	}
 	do(3, "verify is not allowed in phase ready", "verify", "db02")
+	do(1, "there is no volume", "verify", "db09")
 	do(0, "db01: synced", "wait", "db01", "--for", "synced", "--timeout", "30s")
 	do(0, "db01: everything compared", "verify", "db01")
 	do(2, "--sample", "verify", "db01", "--sample", "much")
 	do(0, "no difference", "status", "db01")
 	// Somebody writes to the new array past lunshift.
 	spoil(t, config, 5000)
-	do(1, "512 B differ\n  LBA 5000, 1 blocks\n", "verify", "db01")
+	do(5, "512 B differ\n  LBA 5000, 1 blocks\n", "verify", "db01")
 	var report proxy.VerifyReport
-	if r := do(1, "", "verify", "db01", "--json"); json.Unmarshal([]byte(r.stdout), &report) != nil || report.Different != 512 || len(report.Extents) != 1 {
+	if r := do(5, "", "verify", "db01", "--json"); json.Unmarshal([]byte(r.stdout), &report) != nil || report.Different != 512 || len(report.Extents) != 1 {
 		t.Errorf("verify --json: %q", r.stdout)
 	}
 	do(1, "first at LBA 5000", "cutover", "db01")

@@ -15,8 +15,8 @@ func (a *app) verifyCommand() *cobra.Command {
 		Short: "Compare source and destination of a synced volume",
 		Long: `Compare source and destination block by block while initiators go on, leaving out what
 they wrote since the start. It changes nothing. What differs was copied wrongly, or
-was changed behind lunshift's back: the extents are listed, and the exit code is 1.
-Interrupted, it ends.`,
+was changed behind lunshift's back: the extents are listed, and the exit code is 5,
+which no other outcome has. Interrupted, it ends.`,
 		Args: oneVolume,
 		RunE: func(c *cobra.Command, args []string) error {
 			var o proxy.VerifyOptions
@@ -44,7 +44,7 @@ Interrupted, it ends.`,
 				err = control.WriteVerify(a.stdout, args[0], report)
 			}
 			if err == nil && report.Different > 0 {
-				err = &control.Error{Kind: control.Failed, Message: "volume " + args[0] + ": source and destination differ"}
+				err = &control.Error{Kind: control.Differs, Message: "volume " + args[0] + ": source and destination differ"}
 			}
 			return err
 		},
