@@ -151,6 +151,9 @@ func TestARollbackUnderLoadLeavesEveryWriteOnTheSource(t *testing.T) {
 				s.run("start", "db01")
 				l.more(300)
 				s.run("throttle", "db01", "--rate", "64KiB")
+			})
+			l.during(func() { // elsewhere, so that not all is written again before it is copied back
+				l.more(50)
 				s.run("rollback", "db01")
 				s.run("pause", "db01")
 				s.run("rollback", "db01")

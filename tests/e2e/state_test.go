@@ -47,10 +47,9 @@ func TestLostStateIsRefusedAndRebuilt(t *testing.T) {
 	before := p.sourcePath + ".before"
 	clone(t, p.sourcePath, before)
 	v := p.volume("db01")
-	v.more = "overwrite = true\nautostart = true\nregion_size = \"64KiB\"\n"
+	v.more = "overwrite = true\nautostart = true\nregion_size = \"64KiB\"\ncopy = { rate = \"2MiB\" }\n"
 	s := newService(t, v)
 	s.start()
-	s.run("throttle", "db01", "--rate", "4MiB")
 
 	const clients = 4
 	dev, err := lun.Open(ctx, s.front("db01").URL(), lun.Options{})
