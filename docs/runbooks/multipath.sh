@@ -7,8 +7,11 @@
 #
 #   multipath.sh VOLUME
 #
+# Wherever a run ended, the next one goes on from there; where the cutover is refused or undone the
+# host goes on with lunshift.
+#
 # HOST      what runs a shell script on the host, given as its last argument: "ssh root@app1"
-# NEW       portal of the new array, as the host reaches it
+# NEW       portal (its address) of the new array, as the host reaches it
 # LUNSHIFT  the command, with its options; lunshift where unset
 # WAIT      how long the copy may take; 24h where unset
 #
@@ -26,46 +29,86 @@ die() {
 	printf '%s: FAILED: %s\n' "$volume" "$*" >&2
 	exit 1
 }
-host() { $HOST "set -e; $1" || die "on the host: $1"; }
-field() { $lunshift status "$volume" --json | sed -n "s/.*\"$1\":\"\([^\"]*\)\".*/\1/p"; }
-# The identities of the host's iSCSI disks, as its kernel knows them, one a line.
-wwids() { host 'for d in /sys/class/iscsi_session/*/device/target*/*/; do cat "$d/wwid"; done | sort -u'; }
+field() { $lunshift status "$volume" --json | sed -n "s/^{[^{]*\"$1\":\"\([^\"]*\)\".*/\1/p"; }
+compare() {
+	code=0
+	$lunshift verify "$volume" || code=$?
+	case $code in
+	0) ;;
+	5) die "source and destination differ; the volume stays synced" ;;
+	*) die "source and destination could not be compared (exit code $code)" ;;
+	esac
+}
 
-case $(field phase) in
-migrating) $lunshift wait "$volume" --for synced --timeout "${WAIT:-24h}" ;;
-synced) ;;
-cutover)
-	say "done already"
-	exit 0
-	;;
-*) die "phase $(field phase): start it first (lunshift start $volume)" ;;
+# What is run on the host. session PORTAL IQN prints nothing where the host has no session with that
+# target, else the name of its disk, or "-" as long as none runs. wwids IQN prints the identities of
+# that target's disks, as the kernel knows them.
+tools=$(
+	cat <<'END'
+session() {
+	all=$(iscsiadm -m session -P 3 2>/dev/null) || [ $? -eq 21 ] || return 1 # 21: no session at all
+	printf '%s\n' "$all" | awk -v portal="$1" -v iqn="$2" '
+		$1 == "Target:" { target = $2 }
+		/Current Portal:/ {
+			here = target == iqn && (index($3, portal ":") == 1 || index($3, portal ",") == 1)
+			if (here) found = "-"
+		}
+		here && /Attached scsi disk/ && $6 == "running" { found = $4 }
+		END { if (found) print found }'
+}
+wwids() {
+	for s in /sys/class/iscsi_session/*; do
+		if [ "$(cat "$s/targetname")" = "$1" ]; then cat "$s"/device/target*/*/wwid; fi
+	done | sort -u
+}
+END
+)
+host() { $HOST "set -e
+$tools
+$1"; }
+
+at=$(field phase)
+case $at in
+migrating | synced | cutover) ;;
+*) die "phase ${at:-unknown}: start it first (lunshift start $volume)" ;;
 esac
 [ "$(field identity)" = destination ] || die "its identity is not the destination's: the host would find another disk"
 iqn=$(field iqn)
-before=$(wwids)
-[ -n "$before" ] || die "the host has no iSCSI disk"
+[ -n "$iqn" ] || die "lunshift does not tell the volume's iqn"
+before=
 
-# What a host does that cannot queue for as long as this takes is to report I/O errors.
-host 'for t in /sys/class/iscsi_session/*/recovery_tmo; do
-	[ "$(cat $t)" -ge 60 ] || [ "$(cat $t)" -lt 0 ] || command -v multipath >/dev/null ||
-		{ echo "$t is $(cat $t) s: iscsiadm -m session -o update -n node.session.timeo.replacement_timeout -v 120"; exit 1; }
-done
-if command -v multipath >/dev/null; then multipath -ll | grep -q queue_if_no_path ||
-	{ echo "multipath does not queue: no_path_retry queue"; exit 1; }; fi'
+if [ "$at" != cutover ]; then
+	$lunshift wait "$volume" --for synced --timeout "${WAIT:-24h}" || die "not synced"
+	before=$(host "wwids $iqn") || die "the host does not tell its disks"
+	[ -n "$before" ] || die "the host has no disk of $iqn"
 
-$lunshift verify "$volume" || die "source and destination differ; the volume stays synced"
-$lunshift cutover "$volume" --dry-run || die "not ready to be cut over; the volume stays synced"
-$lunshift cutover "$volume" || die "the cutover was undone; the host goes on with lunshift"
+	# What a host does that cannot queue for as long as this takes is to report I/O errors.
+	host 'for t in /sys/class/iscsi_session/*/recovery_tmo; do
+		[ "$(cat $t)" -ge 60 ] || [ "$(cat $t)" -lt 0 ] || command -v multipath >/dev/null ||
+			{ echo "$t is $(cat $t) s: iscsiadm -m session -o update -n node.session.timeo.replacement_timeout -v 120"; exit 1; }
+	done
+	if command -v multipath >/dev/null; then multipath -ll | grep -q queue_if_no_path ||
+		{ echo "multipath does not queue: no_path_retry queue"; exit 1; }; fi' || die "the host cannot wait without a path"
+
+	compare
+	$lunshift cutover "$volume" --dry-run || die "not ready to be cut over; the volume stays synced"
+	$lunshift cutover "$volume" || say "exit code $? of the cutover"
+	at=$(field phase)
+	[ "$at" != synced ] || die "the cutover was undone; the host goes on with lunshift"
+	[ "$at" = cutover ] || die "phase ${at:-unknown} after the cutover; run this again"
+fi
 
 n=0
-until host 'iscsiadm -m session -P 1' | grep -qF "Current Portal: $NEW"; do
+until host "session $NEW $iqn | grep -q '[^-]'"; do
 	n=$((n + 1))
-	[ $n -lt 60 ] || die "the host is not logged in to $NEW within a minute"
+	[ $n -lt 60 ] || die "the host has no disk of $iqn at $NEW within a minute"
 	sleep 1
 done
-after=$(wwids)
-[ "$before" = "$after" ] || die "the disks of the host were $before and are $after"
-host "iscsiadm -m node -T $iqn -p $NEW -o new >/dev/null"
+after=$(host "wwids $iqn") || die "the host does not tell its disks"
+# A run that begins after the cutover does not know them from before.
+[ "${before:-$after}" = "$after" ] || die "the disks of the host were $before and are $after"
+# The record is what the host logs in by after its next boot.
+host "node='iscsiadm -m node -T $iqn -p $NEW'; \$node >/dev/null 2>&1 || \$node -o new >/dev/null" || die "the host has no record of $iqn at $NEW"
 $lunshift status "$volume" --json
 $lunshift report "$volume"
 say "done: the host goes on at $NEW"

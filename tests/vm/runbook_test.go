@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -55,9 +56,29 @@ func runbook(t *testing.T, gw *gateway, name string, env ...string) (string, err
 const (
 	oldIQN = "iqn.2001-04.com.example:old"
 	newIQN = "iqn.2001-04.com.example:new"
-	stop   = "umount /mnt"
-	begin  = diskScript + "mount $disk /mnt && md5sum -c /sums"
+	stop   = "if grep ' /mnt ' /proc/mounts; then umount /mnt; fi"
+	begin  = diskScript + "grep ' /mnt ' /proc/mounts || mount $disk /mnt; md5sum -c /sums"
 )
+
+// refusesOnce is the configuration of a volume's hook that stops its first cutover.
+func refusesOnce(t *testing.T) string {
+	t.Helper()
+	hook := filepath.Join(t.TempDir(), "hook")
+	must(t, os.WriteFile(hook, []byte("#!/bin/sh\n[ -e \"$0.ran\" ] || { echo >\"$0.ran\"; echo 'the site is not ready'; exit 1; }\n"), 0o755))
+	return fmt.Sprintf("[volume.hooks]\nbefore_cutover = [%q]\n", hook)
+}
+
+// refused runs a run book whose cutover the hook stops, and demands that it says so.
+func refused(t *testing.T, gw *gateway, name, text string, env ...string) {
+	t.Helper()
+	out, err := runbook(t, gw, name, env...)
+	if err == nil || !strings.Contains(out, "the site is not ready") || !strings.Contains(out, "FAILED: "+text) {
+		t.Fatalf("%v, want %q: %s", err, text, out)
+	}
+	if status := gw.run("status", "db01"); !strings.Contains(status, "synced") {
+		t.Fatalf("after a cutover that was refused: %s", status)
+	}
+}
 
 // twoArrays is the configuration of a volume between two arrays, under that iqn and lun.
 func twoArrays(t *testing.T, iqn string, lun int, more string) string {
@@ -76,9 +97,9 @@ for i in $(seq 1 30); do dd if=/dev/urandom of=/mnt/$i bs=1M count=1 2>/dev/null
 sync; md5sum /mnt/* 2>/dev/null >/sums || true; grep -q /mnt/30 /sums`
 
 // TestRunbookOfASingleHost: it moves the host, can be run again at the end, and gives the
-// host back to lunshift where the cutover is undone.
+// host back to lunshift where the cutover is refused; the next run goes on from there.
 func TestRunbookOfASingleHost(t *testing.T) {
-	gw := newGateway(t, twoArrays(t, front, 0, ""))
+	gw := newGateway(t, twoArrays(t, front, 0, refusesOnce(t)))
 	gw.start()
 	g := boot(t)
 	in(t, g, "set -e; iscsiadm -m node -T "+oldIQN+" -p 10.0.0.5 -o new >/dev/null; iscsiadm -m node -T "+oldIQN+" -p 10.0.0.5 --login")
@@ -87,18 +108,23 @@ func TestRunbookOfASingleHost(t *testing.T) {
 	if _, err := runbook(t, gw, "single-host.sh", append(env, "OLD=10.0.0.5 iqn.2001-04.com.example:wrong", "STOP=true", "START=true")...); err == nil {
 		t.Error("a host that cannot log out of the old array is no failure")
 	}
+	refused(t, gw, "single-host.sh", "the cutover was undone; the host uses lunshift again", env...)
+	t.Log(in(t, g, "set -e; iscsiadm -m session; iscsiadm -m session | grep -q "+direct+":; grep ' /mnt ' /proc/mounts; md5sum -c /sums >/dev/null; echo >/mnt/after; sync"))
 	for range 2 {
 		if _, err := runbook(t, gw, "single-host.sh", env...); err != nil {
 			t.Fatal(err)
 		}
 	}
-	t.Log(in(t, g, "set -e; iscsiadm -m session | grep 10.0.0.9; ! iscsiadm -m node | grep "+direct+"; md5sum -c /sums; umount /mnt;"+diskScript+"e2fsck -fn $disk"))
+	t.Log(in(t, g, `set -e; [ "$(iscsiadm -m session | wc -l)" = 1 ]; iscsiadm -m session | grep 10.0.0.9
+for old in "`+oldIQN+` -p 10.0.0.5" "`+front+` -p `+direct+`"; do iscsiadm -m node -T $old | grep 'node.startup = manual'; done
+[ -e /mnt/after ]; md5sum -c /sums; umount /mnt;`+diskScript+`e2fsck -fn $disk`))
 }
 
 // TestRunbookOfAHostThatQueues: the disk of a mounted file system that is written to moves to
-// the new array, nothing on the host is stopped, and its kernel sees the same disk.
+// the new array, nothing on the host is stopped, and its kernel sees the same disk; also after a
+// cutover that was refused.
 func TestRunbookOfAHostThatQueues(t *testing.T) {
-	gw := newGateway(t, twoArrays(t, newIQN, 1, "identity = \"destination\"\nredirect = true\n"))
+	gw := newGateway(t, twoArrays(t, newIQN, 1, "identity = \"destination\"\nredirect = true\n"+refusesOnce(t)))
 	gw.start()
 	g := boot(t)
 	in(t, g, "set -e; node='iscsiadm -m node -T "+newIQN+" -p "+direct+`'
@@ -131,8 +157,21 @@ sh /writer </dev/null >/dev/null 2>&1 &`)
 		}
 		return nil
 	})
-	if _, err := runbook(t, gw, "multipath.sh", env...); err != nil {
-		t.Fatal(err)
+	refused(t, gw, "multipath.sh", "the cutover was undone; the host goes on with lunshift", env...)
+	back := written()
+	within(t, "the host's writes after the refusal", func() error {
+		if n := written(); n < back+3 {
+			return fmt.Errorf("%d files, %d before", n, back)
+		}
+		return nil
+	})
+	record := "iscsiadm -m node -T " + newIQN + " -p 10.0.0.9"
+	for range 2 {
+		if _, err := runbook(t, gw, "multipath.sh", env...); err != nil {
+			t.Fatal(err)
+		}
+		// A run that ended before it made the record: the next one makes it.
+		in(t, g, "set -e; "+record+" >/dev/null; "+record+" -o delete")
 	}
 	from := written()
 	within(t, "the host's writes at the new array", func() error {
@@ -157,10 +196,10 @@ umount /mnt; e2fsck -fn $disk`))
 }
 
 // TestRunbookOfACluster: two nodes with Write Exclusive - Registrants Only keep it through the
-// migration and a kill, and have it at the new array.
+// migration, a kill and a cutover that is refused, and have it at the new array.
 func TestRunbookOfACluster(t *testing.T) {
 	const app2 = "iqn.1993-08.org.debian:01:app2"
-	gw := newGateway(t, twoArrays(t, newIQN, 1, "redirect = true\n")+admit(app2, "10.0.0.0/24"))
+	gw := newGateway(t, twoArrays(t, newIQN, 1, "redirect = true\n"+refusesOnce(t))+admit(app2, "10.0.0.0/24"))
 	gw.start()
 	g := boot(t)
 	// The nodes are two interfaces of the guest, with names of their own.
@@ -195,7 +234,8 @@ dd if=/dev/zero of=$disk bs=4k count=1 conv=fsync 2>/dev/null`
 		iface = "iscsiadm -m node -T " + newIQN + " -p " + direct + " -I $node"
 	)
 	env := []string{"NODES=" + on(t, "node=a") + "\n" + on(t, "node=b"), "OFFLINE=" + disk + "sg_persist -n -o -G -K $key -S 0 $disk",
-		"REGISTERED=" + registered, "MOVE=" + iface + " --logout", "LOGIN=" + iface + " -o new >/dev/null\n" + iface + " --login", "ONLINE=" + online}
+		"REGISTERED=" + registered, "MOVE=" + iface + " --logout",
+		"LOGIN=grep -qx $node /sys/class/iscsi_session/*/ifacename || { " + iface + " -o new >/dev/null; " + iface + " --login; }", "ONLINE=" + online}
 	if _, err := runbook(t, gw, "cluster.sh", env...); err == nil {
 		t.Error("a disk that nobody reserved is no failure")
 	}
@@ -208,8 +248,14 @@ dd if=/dev/zero of=$disk bs=4k count=1 conv=fsync 2>/dev/null`
 		_, err := g.Run(t.Context(), "! grep -v LOGGED_IN /sys/class/iscsi_session/*/state")
 		return err
 	})
-	if _, err := runbook(t, gw, "cluster.sh", env...); err != nil {
-		t.Fatal(err)
+	refused(t, gw, "cluster.sh", "not cut over; the disk is online on lunshift again", env...)
+	for _, node := range []string{"a", "b"} {
+		in(t, g, "set -e; node="+node+"\n"+registered)
+	}
+	for range 2 {
+		if _, err := runbook(t, gw, "cluster.sh", env...); err != nil {
+			t.Fatal(err)
+		}
 	}
 	out := in(t, g, "set -e; node=a\n"+disk+"sg_persist -n -i -k $disk; sg_inq $disk; iscsiadm -m session -P 1")
 	if !strings.Contains(out, "0x1a") || !strings.Contains(out, "0x1b") || !strings.Contains(out, "IET") || !strings.Contains(out, "Current Portal: 10.0.0.9") || strings.Contains(out, "Current Portal: "+direct) {
