@@ -448,7 +448,8 @@ func TestWhatIsNotUnderstoodCountsAsAllocated(t *testing.T) {
 }
 
 // TestAnOldFileSystemBesideSomethingElseCountsAsAllocated: what came after it left its beginning
-// alone. Caught: a partition that is not asked for a table; no look for ZFS.
+// alone. Caught: a partition that is not asked for a table; no look for ZFS; a boot sector's name that
+// has a table count as code.
 func TestAnOldFileSystemBesideSomethingElseCountsAsAllocated(t *testing.T) {
 	ext := small(t)
 	if free, _ := read(t, ext, 512, Use{}); len(free) == 0 {
@@ -473,4 +474,17 @@ func TestAnOldFileSystemBesideSomethingElseCountsAsAllocated(t *testing.T) {
 	table(t, disk, "label: gpt\nstart=2MiB,size=20MiB,type=linux\n")
 	place(t, guest, disk, 2*mib)
 	wantNone(t, disk, "ambiguous content")
+	// sfdisk leaves the boot sector of an NTFS before the table that it writes, and a file system in
+	// the partition leaves the rest.
+	old := image(t, 60*mib, "mkntfs", "-Q", "-q", "-F", "-p", "0", "-H", "0", "-S", "0")
+	windows(t, old, nil)
+	if free, _ := read(t, old, 512, Use{Idle: true}); len(free) == 0 {
+		t.Fatal("nothing is free in what is to be spoilt: the test shows nothing")
+	}
+	table(t, old, "label: dos\nstart=1MiB,size=50MiB,type=83\n")
+	place(t, image(t, 50*mib, "mkfs.ext4", "-q", "-F", "-b", "4096"), old, mib)
+	if string(bytesAt(t, old, 3, 4)) != "NTFS" {
+		t.Fatal("the boot sector is gone: the test shows nothing")
+	}
+	wantNone(t, old, "a partition table and of NTFS")
 }

@@ -46,17 +46,20 @@ func isTable(head []byte, kinds []string) bool {
 	if head[510] != 0x55 || head[511] != 0xaa {
 		return false
 	}
-	for _, boots := range [...]string{"NTFS", "BitLocker", "exFAT", "FAT", "ReFS"} {
-		if slices.Contains(kinds, boots) {
-			return false // they begin with a boot sector of the same form
-		}
-	}
+	// These begin with a boot sector of the same form, which has code, text or zeroes there. Tools
+	// that make a table leave what lies before it, the name of one of these too.
+	boots := slices.ContainsFunc(kinds, func(kind string) bool {
+		return slices.Contains([]string{"NTFS", "BitLocker", "exFAT", "FAT", "ReFS"}, kind)
+	})
+	used := false
 	for i := range 4 {
-		if head[446+16*i+4] != 0 {
-			return true
+		e := head[446+16*i:][:16]
+		if boots && (e[0]&0x7f != 0 || e[4] != 0 && (le.Uint32(e[8:]) == 0 || le.Uint32(e[12:]) == 0)) {
+			return false
 		}
+		used = used || e[4] != 0
 	}
-	return false
+	return used
 }
 
 // partitions reads a partition table and what lies in each partition.
