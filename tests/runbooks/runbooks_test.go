@@ -180,6 +180,19 @@ func TestASingleHostIsGivenBackWhereItCannotGoOn(t *testing.T) {
 	}
 }
 
+// TestAnApplicationThatWasLeftStoppedRunsFirst: a run that was ended with the application stopped is
+// followed by one that starts it before anything that takes long, or fails.
+func TestAnApplicationThatWasLeftStoppedRunsFirst(t *testing.T) {
+	for _, phase := range []string{"migrating", "synced"} {
+		w := newWorld(t, "single-host.sh", "NEW="+newAt+" "+newIQN)
+		w.set("phase", phase)
+		out, _, err := w.run("VERIFY=5")
+		if w.said("source and destination differ", out, err); w.get("app") != gateway {
+			t.Errorf("%s: the application runs at %q: %s", phase, w.get("app"), out)
+		}
+	}
+}
+
 func multipath(t *testing.T) *world {
 	w := newWorld(t, "multipath.sh", "NEW="+newAt, "QUEUES=yes", "HOST=on-host")
 	// A host's shell, whose kernel is in the directory as well.
@@ -219,6 +232,7 @@ func TestAHostThatQueuesIsLookedAtInEachRun(t *testing.T) {
 	t.Run("the host is elsewhere", func(t *testing.T) {
 		w := multipath(t)
 		w.set("phase", "cutover")
+		w.set("sessions", newAt+" iqn.2001-04.com.example:other sdz\n"+gateway+" "+front+" sdb")
 		out, _, err := w.run()
 		w.said("no disk of "+front+" at "+newAt, out, err)
 	})
@@ -276,6 +290,26 @@ func TestAClusterIsOnlineWhateverFails(t *testing.T) {
 				t.Errorf("phase %s: %s", w.get("phase"), out)
 			}
 		})
+	}
+}
+
+// TestACutoverIsKnownByThePhase: one that is done though the command failed is gone on from.
+func TestACutoverIsKnownByThePhase(t *testing.T) {
+	for _, start := range []func(*testing.T) *world{singleHost, multipath, cluster} {
+		w := start(t)
+		if out, _, err := w.run("LOST=yes"); err != nil || !strings.Contains(out, "exit code 1 of the cutover") {
+			t.Errorf("%s: %v: %s", w.script, err, out)
+		}
+	}
+}
+
+// TestAClusterWithoutItsReservationIsLeftAlone: nothing is started where a node is not registered.
+func TestAClusterWithoutItsReservationIsLeftAlone(t *testing.T) {
+	w := cluster(t)
+	must(t, os.Remove(filepath.Join(w.dir, "on.b")))
+	out, _, err := w.run()
+	if w.said("registrations are not in order in phase ready", out, err); w.get("phase") != "ready" {
+		t.Errorf("phase %s: %s", w.get("phase"), out)
 	}
 }
 

@@ -48,6 +48,7 @@ lunshift() {
 		! session $GATEWAY || refuse "cutover: a session stays"
 		[ ! -e in.a ] && [ ! -e in.b ] || refuse "cutover: a session of a node stays"
 		echo cutover >phase
+		[ -z "${LOST:-}" ] || refuse "cutover: the connection ended" # after the fact
 		;;
 	*) wrong "lunshift $*" ;;
 	esac
