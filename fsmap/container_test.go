@@ -420,6 +420,12 @@ func TestNTFSNotCleanCountsAsAllocated(t *testing.T) {
 			change(t, p, mft+3*1024+int64(i)+2, []byte{1})
 		}},
 		{"bitmap frees itself", "metadata free", func(t *testing.T, p string) { change(t, p, bitmap, make([]byte, 1024)) }},
+		{"bitmap frees the boot sector", "metadata free", func(t *testing.T, p string) {
+			change(t, p, bitmap, []byte{bytesAt(t, p, bitmap, 1)[0] &^ 1})
+		}},
+		{"bitmap frees the log", "metadata free", func(t *testing.T, p string) {
+			change(t, p, bitmap+log/4096/8+1, make([]byte, 16))
+		}},
 		{"larger than the unit", "larger than what it lies in", func(t *testing.T, p string) {
 			if err := os.Truncate(p, 39*mib); err != nil {
 				t.Fatal(err)
@@ -462,7 +468,8 @@ func TestAnOldFileSystemBesideSomethingElseCountsAsAllocated(t *testing.T) {
 			wantNone(t, pool, "ambiguous content")
 		}
 	}
-	for at, magic := range map[int64]string{32 << 10: "JFS1", 64<<10 + 52: "ReIsEr2Fs", 64 << 10: "\x01\x16\x19\x70", 8<<10 + 1372: "\x54\x19\x01\x00", 8 << 10: "\xa5\x01\xfc\xf5"} {
+	for at, magic := range map[int64]string{32 << 10: "JFS1", 64<<10 + 52: "ReIsEr2Fs", 64 << 10: "\x01\x16\x19\x70", 8<<10 + 1372: "\x54\x19\x01\x00", 8 << 10: "\xa5\x01\xfc\xf5",
+		32: "ORCLDISK", 516: "!Stra0tis", 4<<10 + 24: "\xc6\x85\x73\xf6\x66\xce\x90\xa9\xd9\x6a\x60\xcf\x80\x3d\xf7\xef", 4 << 10: "OCFSV2", 32<<10 + 1: "CD001"} {
 		other := same(t, ext)
 		change(t, other, at, []byte(magic))
 		wantNone(t, other, "ambiguous content")
@@ -480,6 +487,11 @@ func TestAnOldFileSystemBesideSomethingElseCountsAsAllocated(t *testing.T) {
 	windows(t, old, nil)
 	if free, _ := read(t, old, 512, Use{Idle: true}); len(free) == 0 {
 		t.Fatal("nothing is free in what is to be spoilt: the test shows nothing")
+	}
+	for _, magic := range []string{"\x10\x20\xf5\xf2", "H+\x00\x04", "HX\x00\x05"} {
+		other := same(t, old)
+		change(t, other, 1<<10, []byte(magic))
+		wantNone(t, other, "ambiguous content")
 	}
 	table(t, old, "label: dos\nstart=1MiB,size=50MiB,type=83\n")
 	place(t, image(t, 50*mib, "mkfs.ext4", "-q", "-F", "-b", "4096"), old, mib)

@@ -47,17 +47,41 @@ func (x *ext) copies(ctx context.Context, groups []extGroup) error {
 	if err != nil {
 		return err
 	}
+	gone := errors.New("its root directory is gone: something else may have taken its place")
 	if le.Uint16(inode)&0xf000 != directory || x.ro&extMetaCsum != 0 && !x.inodeSum(inode, root) {
-		return errors.New("its root directory is gone: something else may have taken its place")
+		return gone
+	}
+	if le.Uint32(inode[0x20:])&extInlineData != 0 {
+		return nil
+	}
+	at, ok, err := x.firstBlock(ctx, inode)
+	if err != nil {
+		return err
+	}
+	if !ok || at <= x.first || at >= x.blocks {
+		return gone
+	}
+	b, err := x.s.get(ctx, at*x.bs, 12)
+	if err != nil {
+		return err
+	}
+	if le.Uint32(b) != root || le.Uint16(b[4:]) != 12 || b[6] != 1 || b[8] != '.' {
+		return gone
 	}
 	return nil
 }
 
-// copy holds the copy of the superblock at the beginning of an allocation group against it.
+// copy holds the copy of the superblock at the beginning of an allocation group against it, and
+// makes sure that the group has the header of its inodes, which lies behind that of its free space.
 func (x *xfs) copy(ctx context.Context, ag uint64) error {
-	b, err := x.s.get(ctx, ag*x.agBlocks*x.bs, x.sector)
+	b, err := x.s.get(ctx, ag*x.agBlocks*x.bs, 3*x.sector)
 	if err != nil {
 		return err
+	}
+	inodes := b[2*x.sector:]
+	if string(inodes[:4]) != "XAGI" || be.Uint32(inodes[4:]) != 1 || uint64(be.Uint32(inodes[8:])) != ag || uint64(be.Uint32(inodes[12:])) != x.agLength(ag) ||
+		x.v5 && (!x.sealed(inodes, 312) || !bytes.Equal(inodes[296:312], x.uuid)) {
+		return fmt.Errorf("the inodes of allocation group %d are gone: something else may have taken their place", ag)
 	}
 	// The size of a block; the UUID; blocks of a group.
 	if string(b[:4]) != "XFSB" || be.Uint32(b[4:]) != uint32(x.bs) || !bytes.Equal(b[32:48], x.logUUID) || be.Uint32(b[84:]) != uint32(x.agBlocks) {
@@ -66,19 +90,49 @@ func (x *xfs) copy(ctx context.Context, ag uint64) error {
 	return nil
 }
 
-// copy holds the copy of the boot sector, behind the last cluster, against it.
+// copy holds the copy of the boot sector against it. It lies behind the last cluster, but where a
+// file system was resized, at the end of what it lies in.
 func (x *ntfs) copy(ctx context.Context, boot []byte) error {
-	at := le.Uint64(boot[0x28:]) * x.sector
-	if !x.s.holds(at, 512) {
-		return errors.New("it is larger than what it lies in")
+	for _, at := range [...]uint64{le.Uint64(boot[0x28:]) * x.sector, (x.s.size/x.sector - 1) * x.sector} {
+		if !x.s.holds(at, 512) {
+			continue
+		}
+		b, err := x.s.get(ctx, at, 512)
+		if err != nil {
+			return err
+		}
+		// All up to the serial number but where the partition lies, which tools that move it mend in one.
+		if bytes.Equal(b[3:0x18], boot[3:0x18]) && bytes.Equal(b[0x28:0x50], boot[0x28:0x50]) {
+			return nil
+		}
 	}
-	b, err := x.s.get(ctx, at, 512)
-	if err != nil {
-		return err
+	return errors.New("the copy of its boot sector is gone: something else may have taken its place")
+}
+
+// mirror holds $MFTMirr, the copies of the first records, against them.
+func (x *ntfs) mirror(ctx context.Context) error {
+	const records = 4
+	m := byteRun{x.mirrorAt, (records*x.record + x.cluster - 1) / x.cluster}
+	if m.at >= x.clusters || m.length > x.clusters-m.at {
+		return errNTFS
 	}
-	// All up to the serial number but where the partition lies, which tools that move it mend in one.
-	if !bytes.Equal(b[3:0x18], boot[3:0x18]) || !bytes.Equal(b[0x28:0x50], boot[0x28:0x50]) {
-		return errors.New("the copy of its boot sector is gone: something else may have taken its place")
+	x.metadata = append(x.metadata, m)
+	for i := range uint64(records) {
+		r, err := x.readRecord(ctx, i)
+		if err != nil {
+			return err
+		}
+		other, err := x.s.get(ctx, m.at*x.cluster+i*x.record, x.record)
+		if err != nil {
+			return err
+		}
+		attributes := int(le.Uint16(r[0x14:]))
+		if attributes > len(r) {
+			return errNTFS
+		}
+		if string(other[:4]) != "FILE" || !x.fixup(other) || !bytes.Equal(r[attributes:], other[attributes:len(r)]) {
+			return errors.New("its $MFTMirr is gone: something else may have taken its place")
+		}
 	}
 	return nil
 }

@@ -2,7 +2,9 @@ package fsmap
 
 import (
 	"bytes"
+	"context"
 	"fmt"
+	"os"
 	"path/filepath"
 	"regexp"
 	"strconv"
@@ -13,7 +15,7 @@ import (
 // the first 8 KiB, the descriptors and all bitmaps as they were, and wrote elsewhere.
 //
 // Caught: copies of the superblock that are not looked at, or only the first; no look at the root
-// directory.
+// directory, its entries, the headers of inodes, the mirror.
 func TestTakenOverSpaceCountsAsAllocated(t *testing.T) {
 	stranger := bytes.Repeat([]byte("not of a file system. "), 4096/22)
 	ext := image(t, 200*mib, "mkfs.ext4", "-q", "-F", "-b", "1024") // 25 groups
@@ -30,6 +32,8 @@ func TestTakenOverSpaceCountsAsAllocated(t *testing.T) {
 		}
 		return n
 	}
+	mirror := int64(0)
+	inNTFS(t, windowsDisk, func(_ context.Context, x *ntfs) { mirror = int64(x.mirrorAt * x.cluster) })
 	blocks, length := number(run(t, "xfs_db", "-r", "-c", "sb 0", "-c", "p agblocks", xfs), "agblocks"), int64(4096)
 	const group = 8192 * 1024
 	for _, c := range []struct {
@@ -44,6 +48,11 @@ func TestTakenOverSpaceCountsAsAllocated(t *testing.T) {
 		{"sparse_super2, the last", two, 24*group + 1024, "superblock in block group 24 "},
 		{"ext2, root directory", old, number(run(t, "dumpe2fs", old), "Inode table at") * 1024, "root directory"},
 		{"ext4, root directory", ext, number(run(t, "dumpe2fs", ext), "Inode table at") * 1024, "root directory"},
+		{"ext2, root directory's entries", old, firstBlock(t, old, 2) * 1024, "root directory"},
+		{"ext4, root directory's entries", ext, firstBlock(t, ext, 2) * 1024, "root directory"},
+		{"XFS, inodes", xfs, 3*blocks*length + 1024, "inodes of allocation group 3 "},
+		{"XFS, inodes without checksums", xfs4, 2*blocks*length + 1024, "inodes of allocation group 2 "},
+		{"NTFS, mirror", windowsDisk, mirror + 1024, "$MFTMirr"},
 		{"XFS", xfs, 2 * blocks * length, "superblock in allocation group 2 "},
 		{"XFS without checksums", xfs4, blocks * length, "superblock in allocation group 1 "},
 		{"NTFS", windowsDisk, 20*mib - 512, "boot sector"},
@@ -62,6 +71,10 @@ func TestTakenOverSpaceCountsAsAllocated(t *testing.T) {
 	before := same(t, ext)
 	change(t, before, 3*group+1024, bytesAt(t, other, 3*group+1024, 1024))
 	wantNone(t, before, "superblock in block group 3 ")
+	// A copy that belongs elsewhere, as where what moved the file system did not end.
+	shifted := same(t, ext)
+	change(t, shifted, 5*group+1024, bytesAt(t, ext, 3*group+1024, 1024))
+	wantNone(t, shifted, "superblock in block group 5 ")
 }
 
 // TestFileSystemsThatLivedAreRead: their copies are as tools leave them that change a file system.
@@ -92,6 +105,19 @@ func TestFileSystemsThatLivedAreRead(t *testing.T) {
 	t.Run("XFS", func(t *testing.T) {
 		path := image(t, 300*mib, "mkfs.xfs", "-q")
 		run(t, "xfs_admin", "-L", "other", path)
+		if free, report := read(t, path, 512, Use{Idle: true}); len(free) == 0 {
+			t.Errorf("%v", report)
+		}
+	})
+	t.Run("NTFS", func(t *testing.T) { // as ntfsresize leaves it: its size is rounded to clusters
+		path := image(t, 20*mib, "mkntfs", "-Q", "-q", "-F", "-p", "0", "-H", "0", "-S", "0")
+		windows(t, path, nil)
+		boot := bytesAt(t, path, 0, 512)
+		change(t, path, 20*mib-512, make([]byte, 512))
+		if err := os.Truncate(path, 20*mib+2048); err != nil {
+			t.Fatal(err)
+		}
+		change(t, path, 20*mib+1536, boot)
 		if free, report := read(t, path, 512, Use{Idle: true}); len(free) == 0 {
 			t.Errorf("%v", report)
 		}

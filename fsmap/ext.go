@@ -26,8 +26,9 @@ const (
 	extMetaCsum     = 0x400
 	extOrphans      = 0x10000
 	extKnownROComp  = extSparse | 0x2 | 0x4 | 0x8 | extGDTCsum | 0x20 | 0x40 | 0x100 | extBigalloc | extMetaCsum | 0x1000 | 0x2000 | 0x8000 | extOrphans
-	extBlockUninit  = 0x2 // bg_flags
-	extUsesExtents  = 0x80000
+	extBlockUninit  = 0x2     // bg_flags
+	extUsesExtents  = 0x80000 // of an inode
+	extInlineData   = 0x10000000
 	mmpClean        = 0xff4d4d50
 	maxGroups       = 1 << 20
 	maxBitmapsAtOne = 64
@@ -400,11 +401,9 @@ func (x *ext) journal(ctx context.Context, groups []extGroup) error {
 	if le.Uint16(inode)&0xf000 != 0x8000 {
 		return wrong
 	}
-	at, ok := uint64(le.Uint32(inode[0x28:])), true
-	if le.Uint32(inode[0x20:])&extUsesExtents != 0 {
-		if at, ok, err = x.firstExtent(ctx, inode[0x28:0x28+60], 6); err != nil {
-			return err
-		}
+	at, ok, err := x.firstBlock(ctx, inode)
+	if err != nil {
+		return err
 	}
 	if !ok || at <= x.first || at >= x.blocks {
 		return wrong
@@ -446,6 +445,14 @@ func (x *ext) inodeSum(inode []byte, number uint32) bool {
 	return !x.s.m.wrong(crc&mask, have)
 }
 
+// firstBlock is where the content of an inode begins.
+func (x *ext) firstBlock(ctx context.Context, inode []byte) (uint64, bool, error) {
+	if le.Uint32(inode[0x20:])&extUsesExtents != 0 {
+		return x.firstExtent(ctx, inode[0x28:0x28+60], 6)
+	}
+	return uint64(le.Uint32(inode[0x28:])), true, nil
+}
+
 // firstExtent is where logical block 0 is, by a node of an extent tree at most depth levels high.
 func (x *ext) firstExtent(ctx context.Context, node []byte, depth uint16) (uint64, bool, error) {
 	magic, entries, level := le.Uint16(node), le.Uint16(node[2:]), le.Uint16(node[6:])
@@ -469,11 +476,13 @@ func (x *ext) firstExtent(ctx context.Context, node []byte, depth uint16) (uint6
 // bitmaps hands out the free runs, in bytes, in rising order.
 func (x *ext) bitmaps(ctx context.Context, groups []extGroup, yield func(byteRun)) error {
 	var last byteRun // in blocks
+	var given uint64 // clusters
 	meta := x.metadata
 	// free takes a free run of blocks; of uninitialised groups the metadata goes off, in others
 	// it must not be free.
 	free := func(r byteRun, uninit bool) error {
 		give := func(r byteRun) {
+			given += (r.length + x.cluster - 1) / x.cluster
 			if last.length > 0 && last.end() == r.at {
 				last.length += r.length
 				return
@@ -504,8 +513,12 @@ func (x *ext) bitmaps(ctx context.Context, groups []extGroup, yield func(byteRun
 	buf := make([]byte, maxBitmapsAtOne*x.bs)
 	for g := uint64(0); g < x.groups; {
 		if groups[g].uninit {
+			given = 0
 			if err := free(byteRun{x.groupFirst(g), x.groupBlocks(g)}, true); err != nil {
 				return err
+			}
+			if given != uint64(groups[g].free) {
+				return fmt.Errorf("block group %d has %d free clusters without its metadata and %d by its descriptor", g, given, groups[g].free)
 			}
 			g++
 			continue

@@ -264,6 +264,18 @@ func TestExtFreeBlocksAreThoseOfDumpe2fs(t *testing.T) {
 	}
 }
 
+// firstBlock is where the content of an inode begins, in blocks.
+func firstBlock(t testing.TB, path string, inode int) int64 {
+	t.Helper()
+	for _, line := range strings.Split(run(t, "debugfs", "-R", fmt.Sprintf("bmap <%d> 0", inode), path), "\n") {
+		if n, err := strconv.ParseInt(strings.TrimSpace(line), 10, 64); err == nil {
+			return n
+		}
+	}
+	t.Fatalf("inode %d has no first block", inode)
+	return 0
+}
+
 // TestExtNotCleanCountsAsAllocated spoils one thing after another.
 func TestExtNotCleanCountsAsAllocated(t *testing.T) {
 	clean := image(t, 64*mib, "mkfs.ext4", "-q", "-F", "-b", "1024")
@@ -276,12 +288,7 @@ func TestExtNotCleanCountsAsAllocated(t *testing.T) {
 		}
 		return n
 	}
-	bitmap, journal, mmp := number(clean, "Block bitmap at"), int64(0), number(protected, "MMP block number:")
-	for _, line := range strings.Split(run(t, "debugfs", "-R", "bmap <8> 0", clean), "\n") {
-		if n, err := strconv.ParseInt(strings.TrimSpace(line), 10, 64); err == nil {
-			journal = n
-		}
-	}
+	bitmap, journal, mmp := number(clean, "Block bitmap at"), firstBlock(t, clean, 8), number(protected, "MMP block number:")
 	tool := func(commands ...string) func(*testing.T, string) {
 		return func(t *testing.T, path string) {
 			list := filepath.Join(t.TempDir(), "commands")
@@ -305,6 +312,7 @@ func TestExtNotCleanCountsAsAllocated(t *testing.T) {
 		{"descriptor's checksum", "checksum of block group 0", func(t *testing.T, p string) { flip(t, p, 2048+0x0c) }},
 		{"bitmap's checksum", "checksum of the bitmap", func(t *testing.T, p string) { flip(t, p, bitmap*1024+700) }},
 		{"free count", "by its descriptor", tool("set_bg 0 free_blocks_count 3", "set_bg 0 checksum calc")},
+		{"free count of a group without a bitmap", "without its metadata", tool("set_bg 1 free_blocks_count 3", "set_bg 1 checksum calc")},
 		{"bitmap elsewhere", "checksum of the bitmap", tool("set_bg 0 block_bitmap 5000", "set_bg 0 checksum calc")},
 		{"bitmaps in one place", "overlaps", tool(fmt.Sprintf("set_bg 1 block_bitmap %d", bitmap), "set_bg 1 checksum calc")},
 		{"bitmap out of range", "out of range", tool("set_bg 1 block_bitmap 99999999", "set_bg 1 checksum calc")},

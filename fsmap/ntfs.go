@@ -24,6 +24,8 @@ type ntfs struct {
 	sector, cluster, clusters uint64 // bytes, bytes, count
 	record                    uint64 // bytes of a record
 	mft                       byteRun
+	mirrorAt                  uint64
+	metadata                  []byteRun // clusters that must not be free
 }
 
 // readNTFS reads $Bitmap. The restart area of $LogFile must say that the volume was dismounted
@@ -36,6 +38,9 @@ func readNTFS(ctx context.Context, s *space) (f fs, err error) {
 		return f, err
 	}
 	if err = x.clean(ctx); err != nil {
+		return f, err
+	}
+	if err = x.mirror(ctx); err != nil {
 		return f, err
 	}
 	f.size, f.free.least = x.clusters*x.cluster, leastFree
@@ -102,6 +107,9 @@ func (x *ntfs) boot(ctx context.Context) error {
 	if len(list) == 0 || list[0].at != x.mft.at || list[0].length < x.mft.length {
 		return errNTFS
 	}
+	x.metadata = append(x.metadata, byteRun{0, 1}) // the boot sector
+	x.metadata = append(x.metadata, list...)
+	x.mirrorAt = le.Uint64(b[0x38:])
 	return nil
 }
 
@@ -261,6 +269,7 @@ func (x *ntfs) clean(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	x.metadata = append(x.metadata, list...)
 	const page = 4096
 	if size < 2*page || len(list) == 0 || list[0].length*x.cluster < 2*page {
 		return errNTFS
@@ -313,7 +322,7 @@ func (x *ntfs) bitmap(ctx context.Context, yield func(at, n uint64)) error {
 	if value != nil || size < (x.clusters+7)/8 {
 		return errNTFS
 	}
-	used := append(slices.Clone(list), x.mft)
+	used := append(slices.Clone(list), x.metadata...)
 	if !apart(used) {
 		return errNTFS
 	}

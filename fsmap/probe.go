@@ -42,6 +42,11 @@ var signatures = []signature{
 	{"GFS2", 64 << 10, "\x01\x16\x19\x70"},
 	{"UFS", 8<<10 + 1372, "\x54\x19\x01\x00"}, {"UFS", 8<<10 + 1372, "\x00\x01\x19\x54"},
 	{"UFS", 64<<10 + 1372, "\x19\x01\x54\x19"}, {"UFS", 64<<10 + 1372, "\x19\x54\x01\x19"},
+	{"F2FS", 1 << 10, "\x10\x20\xf5\xf2"}, {"HFS+", 1 << 10, "H+\x00\x04"}, {"HFS+", 1 << 10, "HX\x00\x05"},
+	{"Stratis", 512 + 4, "!Stra0tis"}, {"Oracle ASM", 32, "ORCLDISK"},
+	{"bcachefs", 4096 + 24, "\xc6\x85\x73\xf6\x66\xce\x90\xa9\xd9\x6a\x60\xcf\x80\x3d\xf7\xef"},
+	{"OCFS2", 1 << 10, "OCFSV2"}, {"OCFS2", 2 << 10, "OCFSV2"}, {"OCFS2", 4 << 10, "OCFSV2"}, {"OCFS2", 8 << 10, "OCFSV2"},
+	{"ISO 9660", 32<<10 + 1, "CD001"}, {"UDF", 32<<10 + 1, "BEA01"}, {"Reiser4", 64 << 10, "ReIsEr4"},
 	{"VxFS", 1 << 10, "\xf5\xfc\x01\xa5"}, {"VxFS", 8 << 10, "\xa5\x01\xfc\xf5"},
 }
 
