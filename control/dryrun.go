@@ -112,7 +112,7 @@ func (s *Service) answerGroupDryRun(r *http.Request) (any, error) {
 	if err := decode(r, "cutover", &o); err != nil {
 		return nil, err
 	}
-	return s.dryRun(s.running, g.Name, o, members, missing(g, members)), nil
+	return s.dryRun(s.running, g.Name, o, notRemoved(members), missing(g, members)), nil
 }
 
 // CutoverDryRun says whether a cutover of a volume would begin, and what to look at before it
@@ -165,9 +165,15 @@ func writeDryRunVolume(w io.Writer, v DryRunVolume, now time.Time) {
 	for i, line := range verifiedAgo(v.Verify, now) {
 		row([]string{"verify", ""}[min(i, 1)], "%s", line)
 	}
-	mirrored := "off: the source is as it was at the start"
-	if v.Mirror != nil {
+	mirrored := "off"
+	switch {
+	case v.Mirror != nil:
 		mirrored = mirror(v.Mirror)
+	case v.Phase != proxy.Migrating && v.Phase != proxy.Synced:
+	case v.MirrorUsed:
+		mirrored = "off, and was on: the source has some of what was written since the start, and is of no one instant"
+	default:
+		mirrored = "off: the source is as it was at the start"
 	}
 	row("mirror", "%s", mirrored)
 	if v.Degraded {

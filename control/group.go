@@ -61,24 +61,37 @@ func missing(g conf.Group, members []*entry) []string {
 	})
 }
 
-// open gives the volumes of a group, or says of each that is not served why.
-func (s *Service) openGroup(g conf.Group, members []*entry) ([]Volume, error) {
+// notRemoved are those of a group that are not cut over and removed: a cutover of the others ends
+// that of the group.
+func notRemoved(members []*entry) []*entry {
+	return slices.DeleteFunc(slices.Clone(members), (*entry).isGone)
+}
+
+// openAll gives the volumes of some entries, or says of each that is not served why.
+func openAll(members []*entry) ([]Volume, error) {
 	var volumes []Volume
 	var errs []error
-	for _, name := range g.Volumes {
-		i := slices.IndexFunc(members, func(e *entry) bool { return e.name == name && !e.isRemoved() })
-		if i < 0 {
-			errs = append(errs, fmt.Errorf("volume %s: the service does not have it", name))
-			continue
+	for _, e := range members {
+		v, err := e.open()
+		if e.isRemoved() {
+			err = errors.New("the service does not have it")
 		}
-		v, err := members[i].open()
 		if err != nil {
-			errs = append(errs, fmt.Errorf("volume %s: %w", name, err))
+			errs = append(errs, fmt.Errorf("volume %s: %w", e.name, err))
 			continue
 		}
 		volumes = append(volumes, v)
 	}
 	return volumes, errors.Join(errs...)
+}
+
+// openGroup is openAll of a group that has all of its volumes.
+func openGroup(g conf.Group, members []*entry) ([]Volume, error) {
+	volumes, err := openAll(members)
+	for _, name := range missing(g, members) {
+		err = errors.Join(err, fmt.Errorf("volume %s: the service does not have it", name))
+	}
+	return volumes, err
 }
 
 // answerGroup does a step with a group and answers with its status.
@@ -114,7 +127,7 @@ func (f *groupFailure) Unwrap() []error { return []error{&f.told, f.cause} }
 // oneByOne takes a step with one volume of a group after another. Where one is not served no
 // other is touched.
 func (s *Service) oneByOne(r *http.Request, g conf.Group, members []*entry, name string, do func(context.Context, Volume) error) error {
-	if _, err := s.openGroup(g, members); err != nil {
+	if _, err := openGroup(g, members); err != nil {
 		err = groupError(g.Name, name, "not begun", err)
 		return s.ask(r, step{name: name, group: g.Name, do: func(context.Context) (string, error) { return "", refusal{err} }}, members...)
 	}
@@ -172,9 +185,13 @@ func (s *Service) cutoverGroup(r *http.Request, g conf.Group, members []*entry) 
 	if err := decode(r, "cutover", &o); err != nil {
 		return err
 	}
-	return s.ask(r, step{name: "cutover", options: o, group: g.Name, missing: missing(g, members), question: proxy.CutoverStep(o), do: func(ctx context.Context) (string, error) {
-		return s.together(ctx, g, members, "cutover", proxy.CutoverStep(o), proxy.Cutover)
-	}}, members...)
+	lacks, left := missing(g, members), notRemoved(members)
+	if len(lacks)+len(left) == 0 {
+		return nil
+	}
+	return s.ask(r, step{name: "cutover", options: o, group: g.Name, missing: lacks, question: proxy.CutoverStep(o), do: func(ctx context.Context) (string, error) {
+		return s.together(ctx, g, left, "cutover", proxy.CutoverStep(o), proxy.Cutover)
+	}}, left...)
 }
 
 func (s *Service) rollbackGroup(r *http.Request, g conf.Group, members []*entry) error {
@@ -189,7 +206,7 @@ func (s *Service) rollbackGroup(r *http.Request, g conf.Group, members []*entry)
 
 // together takes a step with all volumes of a group at one instant, or with none.
 func (s *Service) together(ctx context.Context, g conf.Group, members []*entry, name string, step proxy.Step, to proxy.Phase) (text string, err error) {
-	opened, err := s.openGroup(g, members)
+	opened, err := openAll(members)
 	var volumes []*proxy.Volume
 	for _, v := range opened {
 		volume, ok := v.(*proxy.Volume)
@@ -286,7 +303,7 @@ func (c *Client) WaitGroup(ctx context.Context, group string, p proxy.Phase, tim
 	for _, v := range status.Volumes {
 		left := timeout
 		if timeout > 0 {
-			left = max(timeout-time.Since(began), time.Millisecond)
+			left = max((timeout - time.Since(began)).Round(time.Millisecond), time.Millisecond)
 		}
 		if _, err := c.wait(ctx, v.Name, p, left, served); err != nil {
 			return status, err

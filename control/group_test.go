@@ -123,12 +123,31 @@ func TestGroupStepsWithAllOfItsVolumesOrWithNone(t *testing.T) {
 			t.Errorf("a step that no group has: %v", err)
 		}
 	}
-	// Removed, one of them is missed.
+	// A cutover that is done can be repeated when one of them, or all, are removed; others miss it.
 	if _, err := r.client.Remove(ctx, "c"); err != nil {
 		t.Fatal(err)
 	}
+	g, err = r.client.CutoverGroup(ctx, "erp", proxy.CutoverOptions{})
+	group("cutover again", "a cutover, b cutover", g, err)
+	if d, err := r.client.CutoverGroupDryRun(ctx, "erp", proxy.CutoverOptions{}); err != nil || !d.Done || !d.Ready {
+		t.Errorf("dry run without c: %+v, %v", d, err)
+	}
+	if _, err := r.client.Remove(ctx, "erp"); KindOf(err) != Unknown || !strings.Contains(err.Error(), "is a group") {
+		t.Errorf("remove of a group: %v", err)
+	}
+	if _, err := r.client.Remove(ctx, "typo"); KindOf(err) != Unknown {
+		t.Errorf("remove of nothing: %v", err)
+	}
 	if _, err := r.client.PauseGroup(ctx, "erp"); err == nil || !strings.Contains(err.Error(), "pause not begun: volume c: the service does not have it") {
 		t.Errorf("pause without c: %v", err)
+	}
+	for _, name := range []string{"a", "b"} {
+		if _, err := r.client.Remove(ctx, name); err != nil {
+			t.Error(err)
+		}
+	}
+	if _, err := r.client.CutoverGroup(ctx, "erp", proxy.CutoverOptions{}); err != nil {
+		t.Errorf("cutover without any: %v", err)
 	}
 }
 
@@ -155,6 +174,51 @@ func TestReloadTakesGroupsUp(t *testing.T) {
 	if g, err := r.client.Group(ctx, "erp"); err != nil || g.HoldLimit != 3000 {
 		t.Errorf("after: %+v, %v", g, err)
 	}
+}
+
+// A group of which some volumes are further is paused and resumed, both ways.
+func TestGroupsArePausedAndResumedBothWays(t *testing.T) {
+	ctx := t.Context()
+	f := newFile(t, "a", "b", "c")
+	f.add("a", "copy = { rate = \"64KiB\" }\n")
+	f.add("c", erp)
+	r := f.start()
+	_, err := r.client.StartGroup(ctx, "erp", proxy.StartOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	both := func(phase string) {
+		t.Helper()
+		for _, paused := range []bool{true, false} {
+			do := r.client.ResumeGroup
+			if paused {
+				do = r.client.PauseGroup
+			}
+			g, err := do(ctx, "erp")
+			if err != nil || string(g.Volumes[0].Phase) != phase || g.Volumes[0].Paused != paused {
+				t.Errorf("%s, paused %v: %+v, %v", phase, paused, g, err)
+			}
+		}
+	}
+	for _, name := range []string{"b", "c"} {
+		if _, err := r.client.Wait(ctx, name, proxy.Synced, 30*time.Second); err != nil {
+			t.Fatal(err)
+		}
+	}
+	both("migrating")
+	dev := r.volume(t, "a")
+	if err := dev.WriteAt(ctx, bytes.Repeat([]byte{7}, 1<<20), 0); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := r.client.RollbackGroup(ctx, "erp", proxy.RollbackOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range []string{"b", "c"} {
+		if _, err := r.client.Wait(ctx, name, proxy.RolledBack, 30*time.Second); err != nil {
+			t.Fatal(err)
+		}
+	}
+	both("rolling-back")
 }
 
 // The whole way there and back, with a restart in the middle.

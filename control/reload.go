@@ -46,7 +46,7 @@ type KeptVolume struct {
 }
 
 func (k KeptVolume) String() string {
-	return fmt.Sprintf("volume %s is %s and stays served, though the file has it no more: put its [[volume]] back, or a restart does not serve it; it can go once it is cut over", k.Name, k.Phase)
+	return fmt.Sprintf("volume %s is %s and stays served, though the file has it no more: put its [[volume]] back, or a restart does not serve it; it can go once it is cut over or rolled back", k.Name, k.Phase)
 }
 
 // Err is nil where everything in the file counts now. The gravest reason comes first.
@@ -55,7 +55,7 @@ func (r ReloadReport) Err() error {
 	case len(r.Failed) > 0:
 		return &Error{Failed, fmt.Sprintf("reload: %d of the changes could not be taken up", len(r.Failed))}
 	case len(r.Kept) > 0:
-		return &Error{WrongPhase, fmt.Sprintf("reload: %d volume(s) that the file has no more are not cut over", len(r.Kept))}
+		return &Error{WrongPhase, fmt.Sprintf("reload: %d volume(s) that the file has no more are being moved", len(r.Kept))}
 	case len(r.Restart) > 0:
 		return &Error{RestartNeeded, fmt.Sprintf("reload: %d setting(s) count when the service starts again", len(r.Restart))}
 	}

@@ -111,8 +111,11 @@ func (s *Service) answerRemove(r *http.Request) (report any, err error) {
 	for _, e := range s.list() {
 		known = known || e.name == name
 	}
-	if err != nil || !known {
-		return RemoveReport{Name: name}, err
+	if err != nil {
+		return nil, err
+	}
+	if !known {
+		return RemoveReport{Name: name}, s.neverKnown(name)
 	}
 	a, err := s.asks(s.running, asker(r), "", "remove", nil, name)
 	if err != nil {

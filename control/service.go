@@ -324,6 +324,15 @@ func (s *Service) list() []*entry {
 	return s.entries
 }
 
+// neverKnown fails for a name of which not even the audit trail has a volume.
+func (s *Service) neverKnown(name string) error {
+	events, err := s.store.History(name)
+	if err == nil && len(events) == 0 {
+		_, err = s.entry(name)
+	}
+	return err
+}
+
 func (s *Service) entry(name string) (*entry, error) {
 	for _, e := range s.list() {
 		if e.name == name && !e.isRemoved() {

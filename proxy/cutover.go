@@ -65,7 +65,10 @@ func (s cutover) look(_ context.Context, v *Volume) error {
 	if s.samples(v) && v.verifying.Load() != nil {
 		return fmt.Errorf("a comparison is under way: wait for its end (lunshift status %s), or leave the one before the cutover out (--no-verify)", v.cfg.Name)
 	}
-	return nil
+	if s.o.NoVerify {
+		return nil
+	}
+	return v.difference()
 }
 
 func (cutover) final(v *Volume) bool { return v.Phase() == Migrating }
@@ -143,6 +146,7 @@ func (cutover) change(v *Volume, held time.Duration) change {
 
 func (cutover) finish(ctx context.Context, v *Volume) error {
 	v.mirror.Store(nil)
+	v.showDifference()
 	if err := v.stopGuard(ctx); err != nil {
 		return v.errorf("cut over, but the fences stay until the service is started again: %w", err)
 	}

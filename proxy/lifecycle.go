@@ -430,9 +430,9 @@ func (v *Volume) setPaused(ctx context.Context, paused bool) error {
 	v.step.Lock()
 	defer v.step.Unlock()
 	switch v.Phase() {
-	case Ready, Cutover, RolledBack:
+	case Ready, Cutover:
 		return v.notAllowed(map[bool]string{true: "pause", false: "resume"}[paused], "nothing is being copied")
-	case Synced:
+	case Synced, RolledBack: // done already
 		return nil
 	}
 	if v.closed {

@@ -333,7 +333,7 @@ func (mirroring) allowed(v *Volume) (done bool, err error) {
 	switch v.Phase() {
 	case Ready, Migrating, Synced:
 	default:
-		return false, v.notAllowed("mirror", "writes go to one side for good")
+		return false, v.notAllowed("mirror", "it is switched in phase ready, migrating or synced")
 	}
 	if v.closed {
 		return false, v.errorf("mirror: %w", lun.ErrClosed)

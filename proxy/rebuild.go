@@ -60,7 +60,7 @@ func UnknownWithoutRecord(ctx context.Context, dir, volume, address string, dest
 	if !dirty {
 		return nil
 	}
-	return &UnknownError{fmt.Sprintf("volume %s: destination %s is not blank (data near LBA %d) and the state directory %s knows nothing of the volume: if a migration was begun, its state is lost and the source is stale: put the directory back, or compare both LUNs (lunshift adopt %s --rebuild); if none was ever begun, name a blank LUN, or say so (lunshift adopt %s --new) and set overwrite = true if its content may go, or seeded = true if it has most of the data",
+	return &UnknownError{fmt.Sprintf("volume %s: destination %s is not blank (data near LBA %d) and the state directory %s knows nothing of the volume: if a migration was begun, its state is lost and the source is stale: put the directory back, or compare both LUNs (lunshift adopt %s --rebuild); if none was ever begun, or the last one was rolled back to its end, name a blank LUN, or say so (lunshift adopt %s --new) and set overwrite = true if its content may go, or seeded = true if it has most of the data",
 		volume, address, at, dir, volume, volume)}
 }
 

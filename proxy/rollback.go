@@ -149,6 +149,7 @@ func (rollback) change(v *Volume, held time.Duration) change {
 func (rollback) finish(_ context.Context, v *Volume) error {
 	v.fromFlushed.Store(true)
 	v.fault("mirror", nil)
+	v.showDifference()
 	v.runCopier()
 	return nil
 }

@@ -174,8 +174,7 @@ func (v *Volume) enter(ctx context.Context, e lun.Extent) error {
 }
 
 // read fills p with e; the caller is inside the gate. It takes no lock: the side that is
-// copied from does not change but by writes of a mirror, which go to both, so a read that was
-// routed there just before the block became valid is an ordinary read beside a write.
+// copied from does not change but by writes of a mirror, which readFrom looks after.
 func (v *Volume) read(ctx context.Context, p []byte, e lun.Extent) error {
 	switch v.Phase() {
 	case Ready, RolledBack:
@@ -188,24 +187,40 @@ func (v *Volume) read(ctx context.Context, p []byte, e lun.Extent) error {
 		return w.to.ReadAt(ctx, p, e.Start)
 	}
 	if !w.flags.Any(state.Valid, run(e)) {
-		return w.from.ReadAt(ctx, p, e.Start)
+		return v.readFrom(ctx, w, p, e)
 	}
 	parts, gctx := errgroup.WithContext(ctx)
 	parts.SetLimit(splitDepth)
 	err := w.flags.Runs(state.Valid, run(e), func(r state.Run, valid bool) bool {
-		side, part := w.from, extent(r)
-		if valid {
-			side = w.to
-		}
+		part := extent(r)
 		from := uint64(part.Start-e.Start) * uint64(v.info.BlockSize)
 		q := p[from : from+v.info.Bytes(part)]
-		parts.Go(func() error { return side.ReadAt(gctx, q, part.Start) })
+		parts.Go(func() error {
+			if valid {
+				return w.to.ReadAt(gctx, q, part.Start)
+			}
+			return v.readFrom(gctx, w, q, part)
+		})
 		return true
 	})
 	if err != nil {
 		err = v.unknown(err)
 	}
 	return errors.Join(err, parts.Wait())
+}
+
+// readFrom fills p with e, which was not valid a moment ago. A mirror writes blocks that are valid to
+// both sides at once. So what was read here of one that became valid meanwhile may be of a write
+// that the other side does not have: who reads next, or after a crash, would see what was before
+// it. Such a block is read there instead. A first write gets here only once the other side has it.
+func (v *Volume) readFrom(ctx context.Context, w *pass, p []byte, e lun.Extent) error {
+	if err := w.from.ReadAt(ctx, p, e.Start); err != nil {
+		return err
+	}
+	if v.mirror.Load() == nil || !w.flags.Any(state.Valid, run(e)) {
+		return nil
+	}
+	return v.read(ctx, p, e)
 }
 
 // unknown marks the volume as degraded because flags cannot be read. Blocks of which

@@ -157,6 +157,8 @@ type Status struct {
 	CopiedBack uint64 `json:"copied_back_bytes"`
 	// Mirrored tells whether each write goes to the source too, or will from the start on.
 	Mirrored bool `json:"mirrored"`
+	// MirrorUsed tells whether writes went to both sides at any time since the start.
+	MirrorUsed bool `json:"mirror_used"`
 	// Mirror is how far the source follows; null where writes go to the destination alone.
 	Mirror *MirrorStatus `json:"mirror"`
 	// Remaining is what is not yet valid on the destination; in phase rolling-back on the

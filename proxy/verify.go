@@ -125,9 +125,35 @@ func (v *Volume) Verify(ctx context.Context, o VerifyOptions) (VerifyReport, err
 		} else {
 			rec.VerifiedAll = rec.Verified
 		}
+		switch {
+		case r.Different > 0:
+			rec.Different = rec.Verified
+		case !r.Sample:
+			rec.Different = nil
+		}
 	})
+	v.showDifference()
 	return r, err
 }
+
+// difference is what a comparison found, as long as it counts; nil where nothing is known to differ.
+func (v *Volume) difference() error {
+	v.mu.Lock()
+	d := v.record.Different
+	v.mu.Unlock()
+	if d == nil || v.Phase() != Synced {
+		return nil
+	}
+	of := "everything"
+	if d.Sample {
+		of = "a sample"
+	}
+	return fmt.Errorf("%d bytes differed between source and destination when %s was compared at %s: compare everything again (lunshift verify %s), go back (lunshift rollback %s), or take the destination as it is (lunshift cutover %s --no-verify)",
+		d.DifferentBytes, of, d.At.Format(time.RFC3339), v.cfg.Name, v.cfg.Name, v.cfg.Name)
+}
+
+// showDifference has the status show it.
+func (v *Volume) showDifference() { v.fault("comparison", v.difference()) }
 
 // run compares what has storage on either side.
 func (x *verification) run(ctx context.Context, sample uint64) error {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"math/rand/v2"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -56,6 +57,59 @@ func TestVerifyFindsWhatWasChangedBehindTheVolumesBack(t *testing.T) {
 	if s := v.Status().Verify; s == nil || s.Running || s.Last == nil || s.Last.DifferentBytes != 5*testBlock || s.Last.Sample {
 		t.Errorf("status %+v", s)
 	}
+
+	// What is known to differ keeps from a cutover, over a restart, and whatever a sample finds that
+	// misses it, until everything is the same, or it is taken as it is.
+	refused := func(when string, v *Volume) {
+		t.Helper()
+		if s := v.Status(); !s.Degraded || !strings.Contains(s.DegradedReason, "comparison: ") {
+			t.Errorf("%s: %v %q", when, s.Degraded, s.DegradedReason)
+		}
+		answers, done := v.Ask(t.Context(), CutoverStep(CutoverOptions{}))
+		if err := Disagreement(answers); done || err == nil || !strings.Contains(err.Error(), "2560 bytes differed") {
+			t.Errorf("%s: asked: %v", when, err)
+		}
+		if err := v.Cutover(t.Context(), CutoverOptions{}); err == nil || v.Phase() != Synced {
+			t.Errorf("%s: cut over: %v", when, err)
+		}
+	}
+	refused("after a comparison", v)
+	if report, err := v.Verify(t.Context(), VerifyOptions{Sample: testBlock}); err != nil || report.Different > 0 {
+		t.Fatalf("the sample should miss it: %+v, %v", report, err)
+	}
+	refused("after a sample that misses it", v)
+	r.close(t)
+	v = r.open(t)
+	refused("after a restart", v)
+	if answers, _ := v.Ask(t.Context(), CutoverStep(CutoverOptions{NoVerify: true})); Disagreement(answers) != nil {
+		t.Errorf("taken as it is: %v", Disagreement(answers))
+	}
+	for _, at := range []lun.LBA{7, 99, 3000, 3001, blocks - 1} {
+		b := make([]byte, testBlock)
+		must(t, r.source.ReadAt(t.Context(), b, at))
+		must(t, r.destination.WriteAt(t.Context(), b, at))
+	}
+	if report, err := v.Verify(t.Context(), VerifyOptions{}); err != nil || report.Different > 0 || v.Status().Degraded {
+		t.Fatalf("mended: %+v, %v, %q", report, err, v.Status().DegradedReason)
+	}
+	must(t, r.destination.WriteAt(t.Context(), stamp(7, 77), 7))
+	if report, err := v.Verify(t.Context(), VerifyOptions{}); err != nil || report.Different == 0 {
+		t.Fatalf("%+v, %v", report, err)
+	}
+	must(t, v.Cutover(t.Context(), CutoverOptions{NoVerify: true}))
+	if s := v.Status(); s.Phase != Cutover || s.Degraded {
+		t.Errorf("taken as it is: %+v", s)
+	}
+}
+
+func TestComparisonsAreKeptOverARestart(t *testing.T) {
+	const blocks = 4096
+	r := newRig(t, blocks)
+	v := synced(t, r, blocks)
+	defer r.close(t)
+	must(t, r.destination.WriteAt(t.Context(), stamps(lun.Extent{Start: 3000, Blocks: 5}, 77), 3000))
+	_, err := v.Verify(t.Context(), VerifyOptions{})
+	must(t, err)
 	r.close(t)
 	if s := r.open(t).Status().Verify; s == nil || s.Last == nil || s.Last.DifferentBytes != 5*testBlock || s.LastAll == nil || s.LastAll.DifferentBytes != 5*testBlock || s.LastSample != nil {
 		t.Errorf("after a restart: %+v", s)

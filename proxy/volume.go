@@ -251,6 +251,7 @@ func Open(ctx context.Context, cfg Config) (*Volume, error) {
 	if err := cfg.Target.AddUnit(v.front()); err != nil {
 		return nil, v.errorf("%w", err)
 	}
+	v.showDifference()
 	v.resumePhase()
 	return v, nil
 }
@@ -384,6 +385,7 @@ func (v *Volume) Status() Status {
 	s.RollbackAt, s.RolledBackAt = r.RollbackAt, r.RolledBackAt
 	s.Compare = r.Compare
 	s.Mirrored = (s.Phase == Ready || s.Phase == Migrating || s.Phase == Synced) && v.wantsMirror(r)
+	s.MirrorUsed = r.Mirrored
 	s.Identity, s.Access = presentedBy(r.Presented), access(&r).String()
 	s.UnreadableRuns = []BlockRun{}
 	s.AllocationFound = []string{}
@@ -448,7 +450,7 @@ func (v *Volume) degraded() (bool, string) {
 		}
 		reason += text
 	}
-	for _, kind := range []string{"state", "fence", "registrations", "copy", copyBack, "mirror"} {
+	for _, kind := range []string{"state", "fence", "registrations", "copy", copyBack, "mirror", "comparison"} {
 		if text := v.faults[kind]; text != "" {
 			add(text)
 		}
@@ -490,7 +492,7 @@ func (v *Volume) fault(kind string, err error) {
 	case text != "" && text != old:
 		v.log.Warn(text)
 	case text == "" && old != "":
-		v.log.Infof("%s: goes on again", kind)
+		v.log.Infof("%s: the fault is over", kind)
 	}
 }
 

@@ -84,6 +84,9 @@ type Record struct {
 	// VerifiedAll is the last comparison of everything, VerifiedSample that of a part.
 	VerifiedAll    *Verified `json:"verified_all,omitempty"`
 	VerifiedSample *Verified `json:"verified_sample,omitempty"`
+	// Different is the last one that found a difference, unless one of everything that found
+	// none came after it.
+	Different *Verified `json:"different,omitempty"`
 }
 
 // Presented is the identity of a device as initiators find it on the volume: it stays from the

@@ -17,8 +17,8 @@ func (a *app) adoptCommand() *cobra.Command {
 		Use:   "adopt VOLUME (--new | --rebuild | --accept-unreadable-writes)",
 		Short: "Say what a volume is that the state does not know",
 		Long: `Say what a volume is that is not served because the state knows nothing of it while its
-destination holds data. Either no migration of it was ever begun (--new): the source is
-served. Or one was, and its state is lost: the source is stale, and --rebuild compares every
+destination holds data. Either no migration of it was ever begun, or the last one was rolled
+back to its end (--new): the source is served. Or one was begun, and its state is lost: the source is stale, and --rebuild compares every
 block of both LUNs to make the flags anew. Prefer to put the state directory back.
 
 --rebuild takes equal blocks for copied. Blocks that differ and hold data on the
@@ -28,7 +28,9 @@ older than the migration, and only you can tell (--different=source takes the so
 Blocks that are zero on the destination alone were never copied, or initiators zeroed them:
 nobody can tell, so --zeroes=source or --zeroes=destination must say. Without an answer that is needed the
 places are listed, nothing changes, and the exit code is 1. Where the migration had been synced,
---was-synced takes everything from the destination without comparing.
+--was-synced takes everything from the destination without comparing. All of this is untrue
+once a rollback was begun, as the source takes the writes from then on: after one that was
+under way no answer is right for every block.
 
 The volume is served once all is done; it is then migrating. Interrupted, the rebuild ends
 and leaves nothing. It changes neither LUN.

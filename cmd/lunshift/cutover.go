@@ -41,6 +41,7 @@ The volumes of a group are cut over at one instant, or none of them is.`,
 			return c.CutoverWhenSynced(ctx, volume, timeout, o)
 		}), check, func(ctx context.Context, c *control.Client, group string) (control.GroupStatus, error) {
 		if wait {
+			a.tellStuckGroup(ctx, c, group, proxy.Synced)
 			if status, err := c.WaitGroup(ctx, group, proxy.Synced, timeout, true); err != nil {
 				return status, err
 			}

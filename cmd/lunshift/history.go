@@ -10,8 +10,8 @@ func (a *app) historyCommand() *cobra.Command {
 	return &cobra.Command{
 		Use:   "history [VOLUME|GROUP]",
 		Short: "Show who did what with a volume, when, and what came of it",
-		Long: `Show the audit trail of a volume, of those of a group, or of all: every step that was asked
-for, by whom (the user of the process, and who logged in where the kernel knows), with its
+		Long: `Show the audit trail of a volume, of those of a group, or of all: every step that was taken up,
+by whom (the user of the process, and who logged in where the kernel knows), with its
 options, how it ended and how long it took; the hooks that ran; and what happened by itself.
 It stays when the volume is removed. The oldest comes first.`,
 		Args: cobra.MaximumNArgs(1),

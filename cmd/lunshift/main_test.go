@@ -382,7 +382,7 @@ func TestCommandsCanBeRepeatedFromStartToRemove(t *testing.T) {
 	if r := do(5, "", "verify", "db01", "--json"); json.Unmarshal([]byte(r.stdout), &report) != nil || report.Different != 512 || len(report.Extents) != 1 {
 		t.Errorf("verify --json: %q", r.stdout)
 	}
-	do(1, "first at LBA 5000", "cutover", "db01")
+	do(1, "512 bytes differed between source and destination when everything was compared", "cutover", "db01")
 	do(0, "db01: cutover", "cutover", "db01", "--no-verify")
 	do(0, "db01: cutover", "cutover", "db01", "--wait")
 	do(0, "cutover", "status", "db01", "--watch")
@@ -390,7 +390,7 @@ func TestCommandsCanBeRepeatedFromStartToRemove(t *testing.T) {
 	do(0, "db01: nothing to remove", "remove", "db01")
 	do(0, "db01: cutover", "cutover", "db01", "--wait", "--timeout", "1m")
 	do(0, "db01: cutover", "wait", "db01", "--for", "synced")
-	do(0, "there is no volume nosuch, nothing to remove", "remove", "nosuch")
+	do(1, `there is no volume "nosuch"`, "remove", "nosuch")
 	do(1, "there is no volume", "status", "db01")
 	do(1, "refused", "check")
 	do(0, "", "start", "db02", "--json")

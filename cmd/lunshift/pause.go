@@ -10,8 +10,8 @@ import (
 
 func (a *app) pauseCommand() *cobra.Command {
 	return a.both(a.step("pause", "Stop the background copy of a volume, not its initiators",
-		`Stop the background copy. Initiators go on, and what they write still goes to
-the destination. A pause outlives a restart of the service.`,
+		`Stop the background copy. Initiators go on, and what they write goes where
+it went. A pause outlives a restart of the service.`,
 		func(ctx context.Context, c *control.Client, volume string) (control.Status, error) {
 			return c.Pause(ctx, volume)
 		}), nil, func(ctx context.Context, c *control.Client, group string) (control.GroupStatus, error) {

@@ -42,6 +42,7 @@ The volumes of a group go back at one instant, or none of them does.`,
 		if err != nil || !wait {
 			return status, err
 		}
+		a.tellStuckGroup(ctx, c, group, proxy.RolledBack)
 		return c.WaitGroup(ctx, group, proxy.RolledBack, timeout, false)
 	})
 	command.Flags().BoolVar(&wait, "wait", false, "wait for phase rolled-back")

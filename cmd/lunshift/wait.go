@@ -33,6 +33,7 @@ volume does not come there any more by itself.`,
 			a.tellStuck(ctx, c, volume, phase)
 			return c.Wait(ctx, volume, phase, timeout)
 		}), check, func(ctx context.Context, c *control.Client, group string) (control.GroupStatus, error) {
+		a.tellStuckGroup(ctx, c, group, phase)
 		return c.WaitGroup(ctx, group, phase, timeout, false)
 	})
 	command.Flags().StringVar(&text, "for", "", "`PHASE` to wait for")
@@ -44,5 +45,16 @@ volume does not come there any more by itself.`,
 func (a *app) tellStuck(ctx context.Context, c *control.Client, volume string, phase proxy.Phase) {
 	if text := c.Stuck(ctx, volume, phase); text != "" {
 		fmt.Fprintf(a.stderr, "lunshift: %s\n", text)
+	}
+}
+
+// tellStuckGroup is tellStuck for each volume of a group.
+func (a *app) tellStuckGroup(ctx context.Context, c *control.Client, group string, phase proxy.Phase) {
+	g, err := c.Group(ctx, group)
+	if err != nil {
+		return // the wait says it
+	}
+	for _, v := range g.Volumes {
+		a.tellStuck(ctx, c, v.Name, phase)
 	}
 }

@@ -404,7 +404,7 @@ func TestFencesOfACutoverThatWasCutShortAreGivenUp(t *testing.T) {
 	s.stop()
 }
 
-func TestCheckWarnsOfUnitsWithoutReservations(t *testing.T) {
+func TestCheckDoesNotWarnOfFilesWhichAreLocked(t *testing.T) {
 	s := newService(t, files(t))
 	if r := s.try("check"); r.code != done || strings.Contains(r.stdout+r.stderr, "no persistent reservations") {
 		t.Errorf("files are locked: exit code %d: %s%s", r.code, r.stdout, r.stderr)

@@ -198,3 +198,73 @@ func TestAGroupStepsAtOneInstant(t *testing.T) {
 		})
 	}
 }
+
+// Commands of one volume that take longer than hold_limit keep all of the group from the step: it is
+// undone, said, and nobody waits longer.
+//
+// Caught: the limit of the configuration that does not reach the step.
+func TestAGroupStepThatHoldsTooLongIsUndone(t *testing.T) {
+	needTools(t)
+	s := newService(t)
+	var slow *peer.FaultyPortal
+	for _, name := range []string{"a", "b"} {
+		p := sides{block: 512, sourceFile: true, sourceThin: true, destinationThin: true, size: 16 * mib}.make(t)
+		v := p.volume(name)
+		if name == "b" {
+			slow = peer.NewFaultyPortal(t, p.new.Portal())
+			v.destination = strings.Replace(v.destination, p.new.Portal(), slow.Portal(), 1)
+		}
+		s.volumes = append(s.volumes, v)
+	}
+	s.volumes[1].more = "[[group]]\nname = \"erp\"\nvolumes = [\"a\", \"b\"]\nhold_limit = \"400ms\"\n"
+	s.configure()
+	s.start()
+	s.run("start", "erp")
+	s.run("wait", "erp", "--for", "synced", "--timeout", "60s")
+	open := func(name string) lun.Device {
+		dev, err := lun.Open(t.Context(), s.front(name).URL(), lun.Options{IOTimeout: time.Minute})
+		must(t, err)
+		t.Cleanup(func() { _ = dev.Close() })
+		return dev
+	}
+	a, b := open("a"), open("b")
+	load, stop := context.WithCancel(t.Context())
+	defer stop()
+	slow.Begin(peer.Slow, 0) // each command takes a second
+	var writers sync.WaitGroup
+	for i := range 8 { // of one or the other there is always much left
+		writers.Go(func() {
+			for load.Err() == nil {
+				if err := b.WriteAt(t.Context(), make([]byte, 4096), lun.LBA(64*i)); err != nil {
+					t.Error(err)
+					return
+				}
+				time.Sleep(time.Duration(i) * 10 * time.Millisecond)
+			}
+		})
+	}
+	for deadline := time.Now().Add(time.Minute); slow.Hits() < 8; time.Sleep(10 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatal("no commands are slow")
+		}
+	}
+	s.fails(failed, []string{"group erp: rollback not done", "volume b: commands in flight did not end within 400ms"}, "rollback", "erp")
+	began := time.Now()
+	must(t, a.WriteAt(t.Context(), make([]byte, 4096), 64))
+	if took := time.Since(began); took > 4*time.Second {
+		t.Errorf("held for %v though it is undone", took)
+	}
+	for _, name := range []string{"a", "b"} {
+		if st := s.status(name); st.Phase != "synced" {
+			t.Errorf("volume %s is %s", name, st.Phase)
+		}
+		if text := s.run("history", name); !strings.Contains(text, "did not end within 400ms") {
+			t.Errorf("the trail of %s does not tell:\n%s", name, text)
+		}
+	}
+	stop()
+	writers.Wait()
+	slow.End()
+	s.run("rollback", "erp", "--wait", "--timeout", "60s")
+	s.stop()
+}

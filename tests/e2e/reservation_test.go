@@ -112,6 +112,10 @@ func TestReservationsOutliveAKilledServiceInEveryPhase(t *testing.T) {
 			after("after start")
 			s.run("wait", "v", "--for", "synced")
 			after("synced")
+			s.run("rollback", "v", "--wait", "--timeout", "60s")
+			after("rolled-back")
+			s.run("start", "v", "--reuse")
+			after("after a start anew")
 
 			// Without APTPL a kill is a loss of power.
 			a = hostOf(t, s, nameA, iscsi.ISID{0x80, 1})

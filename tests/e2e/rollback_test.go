@@ -13,6 +13,7 @@ import (
 	"testing"
 	"time"
 
+	"lunshift/iscsi"
 	"lunshift/tests/peer"
 )
 
@@ -126,11 +127,36 @@ func (l *load) readBack() {
 	}
 }
 
+// stays logs in once, and gives what demands that this very session is still there: other initiators of
+// these tests log in again by themselves.
+func (s *service) stays(name string) func() {
+	s.t.Helper()
+	i, err := s.front(name).Login(s.t.Context(), iscsi.ISID{0x80, 7})
+	must(s.t, err)
+	s.t.Cleanup(func() { i.Close() })
+	return func() {
+		s.t.Helper()
+		defer i.Close()
+		for range 4 { // unit attentions come first
+			a, err := i.Do(make([]byte, 6), nil, 0)
+			if err != nil {
+				s.t.Errorf("the session has ended: %v", err)
+				return
+			}
+			if a.Status == iscsi.StatusGood {
+				return
+			}
+		}
+		s.t.Error("TEST UNIT READY fails")
+	}
+}
+
 // A rollback in the middle of the copy, under load and with a kill in the middle of the way
 // back, leaves every acknowledged write on the source; then a start anew moves all of it again.
 //
 // Caught, at the first run: commands not routed back; a service that comes back and takes the
-// direction for forward.
+// direction for forward; sessions dropped by the step; all of the source copied back; a start anew
+// that copies what it could compare.
 func TestARollbackUnderLoadLeavesEveryWriteOnTheSource(t *testing.T) {
 	needTools(t)
 	for _, p := range []sides{
@@ -154,8 +180,10 @@ func TestARollbackUnderLoadLeavesEveryWriteOnTheSource(t *testing.T) {
 			})
 			l.during(func() { // elsewhere, so that not all is written again before it is copied back
 				l.more(50)
+				stays := s.stays("db01")
 				s.run("rollback", "db01")
 				s.run("pause", "db01")
+				stays()
 				s.run("rollback", "db01")
 				if b := s.backward("db01"); b.Phase != "rolling-back" || b.Remaining == 0 {
 					t.Errorf("after the rollback: %+v", b)
@@ -171,12 +199,15 @@ func TestARollbackUnderLoadLeavesEveryWriteOnTheSource(t *testing.T) {
 				}
 				s.fails(wrongPhase, []string{"wait for phase synced"}, "wait", "db01", "--for", "synced")
 				l.more(100)
+				stays := s.stays("db01")
 				s.run("throttle", "db01", "--rate", "0")
 				s.run("resume", "db01")
 				s.run("rollback", "db01", "--wait", "--timeout", "60s")
+				stays()
 				l.more(100)
 			})
-			if b := s.backward("db01"); b.Phase != "rolled-back" || b.CopiedBack == 0 || b.Remaining != 0 {
+			// Initiators wrote to 1 MiB at each of two times before the rollback.
+			if b := s.backward("db01"); b.Phase != "rolled-back" || b.CopiedBack == 0 || b.CopiedBack > 2*mib || b.Remaining != 0 {
 				t.Errorf("in the end: %+v", b)
 			}
 			l.readBack()
@@ -188,6 +219,9 @@ func TestARollbackUnderLoadLeavesEveryWriteOnTheSource(t *testing.T) {
 				l.more(100)
 				s.run("wait", "db01", "--for", "synced", "--timeout", "60s")
 			})
+			if st := s.status("db01"); !st.Compare || st.Equal == 0 {
+				t.Errorf("--reuse after a rollback: %+v", st)
+			}
 			s.run("cutover", "db01")
 			l.holds(p.destinationPath)
 			s.stop()
