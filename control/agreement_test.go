@@ -68,7 +68,7 @@ func TestVolumesThatAreNotServedAreNamedWithThoseThatAreNotReady(t *testing.T) {
 	s.cfg.Groups = []conf.Group{{Name: "erp", Volumes: []string{"a", "b", "c", "d"}}}
 	a.set(func(s *proxy.Status) { s.Phase = proxy.Migrating })
 	s.entries[1].volume, s.entries[1].failure = nil, errors.New("volume b: source: no route")
-	s.entries[2].removed = true
+	s.entries[2].removed, s.entries[2].unsure = true, true
 	_, err := client.CutoverGroup(t.Context(), "erp", proxy.CutoverOptions{})
 	for _, words := range []string{"group erp: cutover not begun: volume a: cutover is not allowed in phase migrating", "not served yet: volume b: source: no route",
 		"volume c: not ready for the cutover: the service does not have it", "volume d: not ready for the cutover: the service does not have it"} {

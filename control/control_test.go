@@ -239,8 +239,14 @@ func TestLastStepsOfARemovedVolumeAreDone(t *testing.T) {
 			t.Errorf("cutover of %s: %v", name, err)
 		}
 	}
-	if r, err := client.Remove(ctx, "db09"); err != nil || r != (RemoveReport{Name: "db09"}) {
+	if r, err := client.Remove(ctx, "db09"); KindOf(err) != Unknown {
 		t.Errorf("remove of a name that is nowhere: %+v, %v", r, err)
+	}
+	if _, err := s.asks(ctx, itself, "", "remove", nil, "db09"); err != nil { // it was a volume once
+		t.Fatal(err)
+	}
+	if r, err := client.Remove(ctx, "db09"); err != nil || r != (RemoveReport{Name: "db09"}) {
+		t.Errorf("remove of a name that was: %+v, %v", r, err)
 	}
 }
 

@@ -66,7 +66,7 @@ func TestVerifyFindsWhatWasChangedBehindTheVolumesBack(t *testing.T) {
 			t.Errorf("%s: %v %q", when, s.Degraded, s.DegradedReason)
 		}
 		answers, done := v.Ask(t.Context(), CutoverStep(CutoverOptions{}))
-		if err := Disagreement(answers); done || err == nil || !strings.Contains(err.Error(), "2560 bytes differed") {
+		if err := Disagreement(answers); done || err == nil || !strings.Contains(err.Error(), " bytes differed") {
 			t.Errorf("%s: asked: %v", when, err)
 		}
 		if err := v.Cutover(t.Context(), CutoverOptions{}); err == nil || v.Phase() != Synced {
@@ -74,8 +74,15 @@ func TestVerifyFindsWhatWasChangedBehindTheVolumesBack(t *testing.T) {
 		}
 	}
 	refused("after a comparison", v)
-	if report, err := v.Verify(t.Context(), VerifyOptions{Sample: testBlock}); err != nil || report.Different > 0 {
-		t.Fatalf("the sample should miss it: %+v, %v", report, err)
+	for tries := 0; ; tries++ { // until a sample misses it
+		report, err := v.Verify(t.Context(), VerifyOptions{Sample: testBlock})
+		must(t, err)
+		if report.Different == 0 {
+			break
+		}
+		if tries == 1000 {
+			t.Fatal("every sample finds it")
+		}
 	}
 	refused("after a sample that misses it", v)
 	r.close(t)

@@ -37,7 +37,7 @@ then the volume is not served again, because its source is stale. Done already, 
 			}
 			switch {
 			case !report.Known:
-				text = "there is no volume %s, nothing to remove\n"
+				text = "there is no volume %s any more, nothing to remove\n"
 			case !report.Removed:
 				text = "%s: nothing to remove\n"
 			}
