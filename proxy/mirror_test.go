@@ -507,3 +507,41 @@ func TestAReadBesideAMirrorSeesNothingThatIsUndoneLater(t *testing.T) {
 	must(t, <-done)
 	expect(t, v, at, 8)
 }
+
+// What went to the source while nobody knew of the start is in its cache, whatever became of the
+// mirror since. Caught: a broken mirror that has the destination alone flushed.
+func TestTheFirstFlushIsOfTheSourceThoughTheMirrorIsBroken(t *testing.T) {
+	r := newRig(t, 20*testRegion/testBlock)
+	r.cfg.Mirror, r.cfg.CopyRate = true, 1
+	fill(t, r.source, lun.Extent{Blocks: 2048}, 1)
+	v := r.open(t)
+	defer r.close(t)
+	must(t, v.Start(t.Context()))
+	must(t, v.Pause(t.Context()))
+	r.close(t)
+	v = r.open(t)
+	if p := v.Phase(); p != Migrating {
+		t.Fatalf("phase %s", p)
+	}
+	var gone atomic.Bool
+	r.source.Before = func(_ context.Context, op luntest.Op, _ lun.Extent) error {
+		if op == luntest.Write || op == luntest.Flush && gone.Load() {
+			return lun.ErrUnavailable
+		}
+		return nil
+	}
+	fill(t, v, lun.Extent{Start: 7, Blocks: 1}, 5)
+	eventually(t, v, "the mirror is broken", func(s Status) bool { return s.Mirror.State == "broken" })
+	gone.Store(true)
+	if err := v.Flush(t.Context()); err == nil {
+		t.Error("a flush is GOOD though the source, which has blocks alone, was not flushed")
+	}
+	gone.Store(false)
+	flushes := r.source.Count(luntest.Flush)
+	must(t, v.Flush(t.Context()))
+	if r.source.Count(luntest.Flush) == flushes {
+		t.Error("the source is not flushed")
+	}
+	gone.Store(true)
+	must(t, v.Flush(t.Context())) // from now on it has nothing in its cache
+}

@@ -101,7 +101,8 @@ func (v *Volume) Update(ctx context.Context, e lun.Extent, modify func([]byte) e
 // Flush implements lun.Device. From the start on no write goes to the source, and from a
 // rollback on none to the destination; the step itself flushed that side. Only where the
 // state failed, so that nobody knew whether the step was recorded, did writes go there until
-// the service was started again: the first flush of one that takes the volume up is of both.
+// the service was started again: the first flush of one that takes the volume up is of both, be a
+// mirror broken or not, unless the destination has everything.
 func (v *Volume) Flush(ctx context.Context) error {
 	if err := v.enter(ctx, lun.Extent{}); err != nil {
 		return err
@@ -113,15 +114,15 @@ func (v *Volume) Flush(ctx context.Context) error {
 	case Cutover:
 		return errRetired
 	}
-	if m := v.mirror.Load(); m != nil {
-		return m.flush(ctx)
-	}
 	w := v.way()
-	if !v.fromFlushed.Load() {
+	if !v.fromFlushed.Load() && v.Phase() != Synced {
 		if err := w.fromFlush.Flush(ctx); err != nil {
 			return err
 		}
 		v.fromFlushed.Store(true)
+	}
+	if m := v.mirror.Load(); m != nil {
+		return m.flush(ctx)
 	}
 	return w.toFlush.Flush(ctx)
 }
