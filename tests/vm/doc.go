@@ -1,6 +1,6 @@
 // Package vm boots a Linux in a virtual machine and lets its own iSCSI initiator
 // (iscsi_tcp, open-iscsi) use a lunshift that runs beside it: what an application host
-// sees, with its kernel, its udev-less /dev and its logs.
+// sees, with its kernel, its /dev and its logs. udev and multipathd run where a test starts them.
 //
 // Everything runs in a user and network namespace of the test's own, so that no root is
 // needed and the addresses are those of README.md: arrays at 10.0.0.5 and 10.0.0.9,

@@ -6,6 +6,7 @@ import (
 	_ "embed"
 	"errors"
 	"fmt"
+	"hash/crc32"
 	"io"
 	"io/fs"
 	"os"
@@ -19,15 +20,18 @@ import (
 var initScript []byte
 
 // packages are what the guest is made of, beside this machine's C library and ext4 tools.
-var packages = []string{"open-iscsi", "libopeniscsiusr", "libisns0", "libkmod2", "busybox-static", "sg3-utils", "libsgutils2-1.46-2"}
+var packages = []string{"open-iscsi", "libopeniscsiusr", "libisns0", "libkmod2", "busybox-static", "sg3-utils", "libsgutils2-1.46-2",
+	"udev", "libudev1", "sg3-utils-udev", "dmsetup", "libdevmapper1.02.1", "multipath-tools", "libaio1", "liburcu8", "libgcc-s1"}
 
 // modules of the guest's kernel; what they depend on comes with them.
-var modules = []string{"virtio_pci", "virtio_net", "sd_mod", "sg", "iscsi_tcp", "crc32c-intel"}
+var modules = []string{"virtio_pci", "virtio_net", "sd_mod", "sg", "iscsi_tcp", "crc32c-intel", "dm-multipath", "dm-service-time"}
 
 // programs of the guest, from the packages or from this machine. A name that ends in "*"
-// stands for all in the packages that begin like it.
+// stands for all in the packages that begin like it. They come to /sbin; a path in the packages
+// stays where it is.
 var programs = []string{"iscsid", "iscsiadm", "iscsi-iname", "sg_*", "mkfs.ext4", "e2fsck", "blkdiscard", "fstrim",
-	"mount", "umount", "blkid", "blockdev"}
+	"mount", "umount", "blkid", "blockdev", "dmsetup", "multipath", "multipathd", "udevadm",
+	"lib/multipath/*", "lib/x86_64-linux-gnu/libgcc_s.so.1", "lib/udev/rules.d/*", "lib/udev/scsi_id"}
 
 // Image is a kernel and an initial RAM disk.
 type Image struct {
@@ -41,7 +45,9 @@ func MakeImage(cache, dir, agent, name string) (Image, error) {
 	if err != nil {
 		return Image{}, err
 	}
-	root := filepath.Join(cache, kernel)
+	// Another list of packages is another directory.
+	list := crc32.ChecksumIEEE([]byte(strings.Join(packages, " ")))
+	root := filepath.Join(cache, fmt.Sprintf("%s-%08x", kernel, list))
 	if err := unpack(root, append([]string{kernel}, packages...)); err != nil {
 		return Image{}, err
 	}
@@ -168,8 +174,12 @@ var library = regexp.MustCompile(`(?m)(?:=> )?(/\S+) \(0x`)
 // programs adds the programs and the shared libraries that they load.
 func (a *archive) programs(root string) {
 	var paths []string
+	to := map[string]string{}
 	for _, name := range programs {
 		var found []string
+		if strings.Contains(name, "/") {
+			found, _ = filepath.Glob(filepath.Join(root, name))
+		}
 		for _, dir := range []string{"sbin", "bin", "usr/sbin", "usr/bin"} {
 			for _, in := range []string{root, "/"} {
 				if len(found) == 0 {
@@ -180,13 +190,19 @@ func (a *archive) programs(root string) {
 		if len(found) == 0 && a.err == nil {
 			a.err = fmt.Errorf("%s is not installed", name)
 		}
+		for _, path := range found {
+			to[path] = "sbin/" + filepath.Base(path)
+			if strings.Contains(name, "/") {
+				to[path], _ = filepath.Rel(root, path)
+			}
+		}
 		paths = append(paths, found...)
 	}
 	lib := filepath.Join(root, "usr/lib/x86_64-linux-gnu")
 	for _, path := range paths {
-		a.copy(path, "sbin/"+filepath.Base(path))
+		a.copy(path, to[path])
 		cmd := exec.Command("ldd", path)
-		cmd.Env = append(os.Environ(), "LD_LIBRARY_PATH="+lib+":"+filepath.Join(root, "lib/x86_64-linux-gnu"))
+		cmd.Env = append(os.Environ(), "LD_LIBRARY_PATH="+lib+":"+filepath.Join(root, "lib/x86_64-linux-gnu")+":"+filepath.Join(root, "lib"))
 		out, err := cmd.CombinedOutput()
 		if err != nil && !bytes.Contains(out, []byte("not a dynamic executable")) && a.err == nil {
 			a.err = fmt.Errorf("ldd %s: %w: %s", path, err, out)
