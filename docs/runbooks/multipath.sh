@@ -42,7 +42,8 @@ compare() {
 
 # What is run on the host. session PORTAL IQN prints nothing where the host has no session with that
 # target, else the name of its disk, or "-" as long as none runs. wwids IQN prints the identities of
-# that target's disks, as the kernel knows them.
+# that target's disks, as the kernel knows them. waits IQN fails where one of them is in a multipath map
+# that does not queue, or in none and its session gives up soon.
 tools=$(
 	cat <<'END'
 session() {
@@ -60,6 +61,24 @@ wwids() {
 	for s in /sys/class/iscsi_session/*; do
 		if [ "$(cat "$s/targetname")" = "$1" ]; then cat "$s"/device/target*/*/wwid; fi
 	done | sort -u
+}
+waits() {
+	for s in /sys/class/iscsi_session/*; do
+		[ "$(cat "$s/targetname")" = "$1" ] || continue
+		for d in "$s"/device/target*/*/block/*; do
+			map=
+			for u in "$d"/holders/*/dm/uuid; do
+				case $(cat "$u" 2>/dev/null) in mpath-*) map=$(cat "${u%uuid}name") ;; esac
+			done
+			if [ -n "$map" ]; then
+				multipath -ll "$map" | grep -q queue_if_no_path || { echo "map $map does not queue: no_path_retry queue"; return 1; }
+			else
+				tmo=$(cat "$s/recovery_tmo")
+				[ "$tmo" -ge 60 ] || [ "$tmo" -lt 0 ] ||
+					{ echo "$s/recovery_tmo is $tmo s: iscsiadm -m session -o update -n node.session.timeo.replacement_timeout -v 120"; return 1; }
+			fi
+		done
+	done
 }
 END
 )
@@ -83,12 +102,7 @@ if [ "$at" != cutover ]; then
 	[ -n "$before" ] || die "the host has no disk of $iqn"
 
 	# What a host does that cannot queue for as long as this takes is to report I/O errors.
-	host 'for t in /sys/class/iscsi_session/*/recovery_tmo; do
-		[ "$(cat $t)" -ge 60 ] || [ "$(cat $t)" -lt 0 ] || command -v multipath >/dev/null ||
-			{ echo "$t is $(cat $t) s: iscsiadm -m session -o update -n node.session.timeo.replacement_timeout -v 120"; exit 1; }
-	done
-	if command -v multipath >/dev/null; then multipath -ll | grep -q queue_if_no_path ||
-		{ echo "multipath does not queue: no_path_retry queue"; exit 1; }; fi' || die "the host cannot wait without a path"
+	host "waits $iqn" || die "the host cannot wait without a path"
 
 	compare
 	$lunshift cutover "$volume" --dry-run || die "not ready to be cut over; the volume stays synced"

@@ -229,6 +229,14 @@ func TestAHostThatQueuesIsLookedAtInEachRun(t *testing.T) {
 			}
 		})
 	}
+	t.Run("it gives up soon", func(t *testing.T) {
+		w := multipath(t)
+		w.set("sys/class/iscsi_session/session2/recovery_tmo", "5")
+		out, _, err := w.run()
+		if w.said("the host cannot wait without a path", out, err); w.get("phase") != "synced" {
+			t.Errorf("phase %s: %s", w.get("phase"), out)
+		}
+	})
 	t.Run("the host is elsewhere", func(t *testing.T) {
 		w := multipath(t)
 		w.set("phase", "cutover")
