@@ -152,6 +152,12 @@ sh /writer </dev/null >/dev/null 2>&1 &`)
 	gw.run("wait", "db01", "--for", "synced", "--timeout", "2m")
 	gw.run("verify", "db01")
 	writesOn(t, g)
+	// The run book sees what a cutover would do to a map that does not queue.
+	in(t, g, "set -e; . /map\npaths 1; multipathd disablequeueing map ${map#/dev/mapper/}")
+	if out, err := runbook(t, gw, "multipath.sh", "HOST="+on(t, ""), "NEW=10.0.0.9"); err == nil || !strings.Contains(out, "does not queue") {
+		t.Errorf("a map that does not queue is no failure: %s", out)
+	}
+	in(t, g, "set -e; . /map\npaths 1; multipathd restorequeueing map ${map#/dev/mapper/}")
 	gw.run("cutover", "db01")
 	in(t, g, `set -e; . /map
 node="iscsiadm -m node -T `+newIQN+` -p 10.0.0.9"
