@@ -842,7 +842,8 @@ func seeded(seed uint64) func(int) int {
 // (771), and after one that was not flushed (4100); the source written before the destination took
 // a first write (100); a mirror switched while commands are under way (1); what is the same unmarked before the step is recorded (1628), and called
 // valid after it (1256); a copy flagged over what a mirror could not note as equal (6401); what was read of a
-// source that a mirror wrote meanwhile (6282); the source not flushed where the mirror is broken (255, 5996).
+// source that a mirror wrote meanwhile (6282); the source not flushed where the mirror is broken (255, 5996), or
+// before it is copied by who takes up a migration (1496, 4229); copied back from a destination that could not be flushed (3305).
 func TestVolumeIsOneArrayInEveryInterleaving(t *testing.T) {
 	if text := os.Getenv("LUNSHIFT_ENGINE_SEED"); text != "" {
 		seed, err := strconv.ParseUint(text, 10, 64)

@@ -226,6 +226,19 @@ func (m *mirror) lost() bool {
 	return false
 }
 
+// sourceLost tells whether the source may have lost with its cache what is taken to be equal.
+func (m *mirror) sourceLost() bool {
+	source := m.v.source.Resets()
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for _, list := range m.equal {
+		if slices.ContainsFunc(list, func(x *equal) bool { return x.source != source }) {
+			return true
+		}
+	}
+	return false
+}
+
 func (m *mirror) has(x *equal) bool {
 	m.mu.Lock()
 	defer m.mu.Unlock()

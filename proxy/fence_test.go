@@ -397,7 +397,11 @@ func TestDisturbedFenceIsLookedAfterAtOnce(t *testing.T) {
 // at that instant. Caught: a record that does not tell.
 func TestFencesThatOutliveTheCutoverAreGivenUpLater(t *testing.T) {
 	r := newFencedRig(t)
-	r.cfg.CutOver = func() { r.setFail(lun.ErrUnavailable) }
+	r.cfg.Happened = func(h Happening) {
+		if h.Phase == Cutover { // it is recorded, and its fences are not given up yet
+			r.setFail(lun.ErrUnavailable)
+		}
+	}
 	v := r.open(t)
 	must(t, v.Start(t.Context()))
 	must(t, v.Wait(t.Context(), Synced))

@@ -111,19 +111,39 @@ func (rollback) settle(ctx context.Context, v *Volume) error {
 	if err := v.raw().Await(ctx, run(v.info.All())); err != nil {
 		return v.stateError(ctx, err)
 	}
-	err := v.destinationFlush.Flush(ctx)
-	// Of a mirror, what both sides hold alike does not count, and the destination may be gone.
-	if err != nil && v.needsDestination() {
+	// Of a mirror that is whole the destination may be gone.
+	v.whole.Store(v.sourceWhole())
+	if err := v.destinationFlush.Flush(ctx); err != nil && !v.whole.Load() {
 		return fmt.Errorf("blocks are on the destination alone: %w", err)
 	}
 	return nil
 }
 
-// after clears what a mirror had on both sides, now that the source serves. If a crash comes
-// first, the destination has it as well.
+// sourceWhole tells whether a mirror left nothing on the destination alone, now that the source is
+// flushed and no command is under way: what is dirty both sides had alike, and the source has not
+// lost it. What became of the destination since does not matter.
+func (v *Volume) sourceWhole() bool {
+	m := v.mirror.Load()
+	if m == nil {
+		return false
+	}
+	_, missing := v.ways.Load().back.NextMissing(0)
+	return !missing && !m.sourceLost()
+}
+
+// after ends the rollback of a mirror that is whole: nothing is to be copied back, whatever is dirty, and
+// nothing may be, as the destination may have been lost with its cache. That is recorded only now: had the
+// turn failed in a way that leaves open whether it was recorded, the destination would have gone on serving. Of
+// one that is behind it clears what both sides had alike. If a crash comes first, the destination has it as well.
 func (rollback) after(ctx context.Context, v *Volume) {
-	if m := v.left; m != nil {
-		v.left = nil
+	m := v.left
+	v.left = nil
+	switch {
+	case v.whole.Load():
+		if err := v.rolledBack(ctx); err != nil {
+			v.fault(copyBack, err) // the copier tries again
+		}
+	case m != nil:
 		_ = m.settle(ctx, time.Now(), true) // what stays dirty is copied back
 	}
 }
@@ -150,7 +170,9 @@ func (rollback) finish(_ context.Context, v *Volume) error {
 	v.fromFlushed.Store(true)
 	v.fault("mirror", nil)
 	v.showDifference()
-	v.runCopier()
+	if v.Phase() == RollingBack {
+		v.runCopier()
+	}
 	return nil
 }
 
@@ -160,6 +182,11 @@ func (v *Volume) becomeRolledBack(ctx context.Context) error {
 	if err := v.complete(ctx, v.way()); err != nil {
 		return err
 	}
+	return v.rolledBack(ctx)
+}
+
+// rolledBack is becomeRolledBack where that is known.
+func (v *Volume) rolledBack(ctx context.Context) error {
 	now := time.Now()
 	v.fault(copyBack, nil)
 	return v.advance(ctx, RolledBack, func(r *state.Record) { r.RolledBackAt, r.Paused = &now, false })

@@ -49,7 +49,7 @@ func (v *Volume) TryReadAt(p []byte, start lun.LBA) (bool, error) {
 	case phase == Cutover:
 		return false, nil
 	}
-	if w := v.way(); w.flags.All(state.Valid, run(e)) {
+	if w := v.way(); v.hasWhole() || w.flags.All(state.Valid, run(e)) {
 		return w.to.TryReadAt(p, start)
 	}
 	return false, nil
@@ -184,7 +184,7 @@ func (v *Volume) read(ctx context.Context, p []byte, e lun.Extent) error {
 		return errRetired
 	}
 	w := v.way()
-	if w.flags.All(state.Valid, run(e)) {
+	if v.hasWhole() || w.flags.All(state.Valid, run(e)) {
 		return w.to.ReadAt(ctx, p, e.Start)
 	}
 	if !w.flags.Any(state.Valid, run(e)) {
@@ -209,6 +209,10 @@ func (v *Volume) read(ctx context.Context, p []byte, e lun.Extent) error {
 	}
 	return errors.Join(err, parts.Wait())
 }
+
+// hasWhole tells whether the source has everything though the volume is still rolling back, as the state
+// could not be written.
+func (v *Volume) hasWhole() bool { return v.Phase() == RollingBack && v.whole.Load() }
 
 // readFrom fills p with e, which was not valid a moment ago. A mirror writes blocks that are valid to
 // both sides at once. So what was read here of one that became valid meanwhile may be of a write

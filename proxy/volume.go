@@ -149,7 +149,9 @@ type Volume struct {
 	guard   *activity // looks after the fences; guarded by step
 	copying *activity // guarded by step
 	left    *mirror   // that a rollback ended just now; guarded by step
-	closed  bool      // guarded by step
+	// whole: in phase rolling-back the source has everything, whatever is dirty (rollback.after).
+	whole  atomic.Bool
+	closed bool // guarded by step
 }
 
 // activity is a goroutine of the volume that it waits for.
