@@ -356,8 +356,7 @@ func FuzzCDB(f *testing.F) {
 	})
 }
 
-// TestConformanceSuiteOfLibiscsi runs what libiscsi's test suite has for a disk. The
-// families of reservations skip themselves: the commands are not there.
+// TestConformanceSuiteOfLibiscsi runs what libiscsi's test suite has for a disk.
 func TestConformanceSuiteOfLibiscsi(t *testing.T) {
 	t.Parallel()
 	run := func(t *testing.T, bs uint32, family string) {

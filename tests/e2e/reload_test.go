@@ -98,7 +98,7 @@ func TestReloadUnderLoadAddsAVolumeAndTouchesNoOther(t *testing.T) {
 	if err := json.Unmarshal([]byte(r.stdout), &report); err != nil || r.code != wrongPhase || len(report.Kept) != 1 || report.Kept[0].Name != "vol" {
 		t.Errorf("reload without a volume that migrates: exit code %d, %v, %+v, %s", r.code, err, report, r.stderr)
 	}
-	s.oneLine(r.stderr, []string{"not cut over"}, "reload")
+	s.oneLine(r.stderr, []string{"are being moved"}, "reload")
 	s.volumes = all
 	s.configure()
 	s.run("reload")
