@@ -43,11 +43,11 @@ END
 // N, all ready; and disk IQN, the disk of that target.
 const mapScript = `cat >/map <<'END'
 paths() {
-	n=0
+	end=$(($(date +%s) + 60))
 	# The maps come last: of disks that are not taken for one, the second makes a map of its own.
 	until all=$(multipath -ll) && [ "$(echo "$all" | grep -c 'active ready running')" = $1 ] &&
 		[ "$(echo "$all" | grep -c ' [0-9]*:0:0:')" = $1 ] && map=/dev/mapper/$(dmsetup ls --target multipath | awk '{ print $1 }') && [ -b "$map" ]; do
-		n=$((n+1)); [ $n -lt 100 ] || { echo "not one map of $1 ready paths:"; echo "$all"; dmesg | tail -20; exit 1; }; sleep 0.1
+		[ $(date +%s) -lt $end ] || { echo "not one map of $1 ready paths:"; echo "$all"; dmesg | tail -20; exit 1; }; sleep 0.1
 	done
 }
 disk() {
