@@ -86,7 +86,7 @@ func (e *entry) status() proxy.Status {
 	e.mu.Lock()
 	volume, status := e.volume, e.known
 	var mine []string
-	for _, kind := range []string{"start", "hook"} {
+	for _, kind := range append([]string{"start"}, allHooks...) {
 		if text := e.faults[kind]; text != "" {
 			mine = append(mine, text)
 		}
@@ -113,6 +113,13 @@ func (e *entry) fail(kind string, err error) {
 	}
 	if delete(e.faults, kind); err != nil {
 		e.faults[kind] = oneLine(err)
+	}
+}
+
+// forgetHooks takes the failures of hooks away.
+func (e *entry) forgetHooks() {
+	for _, name := range allHooks {
+		e.fail(name, nil)
 	}
 }
 
@@ -214,7 +221,9 @@ func (e *entry) change(to conf.Volume) (changed, restart []string, err error) {
 		}
 	}
 	if slices.ContainsFunc(changed, func(key string) bool { return strings.HasPrefix(key, "hooks.") }) {
-		delete(e.faults, "hook") // of what is no more
+		for _, name := range allHooks {
+			delete(e.faults, name) // of what is no more
+		}
 	}
 	e.conf = next
 	return changed, restart, nil

@@ -314,61 +314,83 @@ func failureText(err error) string {
 func (s *Service) keep(f *follower, e *entry, p proxy.Phase, at time.Time, became followedPhase) {
 	f.keeping.Lock()
 	defer f.keeping.Unlock()
+	s.keepHeld(e, p, func(known *followedPhase) bool {
+		same := known.At.Equal(at)
+		if same {
+			*known = became
+		}
+		return same
+	})
+}
+
+// keepHeld changes what is known of the hook after a phase, where change says so; keeping is held.
+func (s *Service) keepHeld(e *entry, p proxy.Phase, change func(*followedPhase) bool) (changed bool) {
 	x, err := s.followed(e.name)
-	if err == nil && x.of(p).At.Equal(at) {
-		*x.of(p) = became
+	if err == nil && change(x.of(p)) {
 		var text []byte
 		if text, err = json.Marshal(x); err == nil {
 			err = s.store.Attach(context.Background(), e.name, state.Followed, text)
 		}
+		changed = err == nil
 	}
 	if err != nil {
-		s.log.WithError(err).Errorf("volume %s: that the hook after phase %s ran could not be written down: it may run again", e.name, p)
+		s.log.WithError(err).Errorf("volume %s: what became of the hook after phase %s could not be written down: it may run again", e.name, p)
 	}
-}
-
-// failedIn is how the hook after the phase that the volume is in failed; empty where it did not.
-func (s *Service) failedIn(e *entry) (failure string, at time.Time) {
-	status := e.status()
-	came := cameTo(status, status.Phase)
-	if came == nil {
-		return "", at
-	}
-	x, err := s.followed(e.name)
-	if err != nil {
-		s.log.WithError(err).Errorf("volume %s: it is not known how the hook after phase %s ended", e.name, status.Phase)
-		return "", at
-	}
-	if known := x.of(status.Phase); known.At.Equal(*came) {
-		failure = known.Failure
-	}
-	return failure, *came
+	return changed
 }
 
 // recall shows a failure of a hook again that was shown before a restart.
 func (s *Service) recall(e *entry) {
-	if failure, _ := s.failedIn(e); failure != "" {
-		e.fail("hook", errors.New(failure))
+	status := e.status()
+	came := cameTo(status, status.Phase)
+	if came == nil {
+		return
+	}
+	x, err := s.followed(e.name)
+	if err != nil {
+		s.log.WithError(err).Errorf("volume %s: it is not known how the hook after phase %s ended", e.name, status.Phase)
+		return
+	}
+	for _, c := range changes {
+		if c.comes != status.Phase || len(hookOf(e.settings().Hooks, c.follows)) == 0 {
+			continue
+		}
+		if known := x.of(c.comes); known.At.Equal(*came) && known.Failure != "" {
+			e.fail(c.follows, errors.New(known.Failure))
+		}
 	}
 }
 
 // followAgain has a hook that failed run again, as its step is asked for again. It tells whether
 // there was one.
 func (s *Service) followAgain(e *entry, c change, group string) bool {
-	if e.status().Phase != c.comes {
+	status := e.status()
+	came := cameTo(status, c.comes)
+	if status.Phase != c.comes || came == nil || !s.failedBefore(e, c.comes, *came) {
 		return false
 	}
-	failure, at := s.failedIn(e)
-	if failure == "" {
-		return false
-	}
-	s.keep(s.follower, e, c.comes, at, followedPhase{At: at, Failure: failure})
 	if c.atOnce() {
 		s.followNow(e, c, group)
 	} else {
 		s.follower.happened(proxy.Happening{Volume: e.name, Phase: c.comes})
 	}
 	return true
+}
+
+// failedBefore has the hook after a phase count as one that has not run, where it failed.
+func (s *Service) failedBefore(e *entry, p proxy.Phase, at time.Time) bool {
+	s.follower.keeping.Lock()
+	defer s.follower.keeping.Unlock()
+	e.mu.Lock()
+	running := e.following[p]
+	e.mu.Unlock()
+	return !running && s.keepHeld(e, p, func(known *followedPhase) bool {
+		failed := known.At.Equal(at) && known.Failure != ""
+		if failed {
+			known.Hook = false
+		}
+		return failed
+	})
 }
 
 func (s *Service) followed(volume string) (x followed, err error) {

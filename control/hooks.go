@@ -29,6 +29,8 @@ const (
 	afterRollback  = "after_rollback"
 )
 
+var allHooks = []string{beforeStart, afterSynced, beforeCutover, afterCutover, beforeRollback, afterRollback}
+
 const (
 	// mostOutput bounds what is kept of a hook's output, in bytes: half of it from its beginning.
 	mostOutput = 4 << 10
@@ -55,7 +57,7 @@ func hookOf(h conf.Hooks, name string) []string {
 
 // checkHooks refuses hooks that could not be run.
 func (r *VolumeReport) checkHooks(h conf.Hooks) {
-	for _, name := range []string{beforeStart, afterSynced, beforeCutover, afterCutover, beforeRollback, afterRollback} {
+	for _, name := range allHooks {
 		command := hookOf(h, name)
 		if len(command) == 0 {
 			continue
@@ -82,19 +84,20 @@ func hookFault(command []string) error {
 }
 
 // runHook runs a hook of a volume, where it has one, with the volume's status on standard
-// input, and writes it down. A failure is shown as a fault of the volume until a hook of it
+// input, and writes it down. A failure is shown as a fault of the volume until this hook
 // succeeds or a step of its hooks begins, which somebody who is not ready or a step that is done already
 // is not. ran is true once it has come to an end that is not ctx's; or there is none.
 func (s *Service) runHook(ctx context.Context, e *entry, group, what, name string) (ran bool, err error) {
 	hooks := e.settings().Hooks
 	command := hookOf(hooks, name)
 	if len(command) == 0 {
+		e.fail(name, nil)
 		return true, nil
 	}
 	a, err := s.asks(ctx, itself, group, "hook", hookOptions{name, command}, e.name)
 	if err != nil {
 		err = fmt.Errorf("hook %s did not run: %w", name, err)
-		e.fail("hook", err)
+		e.fail(name, err)
 		return false, err
 	}
 	input, err := json.Marshal(e.status())
@@ -126,7 +129,7 @@ func (s *Service) runHook(ctx context.Context, e *entry, group, what, name strin
 		log.Infof("hook %s (%s) ended well", name, command[0])
 		a.ends(output, nil)
 	}
-	e.fail("hook", err)
+	e.fail(name, err)
 	return err == nil || ctx.Err() == nil, err
 }
 

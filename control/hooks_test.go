@@ -527,6 +527,42 @@ func TestFailureOfAHookIsShownUntilItSucceeds(t *testing.T) {
 	shown("at the end", "")
 }
 
+// Caught: the end of one hook that takes the failure of another away; a hook that the file has no more
+// and whose failure comes back.
+func TestFailureOfAHookIsItsOwn(t *testing.T) {
+	ctx := t.Context()
+	path, here := script(t, "case $LUNSHIFT_HOOK in after_synced) while test ! -e $HERE/go; do sleep 0.02; done;; *) exit 7;; esac")
+	f := newFile(t)
+	f.add("db01", fmt.Sprintf("[volume.hooks]\nafter_synced = [%q]\nafter_cutover = [%q]\n", path, path))
+	r := f.start()
+	if _, err := r.client.Start(ctx, "db01"); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := r.client.CutoverWhenSynced(ctx, "db01", time.Minute, proxy.CutoverOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(here, "go"), nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "the other hook ends well", func() bool {
+		_, lines := historyOf(t, r.client, "db01")
+		return slices.Contains(lines, "hook after_synced done")
+	})
+	degraded := func() string { s, _ := r.client.Status(ctx, "db01"); return s.DegradedReason }
+	if !strings.Contains(degraded(), "hook after_cutover") {
+		t.Errorf("degraded: %q", degraded())
+	}
+	f.volumes["db01"] = ""
+	f.reload(r)
+	if err := r.stop(); err != nil {
+		t.Fatal(err)
+	}
+	r = f.start()
+	if degraded() != "" {
+		t.Errorf("without the hook: %q", degraded())
+	}
+}
+
 // Caught: a start by itself that passes the hook by, or whose failure nobody sees.
 func TestAutostartAsksTheHookAndIsInTheTrail(t *testing.T) {
 	path, here := script(t, "test -e $HERE/mended || { echo not now; exit 1; }")

@@ -191,7 +191,7 @@ func (s *Service) reload(ctx context.Context) (ReloadReport, error) {
 		address string
 		until   time.Time
 	}
-	redirected := map[string]sent{}
+	redirected, gone := map[string]sent{}, map[string]bool{}
 	for _, e := range s.list() {
 		iqn := e.settings().IQN
 		if address, until, is := s.sentTo(iqn); is {
@@ -218,6 +218,7 @@ func (s *Service) reload(ctx context.Context) (ReloadReport, error) {
 		}
 		s.claims.release(e.name)
 		report.Dropped = append(report.Dropped, e.name)
+		gone[e.settings().IQN] = true
 	}
 
 	var opened []*entry
@@ -265,7 +266,7 @@ func (s *Service) reload(ctx context.Context) (ReloadReport, error) {
 	s.copyRate.Set(uint64(service.Copy.Rate))
 	for _, iqn := range slices.Sorted(maps.Keys(iqns)) {
 		s.redirect(iqn)
-		if was, is := redirected[iqn]; is {
+		if was, is := redirected[iqn]; is && gone[iqn] {
 			if _, _, still := s.sentTo(iqn); !still {
 				report.Notes = append(report.Notes, fmt.Sprintf("logins to %s are not sent to %s any more, which was to go on %s: put the [[volume]] back where a host may still come here", iqn, was.address, untilText(was.until)))
 			}

@@ -137,7 +137,7 @@ func (s *Service) take(ctx context.Context, st step, entries []*entry) (text str
 	}
 	for _, e := range moving {
 		if c.before != "" {
-			e.fail("hook", nil)
+			e.forgetHooks()
 		}
 		if _, err := s.runHook(ctx, e, st.group, st.name, c.before); err != nil {
 			return "", refusal{notBegun(e, st.name, err)}

@@ -219,11 +219,9 @@ func (v *Volume) hasWhole() bool { return v.Phase() == RollingBack && v.whole.Lo
 // that the other side does not have: who reads next, or after a crash, would see what was before
 // it. Such a block is read there instead. A first write gets here only once the other side has it.
 func (v *Volume) readFrom(ctx context.Context, w *pass, p []byte, e lun.Extent) error {
-	if err := w.from.ReadAt(ctx, p, e.Start); err != nil {
+	err := w.from.ReadAt(ctx, p, e.Start)
+	if err == nil && v.mirror.Load() == nil || !w.flags.Any(state.Valid, run(e)) {
 		return err
-	}
-	if v.mirror.Load() == nil || !w.flags.Any(state.Valid, run(e)) {
-		return nil
 	}
 	return v.read(ctx, p, e)
 }

@@ -28,6 +28,8 @@ const (
 	mostDifferences = 1000
 	// sampleLimit bounds the comparison before a cutover.
 	sampleLimit = 30 * time.Second
+	// differenceLimit bounds the writing of what a comparison found that was ended.
+	differenceLimit = 10 * time.Second
 )
 
 // VerifyOptions say how much is compared, and how fast.
@@ -97,6 +99,9 @@ func (v *Volume) Verify(ctx context.Context, o VerifyOptions) (VerifyReport, err
 	if v.Phase() != Synced {
 		return VerifyReport{}, v.notAllowed("verify", fmt.Sprintf("source and destination are compared in phase %s", Synced))
 	}
+	if o.Sample >= v.info.Size() {
+		o.Sample = 0
+	}
 	x := &verification{v: v, throttle: copier.NewThrottle(o.Rate)}
 	v.mu.Lock()
 	x.accepted = extents(v.record.Accepted)
@@ -107,15 +112,14 @@ func (v *Volume) Verify(ctx context.Context, o VerifyOptions) (VerifyReport, err
 	}
 	defer v.verifying.Store(nil)
 	if err := x.run(ctx, o.Sample); err != nil {
-		return VerifyReport{}, v.errorf("verify: %w", err)
+		return VerifyReport{}, errors.Join(v.errorf("verify: %w", err), x.keepDifference(ctx))
 	}
 	x.report.EndedAt = time.Now()
 	slices.SortFunc(x.report.Extents, func(a, b BlockRun) int { return cmp.Compare(a.LBA, b.LBA) })
 	r := x.report
+	var unkept error
 	if x.sums != nil {
-		if err := x.keepChecksums(ctx); err != nil {
-			return r, err
-		}
+		unkept = x.keepChecksums(ctx)
 	}
 	err := v.save(ctx, func(rec *state.Record) {
 		rec.Verified = &state.Verified{At: r.EndedAt, Sample: r.Sample, ComparedBytes: r.Compared, DifferentBytes: r.Different,
@@ -133,7 +137,23 @@ func (v *Volume) Verify(ctx context.Context, o VerifyOptions) (VerifyReport, err
 		}
 	})
 	v.showDifference()
-	return r, err
+	return r, errors.Join(unkept, err)
+}
+
+// keepDifference keeps what a comparison found that did not come to its end.
+func (x *verification) keepDifference(ctx context.Context) error {
+	var found state.Verified
+	x.count(func(r *VerifyReport) {
+		found = state.Verified{At: time.Now(), Sample: r.Sample, ComparedBytes: r.Compared, DifferentBytes: r.Different}
+	})
+	if found.DifferentBytes == 0 {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), differenceLimit)
+	defer cancel()
+	err := x.v.save(ctx, func(r *state.Record) { r.Different = &found })
+	x.v.showDifference()
+	return err
 }
 
 // difference is what a comparison found, as long as it counts; nil where nothing is known to differ.
@@ -153,7 +173,11 @@ func (v *Volume) difference() error {
 }
 
 // showDifference has the status show it.
-func (v *Volume) showDifference() { v.fault("comparison", v.difference()) }
+func (v *Volume) showDifference() {
+	v.showing.Lock()
+	defer v.showing.Unlock()
+	v.fault("comparison", v.difference())
+}
 
 // run compares what has storage on either side.
 func (x *verification) run(ctx context.Context, sample uint64) error {
@@ -399,7 +423,7 @@ func (v *Volume) verifySample(ctx context.Context) error {
 	switch {
 	case errors.Is(err, context.DeadlineExceeded) && ctx.Err() != nil:
 		v.log.Warnf("the sample before the cutover was not compared within %v", sampleLimit)
-		return nil
+		return v.difference() // that it found until then
 	case err != nil:
 		return fmt.Errorf("a sample of source and destination could not be compared: %w", err)
 	case r.Different > 0:

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"lunshift/lun"
+	"lunshift/lun/luntest"
 )
 
 // synced gives a volume in phase synced whose source held data everywhere.
@@ -235,7 +236,7 @@ func TestVerifyEndsWithTheCutover(t *testing.T) {
 	if _, err := v.Verify(t.Context(), VerifyOptions{}); err == nil {
 		t.Error("two at a time")
 	}
-	if err := v.Cutover(t.Context(), CutoverOptions{}); err != nil {
+	if err := v.Cutover(t.Context(), CutoverOptions{NoVerify: true}); err != nil {
 		t.Fatal(err)
 	}
 	select {
@@ -245,5 +246,39 @@ func TestVerifyEndsWithTheCutover(t *testing.T) {
 		}
 	case <-time.After(time.Minute):
 		t.Error("it goes on after the cutover")
+	}
+}
+
+// Caught: a difference that is forgotten as the comparison ended with an error.
+func TestAComparisonThatFailsKeepsWhatItFound(t *testing.T) {
+	const blocks = 65536
+	r := newRig(t, blocks)
+	r.cfg.VerifySample = 0
+	v := synced(t, r, blocks)
+	defer r.close(t)
+	must(t, r.destination.WriteAt(t.Context(), stamp(7, 77), 7))
+	ctx, cancel := context.WithCancel(t.Context())
+	r.source.Before = func(_ context.Context, op luntest.Op, e lun.Extent) error {
+		if op == luntest.Read && e.Start > blocks/2 {
+			cancel() // somebody ends it
+		}
+		return nil
+	}
+	if _, err := v.Verify(ctx, VerifyOptions{}); err == nil {
+		t.Fatal("it was not ended")
+	}
+	r.source.Before = nil
+	if s := v.Status(); !s.Degraded || !strings.Contains(s.DegradedReason, "512 bytes differed") {
+		t.Errorf("degraded %v: %q", s.Degraded, s.DegradedReason)
+	}
+	if err := v.Cutover(t.Context(), CutoverOptions{}); err == nil {
+		t.Error("cut over")
+	}
+	// All of it is compared where the sample is as large.
+	b := make([]byte, testBlock)
+	must(t, r.source.ReadAt(t.Context(), b, 7))
+	must(t, r.destination.WriteAt(t.Context(), b, 7))
+	if report, err := v.Verify(t.Context(), VerifyOptions{Sample: 1 << 40}); err != nil || report.Sample || v.Status().Degraded {
+		t.Errorf("%+v, %v, %q", report, err, v.Status().DegradedReason)
 	}
 }

@@ -144,6 +144,7 @@ type Volume struct {
 
 	faulty    atomic.Bool // faults is not empty
 	verifying atomic.Pointer[verification]
+	showing   sync.Mutex // held while the fault of a comparison is brought up to date
 
 	key     uint64    // of the fences
 	guard   *activity // looks after the fences; guarded by step
