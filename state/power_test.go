@@ -161,8 +161,13 @@ func TestAcknowledgedFlagsSurviveAPowerLoss(t *testing.T) {
 			break
 		}
 		// On to the next log.
-		logs := len(d.logs)
-		for n := 0; len(d.logs) == logs; n++ {
+		count := func() int {
+			d.mu.Lock()
+			defer d.mu.Unlock()
+			return len(d.logs)
+		}
+		logs := count()
+		for n := 0; count() == logs; n++ {
 			if n > 100 {
 				t.Fatal("the log never filled up")
 			}

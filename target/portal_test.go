@@ -39,6 +39,11 @@ func beginAt(t testing.TB, cfg Config, portals []Portal, units ...Unit) (*Server
 			t.Errorf("Serve gave %v", err)
 		}
 	})
+	waitFor(t, "the server", func() bool {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		return s.serving
+	})
 	var at []string
 	for _, a := range s.Addrs() {
 		at = append(at, a.String())

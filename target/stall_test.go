@@ -32,7 +32,7 @@ func stall(t *testing.T, s *Server, i *initiator) {
 	})
 }
 
-func waitFor(t *testing.T, what string, is func() bool) {
+func waitFor(t testing.TB, what string, is func() bool) {
 	t.Helper()
 	for end := deadline(); !is(); time.Sleep(time.Millisecond) {
 		if time.Now().After(end) {
