@@ -154,15 +154,12 @@ func (m *mirror) settle(ctx context.Context, then time.Time, sourceServes bool) 
 			return err
 		}
 	}
-	source, destination := v.source.Resets(), v.destination.Resets()
+	lost := m.losses(sourceServes)
 	slices.SortFunc(list, func(a, b *equal) int { return byStart(a.Extent, b.Extent) })
 	for len(list) > 0 {
 		n := min(equalBatch, len(list))
 		batch := list[:n]
 		list = list[n:]
-		lost := func(x *equal) bool {
-			return x.source != source || !sourceServes && x.destination != destination
-		}
 		kinds := state.Dirty
 		if sourceServes {
 			kinds |= state.Valid // the destination may lose it
@@ -213,26 +210,22 @@ func (m *mirror) clearBatch(ctx context.Context, batch []*equal, kinds state.Kin
 	return nil
 }
 
-// lost tells whether a side may have lost with its cache what is taken to be equal.
-func (m *mirror) lost() bool {
+// losses gives a test for what a side may have lost with its cache since it was alike: of the
+// source alone where that serves, or is about to.
+func (m *mirror) losses(sourceServes bool) (lost func(*equal) bool) {
 	source, destination := m.v.source.Resets(), m.v.destination.Resets()
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	for _, list := range m.equal {
-		if slices.ContainsFunc(list, func(x *equal) bool { return x.source != source || x.destination != destination }) {
-			return true
-		}
+	return func(x *equal) bool {
+		return x.source != source || !sourceServes && x.destination != destination
 	}
-	return false
 }
 
-// sourceLost tells whether the source may have lost with its cache what is taken to be equal.
-func (m *mirror) sourceLost() bool {
-	source := m.v.source.Resets()
+// lost tells whether there is any such.
+func (m *mirror) lost(sourceServes bool) bool {
+	lost := m.losses(sourceServes)
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	for _, list := range m.equal {
-		if slices.ContainsFunc(list, func(x *equal) bool { return x.source != source }) {
+		if slices.ContainsFunc(list, lost) {
 			return true
 		}
 	}

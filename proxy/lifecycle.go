@@ -295,22 +295,24 @@ func (v *Volume) stopCopier(ctx context.Context) error {
 
 // copy runs the copier to its end and then makes the volume synced, or rolled back.
 func (v *Volume) copy(ctx context.Context) {
-	phase, w, end := v.Phase(), v.way(), v.becomeSynced
-	work := func(ctx context.Context, w *pass) error {
-		if err := v.flushFrom(ctx, w); err != nil {
-			return err
+	var end func(context.Context) error
+	whole := false
+	switch v.Phase() {
+	case Migrating:
+		end = v.becomeSynced
+	case RollingBack:
+		if end, whole = v.becomeRolledBack, v.whole.Load(); whole {
+			end = v.rolledBack
 		}
-		return v.copyInTurn(ctx, w)
-	}
-	switch {
-	case phase == RollingBack && v.whole.Load():
-		end, work = v.rolledBack, func(context.Context, *pass) error { return nil }
-	case phase == RollingBack:
-		end = v.becomeRolledBack
-	case phase != Migrating:
+	default:
 		return // an earlier one has just come to the end
 	}
-	err := work(ctx, w)
+	var err error
+	if w := v.way(); !whole {
+		if err = v.flushFrom(ctx, w); err == nil {
+			err = v.copyInTurn(ctx, w)
+		}
+	}
 	for err == nil {
 		if err = end(ctx); err == nil {
 			return
@@ -325,28 +327,21 @@ func (v *Volume) copy(ctx context.Context) {
 	}
 }
 
-// flushFrom flushes the side that is copied from, where it was not since the volume was taken up, and
-// tries until it comes or ctx ends: what is read there and lost with a cache afterwards must not
-// become the current content.
+// flushFrom is pass.flushFrom until it comes to its end, or ctx: what the copier read there and a cache
+// lost afterwards must not become the current content.
 func (v *Volume) flushFrom(ctx context.Context, w *pass) error {
-	kind := map[bool]string{true: copyBack, false: "copy"}[w == v.ways.Load().back]
-	for !v.fromFlushed.Load() {
-		err := w.fromFlush.Flush(ctx)
-		if err == nil {
-			v.fromFlushed.Store(true)
-			break
+	for {
+		err := w.flushFrom(ctx)
+		if err == nil || ctx.Err() != nil {
+			return err
 		}
-		if ctx.Err() != nil {
-			return ctx.Err()
-		}
-		v.fault(kind, fmt.Errorf("%s: flush before the copy: %w", w.from.role, err))
+		v.fault(w.kind, fmt.Errorf("%s: flush before the copy: %w", w.from.role, err))
 		select {
 		case <-ctx.Done():
 			return ctx.Err()
 		case <-time.After(sampleEvery):
 		}
 	}
-	return nil
 }
 
 // copyInTurn runs the copier to its end while it is the volume's turn, and waits while it is

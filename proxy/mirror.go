@@ -428,12 +428,12 @@ func (v *Volume) mirrorStatus() *MirrorStatus {
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	source, destination := v.source.Resets(), v.destination.Resets()
+	lost := m.losses(false)
 	for _, list := range m.equal {
 		for _, x := range list {
 			i := sort.Search(len(writing), func(i int) bool { return writing[i].End() > x.Start })
 			counted := i < len(writing) && writing[i].Overlaps(x.Extent)
-			if !counted && x.source == source && x.destination == destination { // else it is going to be copied
+			if !counted && !lost(x) { // else it is going to be copied
 				s.Behind -= min(s.Behind, x.Blocks*bs)
 			}
 		}

@@ -29,6 +29,7 @@ type pass struct {
 	// it was written since, so from is stale.
 	flags  flags
 	copier *copier.Copier
+	kind   string // of the faults of its copy
 
 	// What follows is guarded by v.mu.
 	suspects []lun.Extent // blocks that were not valid when a write to them failed, see suspect
@@ -58,18 +59,18 @@ func (v *Volume) newWays(f flags, backward bool) *ways {
 	w := &ways{flags: f}
 	w.backward.Store(backward)
 	w.forward = &pass{
-		v: v, from: v.source, to: v.destination, fromFlush: v.sourceFlush, toFlush: v.destinationFlush, flags: f,
+		v: v, from: v.source, to: v.destination, fromFlush: v.sourceFlush, toFlush: v.destinationFlush, flags: f, kind: "copy",
 	}
 	w.back = &pass{
-		v: v, from: v.destination, to: v.source, fromFlush: v.destinationFlush, toFlush: v.sourceFlush, flags: reversed{f, v.info.Blocks},
+		v: v, from: v.destination, to: v.source, fromFlush: v.destinationFlush, toFlush: v.sourceFlush, flags: reversed{f, v.info.Blocks}, kind: copyBack,
 	}
 	set := v.set()
-	for p, kind := range map[*pass]string{w.forward: "copy", w.back: copyBack} {
+	for _, p := range []*pass{w.forward, w.back} {
 		o := copier.Options{
 			Source: p.from, Destination: p.to, From: p.from.role, To: p.to.role, Ledger: p,
 			Volume: v.info.All(), RegionBlocks: v.record.RegionBlocks, Depth: set.CopyDepth,
 			Throttle: v.throttle, Shared: v.cfg.CopyRateOfAll, Readback: set.Readback, Compare: p == w.forward && v.record.Compare,
-			Fault: func(err error) { v.fault(kind, err) },
+			Fault: func(err error) { v.fault(p.kind, err) },
 		}
 		if p == w.forward {
 			o.Survey = v.survey
@@ -241,6 +242,18 @@ func (w *pass) flushed() (units []*unit) {
 		units = append(units, w.from)
 	}
 	return units
+}
+
+// flushFrom flushes the side that takes no writes, unless it was since the volume was taken up.
+func (w *pass) flushFrom(ctx context.Context) error {
+	if w.v.fromFlushed.Load() {
+		return nil
+	}
+	err := w.fromFlush.Flush(ctx)
+	if err == nil {
+		w.v.fromFlushed.Store(true)
+	}
+	return err
 }
 
 // flush makes what was copied outlive any loss of power.

@@ -53,18 +53,19 @@ func (rollback) needs(v *Volume) []need {
 	if err := v.raw().Await(context.Background(), run(v.info.All())); err != nil {
 		return []need{source, destination}
 	}
-	if v.needsDestination() {
+	if v.needsDestination(false) {
 		return []need{source, destination}
 	}
 	return []need{source}
 }
 
 // needsDestination tells whether the destination may have blocks that the source has not: what a
-// mirror took to be on both is not, where one of them lost its cache.
-func (v *Volume) needsDestination() bool {
+// mirror took to be on both is not, where one of them lost its cache; the source alone, where that is
+// flushed and serves next.
+func (v *Volume) needsDestination(sourceServes bool) bool {
 	_, missing := v.ways.Load().back.NextMissing(0)
 	m := v.mirror.Load()
-	return missing || m != nil && m.lost()
+	return missing || m != nil && m.lost(sourceServes)
 }
 
 func (rollback) look(context.Context, *Volume) error { return nil }
@@ -111,30 +112,18 @@ func (rollback) settle(ctx context.Context, v *Volume) error {
 	if err := v.raw().Await(ctx, run(v.info.All())); err != nil {
 		return v.stateError(ctx, err)
 	}
-	// Of a mirror that is whole the destination may be gone.
-	v.whole.Store(v.sourceWhole())
+	// Where it has nothing alone, as nobody wrote or a mirror is whole, the destination may be gone.
+	v.whole.Store(!v.needsDestination(true))
 	if err := v.destinationFlush.Flush(ctx); err != nil && !v.whole.Load() {
 		return fmt.Errorf("blocks are on the destination alone: %w", err)
 	}
 	return nil
 }
 
-// sourceWhole tells whether a mirror left nothing on the destination alone, now that the source is
-// flushed and no command is under way: what is dirty both sides had alike, and the source has not
-// lost it. What became of the destination since does not matter.
-func (v *Volume) sourceWhole() bool {
-	m := v.mirror.Load()
-	if m == nil {
-		return false
-	}
-	_, missing := v.ways.Load().back.NextMissing(0)
-	return !missing && !m.sourceLost()
-}
-
-// after ends the rollback of a mirror that is whole: nothing is to be copied back, whatever is dirty, and
-// nothing may be, as the destination may have been lost with its cache. That is recorded only now: had the
+// after ends a rollback that needs no destination: nothing is to be copied back, whatever is dirty, and
+// nothing may be, as a mirror's destination may have lost it with its cache. That is recorded only now: had the
 // turn failed in a way that leaves open whether it was recorded, the destination would have gone on serving. Of
-// one that is behind it clears what both sides had alike. If a crash comes first, the destination has it as well.
+// a mirror that is behind it clears what both sides had alike. If a crash comes first, the destination has it as well.
 func (rollback) after(ctx context.Context, v *Volume) {
 	m := v.left
 	v.left = nil

@@ -360,3 +360,18 @@ func TestBlocksAreGivenUpOnceAllOthersAreReady(t *testing.T) {
 		t.Errorf("phases %s and %s", a.Phase(), b.Phase())
 	}
 }
+
+// Nobody wrote since the start, so nothing is on the destination alone, and it may be gone.
+// Caught: a destination that is needed all the same.
+func TestARollbackOfWhatNobodyWroteNeedsNoDestination(t *testing.T) {
+	r := newRig(t, 2048)
+	r.cfg.CopyRate = 1
+	fill(t, r.source, lun.Extent{Blocks: 2048}, 1)
+	v := r.open(t)
+	defer r.close(t)
+	must(t, v.Start(t.Context()))
+	r.destination.Before = func(context.Context, luntest.Op, lun.Extent) error { return lun.ErrUnavailable }
+	must(t, v.Rollback(t.Context(), RollbackOptions{}))
+	waitFor(t, v, RolledBack)
+	expect(t, v, lun.Extent{Blocks: 2048}, 1)
+}

@@ -49,7 +49,7 @@ func (v *Volume) TryReadAt(p []byte, start lun.LBA) (bool, error) {
 	case phase == Cutover:
 		return false, nil
 	}
-	if w := v.way(); v.hasWhole() || w.flags.All(state.Valid, run(e)) {
+	if w := v.way(); w.flags.All(state.Valid, run(e)) || v.hasWhole() {
 		return w.to.TryReadAt(p, start)
 	}
 	return false, nil
@@ -115,11 +115,10 @@ func (v *Volume) Flush(ctx context.Context) error {
 		return errRetired
 	}
 	w := v.way()
-	if !v.fromFlushed.Load() && v.Phase() != Synced {
-		if err := w.fromFlush.Flush(ctx); err != nil {
+	if v.Phase() != Synced {
+		if err := w.flushFrom(ctx); err != nil {
 			return err
 		}
-		v.fromFlushed.Store(true)
 	}
 	if m := v.mirror.Load(); m != nil {
 		return m.flush(ctx)
@@ -184,7 +183,7 @@ func (v *Volume) read(ctx context.Context, p []byte, e lun.Extent) error {
 		return errRetired
 	}
 	w := v.way()
-	if v.hasWhole() || w.flags.All(state.Valid, run(e)) {
+	if w.flags.All(state.Valid, run(e)) || v.hasWhole() {
 		return w.to.ReadAt(ctx, p, e.Start)
 	}
 	if !w.flags.Any(state.Valid, run(e)) {

@@ -122,8 +122,7 @@ func (v *Volume) Verify(ctx context.Context, o VerifyOptions) (VerifyReport, err
 		unkept = x.keepChecksums(ctx)
 	}
 	err := v.save(ctx, func(rec *state.Record) {
-		rec.Verified = &state.Verified{At: r.EndedAt, Sample: r.Sample, ComparedBytes: r.Compared, DifferentBytes: r.Different,
-			UnallocatedBytes: r.Unallocated, UnusedBytes: r.Unused, WrittenBytes: r.Written}
+		rec.Verified = r.verified(r.EndedAt)
 		if r.Sample {
 			rec.VerifiedSample = rec.Verified
 		} else {
@@ -140,18 +139,22 @@ func (v *Volume) Verify(ctx context.Context, o VerifyOptions) (VerifyReport, err
 	return r, errors.Join(unkept, err)
 }
 
+// verified is what the state keeps of a comparison.
+func (r VerifyReport) verified(at time.Time) *state.Verified {
+	return &state.Verified{At: at, Sample: r.Sample, ComparedBytes: r.Compared, DifferentBytes: r.Different,
+		UnallocatedBytes: r.Unallocated, UnusedBytes: r.Unused, WrittenBytes: r.Written}
+}
+
 // keepDifference keeps what a comparison found that did not come to its end.
 func (x *verification) keepDifference(ctx context.Context) error {
-	var found state.Verified
-	x.count(func(r *VerifyReport) {
-		found = state.Verified{At: time.Now(), Sample: r.Sample, ComparedBytes: r.Compared, DifferentBytes: r.Different}
-	})
+	var found *state.Verified
+	x.count(func(r *VerifyReport) { found = r.verified(time.Now()) })
 	if found.DifferentBytes == 0 {
 		return nil
 	}
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), differenceLimit)
 	defer cancel()
-	err := x.v.save(ctx, func(r *state.Record) { r.Different = &found })
+	err := x.v.save(ctx, func(r *state.Record) { r.Different = found })
 	x.v.showDifference()
 	return err
 }
