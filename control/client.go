@@ -139,17 +139,15 @@ func (c *Client) wait(ctx context.Context, volume string, p proxy.Phase, timeout
 	return c.volume(ctx, http.MethodGet, volume, "/wait?"+query.Encode(), nil)
 }
 
-// Stuck says why a wait for phase p does not end by itself; empty where it may, or
-// where the service does not tell.
-func (c *Client) Stuck(ctx context.Context, volume string, p proxy.Phase) string {
-	status, err := c.Status(ctx, volume)
-	if over, possible := proxy.Reached(status.Phase, p); err != nil || !status.Paused || !copies(status.Phase) || over || !possible {
+// Stuck says why a wait for phase p does not end by itself; empty where it may.
+func Stuck(status proxy.Status, p proxy.Phase) string {
+	if over, possible := proxy.Reached(status.Phase, p); !status.Paused || !copies(status.Phase) || over || !possible {
 		return ""
 	}
 	if status.Phase == proxy.Migrating && (p == proxy.RollingBack || p == proxy.RolledBack) {
 		return "" // a rollback takes the pause back
 	}
-	return fmt.Sprintf("volume %s is paused; resume it with: lunshift resume %s", volume, volume)
+	return fmt.Sprintf("volume %s is paused; resume it with: lunshift resume %s", status.Name, status.Name)
 }
 
 // Remove forgets the state of a volume that is cut over.

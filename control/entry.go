@@ -116,10 +116,10 @@ func (e *entry) fail(kind string, err error) {
 	}
 }
 
-// forgetHooks takes the failures of hooks away.
+// forgetHooks takes the failures of hooks away; mu is held.
 func (e *entry) forgetHooks() {
 	for _, name := range allHooks {
-		e.fail(name, nil)
+		delete(e.faults, name)
 	}
 }
 
@@ -221,9 +221,7 @@ func (e *entry) change(to conf.Volume) (changed, restart []string, err error) {
 		}
 	}
 	if slices.ContainsFunc(changed, func(key string) bool { return strings.HasPrefix(key, "hooks.") }) {
-		for _, name := range allHooks {
-			delete(e.faults, name) // of what is no more
-		}
+		e.forgetHooks() // of what is no more
 	}
 	e.conf = next
 	return changed, restart, nil

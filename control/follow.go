@@ -250,7 +250,7 @@ func (s *Service) due(f *follower, e *entry, p proxy.Phase) (at time.Time, is bo
 	}
 	known := x.of(p)
 	fresh := !known.At.Equal(at)
-	if !fresh && known.Hook || s.running.Err() != nil && !fresh {
+	if !fresh && (known.Hook || s.running.Err() != nil) {
 		return at, false
 	}
 	e.mu.Lock()
@@ -268,11 +268,7 @@ func (s *Service) due(f *follower, e *entry, p proxy.Phase) (at time.Time, is bo
 		if p != proxy.Cutover { // that one is in the trail as a step
 			events = append(events, state.Event{Volume: e.name, At: at, Who: itself, What: string(p), Result: resultNoted})
 		}
-		text, err := json.Marshal(x)
-		if err == nil {
-			err = s.store.AppendFollowed(context.Background(), e.name, text, events...)
-		}
-		if err != nil {
+		if err := s.putFollowed(e.name, x, events...); err != nil {
 			f.fails(s.log, err)
 			return at, false
 		}
@@ -327,10 +323,7 @@ func (s *Service) keep(f *follower, e *entry, p proxy.Phase, at time.Time, becam
 func (s *Service) keepHeld(e *entry, p proxy.Phase, change func(*followedPhase) bool) (changed bool) {
 	x, err := s.followed(e.name)
 	if err == nil && change(x.of(p)) {
-		var text []byte
-		if text, err = json.Marshal(x); err == nil {
-			err = s.store.Attach(context.Background(), e.name, state.Followed, text)
-		}
+		err = s.putFollowed(e.name, x)
 		changed = err == nil
 	}
 	if err != nil {
@@ -391,6 +384,14 @@ func (s *Service) failedBefore(e *entry, p proxy.Phase, at time.Time) bool {
 		}
 		return failed
 	})
+}
+
+func (s *Service) putFollowed(volume string, x followed, events ...state.Event) error {
+	text, err := json.Marshal(x)
+	if err != nil {
+		return err
+	}
+	return s.store.AppendFollowed(context.Background(), volume, text, events...)
 }
 
 func (s *Service) followed(volume string) (x followed, err error) {

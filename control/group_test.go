@@ -262,10 +262,11 @@ func TestRolledBackSourceHoldsWhatInitiatorsWrote(t *testing.T) {
 	if err != nil || s.Phase != proxy.RollingBack || s.Remaining == 0 || s.RollbackAt == nil || s.Hold == nil {
 		t.Fatalf("rollback: %+v, %v", s, err)
 	}
-	if _, err := r.client.Pause(ctx, "a"); err != nil {
+	s, err = r.client.Pause(ctx, "a")
+	if err != nil {
 		t.Fatal(err)
 	}
-	if text := r.client.Stuck(ctx, "a", proxy.RolledBack); !strings.Contains(text, "lunshift resume a") {
+	if text := Stuck(s, proxy.RolledBack); !strings.Contains(text, "lunshift resume a") {
 		t.Errorf("a paused rollback: %q", text)
 	}
 	for _, phase := range []proxy.Phase{proxy.Synced, proxy.Cutover} {

@@ -30,7 +30,7 @@ func (s *Service) redirect(iqn string) {
 	case time.Now().Before(r.Until):
 		s.log.Infof("logins to %s are sent to %s %s", iqn, r.Address, untilText(r.Until))
 	default:
-		s.log.Infof("logins to %s are refused: they were sent to %s until %s (redirect_for)", iqn, r.Address, r.Until.Format(time.RFC3339))
+		s.log.Infof("logins to %s are refused: they were sent to %s %s", iqn, r.Address, untilText(r.Until))
 	}
 }
 

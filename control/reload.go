@@ -191,18 +191,16 @@ func (s *Service) reload(ctx context.Context) (ReloadReport, error) {
 		address string
 		until   time.Time
 	}
-	redirected, gone := map[string]sent{}, map[string]bool{}
+	redirected := map[string]sent{} // targets of which volumes go
 	for _, e := range s.list() {
 		iqn := e.settings().IQN
-		if address, until, is := s.sentTo(iqn); is {
-			redirected[iqn] = sent{address, until}
-		}
-	}
-	for _, e := range s.list() {
-		iqns[e.settings().IQN] = true
+		iqns[iqn] = true
 		if slices.ContainsFunc(file.Volumes, func(v conf.Volume) bool { return v.Name == e.name }) {
 			left[e.name] = e
 			continue
+		}
+		if address, until, is := s.sentTo(iqn); is {
+			redirected[iqn] = sent{address, until}
 		}
 		phase := e.status().Phase
 		switch err := e.drop(ctx); {
@@ -218,7 +216,6 @@ func (s *Service) reload(ctx context.Context) (ReloadReport, error) {
 		}
 		s.claims.release(e.name)
 		report.Dropped = append(report.Dropped, e.name)
-		gone[e.settings().IQN] = true
 	}
 
 	var opened []*entry
@@ -266,7 +263,7 @@ func (s *Service) reload(ctx context.Context) (ReloadReport, error) {
 	s.copyRate.Set(uint64(service.Copy.Rate))
 	for _, iqn := range slices.Sorted(maps.Keys(iqns)) {
 		s.redirect(iqn)
-		if was, is := redirected[iqn]; is && gone[iqn] {
+		if was, is := redirected[iqn]; is {
 			if _, _, still := s.sentTo(iqn); !still {
 				report.Notes = append(report.Notes, fmt.Sprintf("logins to %s are not sent to %s any more, which was to go on %s: put the [[volume]] back where a host may still come here", iqn, was.address, untilText(was.until)))
 			}

@@ -135,12 +135,14 @@ func (s *Service) take(ctx context.Context, st step, entries []*entry) (text str
 			again = true
 		}
 	}
-	for _, e := range moving {
-		if c.before != "" {
+	if c.before != "" {
+		for _, e := range moving {
+			e.mu.Lock()
 			e.forgetHooks()
-		}
-		if _, err := s.runHook(ctx, e, st.group, st.name, c.before); err != nil {
-			return "", refusal{notBegun(e, st.name, err)}
+			e.mu.Unlock()
+			if _, err := s.runHook(ctx, e, st.group, st.name, c.before); err != nil {
+				return "", refusal{notBegun(e, st.name, err)}
+			}
 		}
 	}
 	if text, err = st.do(ctx); err == nil && len(moving) == 0 && text == "" {

@@ -43,18 +43,22 @@ volume does not come there any more by itself.`,
 
 // tellStuck says why a wait that begins now does not end by itself, if so.
 func (a *app) tellStuck(ctx context.Context, c *control.Client, volume string, phase proxy.Phase) {
-	if text := c.Stuck(ctx, volume, phase); text != "" {
-		fmt.Fprintf(a.stderr, "lunshift: %s\n", text)
+	if status, err := c.Status(ctx, volume); err == nil { // else the wait says it
+		a.sayStuck(phase, status)
 	}
 }
 
 // tellStuckGroup is tellStuck for each volume of a group.
 func (a *app) tellStuckGroup(ctx context.Context, c *control.Client, group string, phase proxy.Phase) {
-	g, err := c.Group(ctx, group)
-	if err != nil {
-		return // the wait says it
+	if g, err := c.Group(ctx, group); err == nil {
+		a.sayStuck(phase, g.Volumes...)
 	}
-	for _, v := range g.Volumes {
-		a.tellStuck(ctx, c, v.Name, phase)
+}
+
+func (a *app) sayStuck(phase proxy.Phase, volumes ...proxy.Status) {
+	for _, status := range volumes {
+		if text := control.Stuck(status, phase); text != "" {
+			fmt.Fprintf(a.stderr, "lunshift: %s\n", text)
+		}
 	}
 }

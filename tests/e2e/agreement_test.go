@@ -38,6 +38,12 @@ func TestACutoverOfAGroupNamesAllWhoAreNotReady(t *testing.T) {
 	for _, name := range []string{"a", "b"} {
 		s.run("wait", name, "--for", "synced", "--timeout", "60s")
 	}
+	s.run("pause", "c")
+	if r := s.try("wait", "erp", "--for", "synced", "--timeout", "1s"); r.code != failed || strings.Count(r.stderr, "is paused") != 1 ||
+		!strings.Contains(r.stderr, "volume c is paused; resume it with: lunshift resume c\n") || !strings.Contains(r.stderr, "volume c: still migrating after ") {
+		t.Errorf("wait for a group of which one is paused: %+v", r)
+	}
+	s.run("resume", "c")
 	m := newModel(t, filepath.Join(dir, "a.old"), 512)
 	host := shell(t, s.front("a"))
 	defer host.Close()
