@@ -72,13 +72,8 @@ func (x *ext) copies(ctx context.Context, groups []extGroup) error {
 }
 
 // copy holds the copy of the superblock at the beginning of an allocation group against it, and
-// makes sure that the group has the header of its inodes, which lies behind that of its free space.
-func (x *xfs) copy(ctx context.Context, ag uint64) error {
-	b, err := x.s.get(ctx, ag*x.agBlocks*x.bs, 3*x.sector)
-	if err != nil {
-		return err
-	}
-	inodes := b[2*x.sector:]
+// makes sure that the group has the header of its inodes.
+func (x *xfs) copy(ag uint64, b, inodes []byte) error {
 	if string(inodes[:4]) != "XAGI" || be.Uint32(inodes[4:]) != 1 || uint64(be.Uint32(inodes[8:])) != ag || uint64(be.Uint32(inodes[12:])) != x.agLength(ag) ||
 		x.v5 && (!x.sealed(inodes, 312) || !bytes.Equal(inodes[296:312], x.uuid)) {
 		return fmt.Errorf("the inodes of allocation group %d are gone: something else may have taken their place", ag)

@@ -247,11 +247,12 @@ func (x *xfs) group(ctx context.Context, ag uint64, yield func(byteRun)) error {
 	if length*x.bs < 4*x.sector {
 		return wrong
 	}
-	if err := x.copy(ctx, ag); err != nil {
+	head, err := x.s.get(ctx, start*x.bs, 3*x.sector)
+	if err != nil {
 		return err
 	}
-	agf, err := x.s.get(ctx, start*x.bs+x.sector, x.sector)
-	if err != nil {
+	agf := head[x.sector:][:x.sector]
+	if err := x.copy(ag, head[:x.sector], head[2*x.sector:]); err != nil {
 		return err
 	}
 	if x.v5 && (!x.sealed(agf, 216) || !bytes.Equal(agf[64:80], x.uuid)) {
