@@ -23,14 +23,8 @@
 set -eu
 volume=${1:?usage: cluster.sh VOLUME}
 : "${NODES:?}" "${OFFLINE:?}" "${REGISTERED:?}" "${MOVE:?}" "${LOGIN:?}" "${ONLINE:?}"
-lunshift=${LUNSHIFT:-lunshift}
+. "$(dirname "$0")/common.sh"
 
-say() { printf '%s: %s\n' "$volume" "$*"; }
-die() {
-	printf '%s: FAILED: %s\n' "$volume" "$*" >&2
-	exit 1
-}
-phase() { $lunshift status "$volume" --json | sed -n 's/^{[^{]*"phase":"\([^"]*\)".*/\1/p'; }
 # Runs $1 on every node, one after the other.
 nodes() {
 	printf '%s\n' "$NODES" | while IFS= read -r node; do
@@ -39,17 +33,8 @@ nodes() {
 }
 registered() { nodes "$REGISTERED" || die "registrations are not in order $1; bring the disk online (LOGIN, ONLINE) before the next run"; }
 online() { nodes "$LOGIN" && nodes "$ONLINE"; }
-compare() {
-	code=0
-	$lunshift verify "$volume" || code=$?
-	case $code in
-	0) ;;
-	5) die "source and destination differ; the volume stays synced, the disk is online" ;;
-	*) die "source and destination could not be compared (exit code $code); the disk is online" ;;
-	esac
-}
 
-at=$(phase)
+at=$(field phase)
 case $at in
 ready | migrating | synced) registered "in phase $at" ;;
 cutover) say "cut over already" ;;
@@ -63,14 +48,14 @@ fi
 if [ "$at" != cutover ]; then
 	$lunshift wait "$volume" --for synced --timeout "${WAIT:-24h}" || die "not synced; the disk is online"
 	registered "after the copy"
-	compare
+	compare "the disk is online"
 	$lunshift cutover "$volume" --dry-run || die "not ready to be cut over; the disk is online"
 
 	say "the disk goes offline"
 	if nodes "$OFFLINE" && nodes "$MOVE"; then
 		$lunshift cutover "$volume" || say "exit code $? of the cutover"
 	fi
-	at=$(phase)
+	at=$(field phase)
 	if [ "$at" = synced ]; then
 		online || die "not cut over, and the disk is not online on every node"
 		die "not cut over; the disk is online on lunshift again"

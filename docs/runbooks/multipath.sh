@@ -22,41 +22,14 @@
 set -eu
 volume=${1:?usage: multipath.sh VOLUME}
 : "${HOST:?}" "${NEW:?}"
-lunshift=${LUNSHIFT:-lunshift}
+. "$(dirname "$0")/common.sh"
 
-say() { printf '%s: %s\n' "$volume" "$*"; }
-die() {
-	printf '%s: FAILED: %s\n' "$volume" "$*" >&2
-	exit 1
-}
-field() { $lunshift status "$volume" --json | sed -n "s/^{[^{]*\"$1\":\"\([^\"]*\)\".*/\1/p"; }
-compare() {
-	code=0
-	$lunshift verify "$volume" || code=$?
-	case $code in
-	0) ;;
-	5) die "source and destination differ; the volume stays synced" ;;
-	*) die "source and destination could not be compared (exit code $code)" ;;
-	esac
-}
-
-# What is run on the host. session PORTAL IQN prints nothing where the host has no session with that
-# target, else the name of its disk, or "-" as long as none runs. wwids IQN prints the identities of
-# that target's disks, as the kernel knows them. waits IQN fails where one of them is in a multipath map
-# that does not queue, or in none and its session gives up soon.
-tools=$(
+# On the host too: wwids IQN prints the identities of that target's disks, as the kernel knows them.
+# waits IQN fails where one of them is in a multipath map that does not queue, or in none and its session
+# gives up soon.
+tools="$tools
+$(
 	cat <<'END'
-session() {
-	all=$(iscsiadm -m session -P 3 2>/dev/null) || [ $? -eq 21 ] || return 1 # 21: no session at all
-	printf '%s\n' "$all" | awk -v portal="$1" -v iqn="$2" '
-		$1 == "Target:" { target = $2 }
-		/Current Portal:/ {
-			here = target == iqn && (index($3, portal ":") == 1 || index($3, portal ",") == 1)
-			if (here) found = "-"
-		}
-		here && /Attached scsi disk/ && $6 == "running" { found = $4 }
-		END { if (found) print found }'
-}
 wwids() {
 	for s in /sys/class/iscsi_session/*; do
 		if [ "$(cat "$s/targetname")" = "$1" ]; then cat "$s"/device/target*/*/wwid; fi
@@ -81,10 +54,7 @@ waits() {
 	done
 }
 END
-)
-host() { $HOST "set -e
-$tools
-$1"; }
+)"
 
 at=$(field phase)
 case $at in
@@ -104,7 +74,7 @@ if [ "$at" != cutover ]; then
 	# What a host does that cannot queue for as long as this takes is to report I/O errors.
 	host "waits $iqn" || die "the host cannot wait without a path"
 
-	compare
+	compare "the host goes on with lunshift"
 	$lunshift cutover "$volume" --dry-run || die "not ready to be cut over; the volume stays synced"
 	$lunshift cutover "$volume" || say "exit code $? of the cutover"
 	at=$(field phase)

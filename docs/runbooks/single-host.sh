@@ -22,40 +22,12 @@
 set -eu
 volume=${1:?usage: single-host.sh VOLUME}
 : "${HOST:?}" "${OLD:?}" "${GATEWAY:?}" "${NEW:?}" "${STOP:?}" "${START:?}"
-lunshift=${LUNSHIFT:-lunshift}
+. "$(dirname "$0")/common.sh"
 
-say() { printf '%s: %s\n' "$volume" "$*"; }
-die() {
-	printf '%s: FAILED: %s\n' "$volume" "$*" >&2
-	exit 1
-}
-field() { $lunshift status "$volume" --json | sed -n "s/^{[^{]*\"$1\":\"\([^\"]*\)\".*/\1/p"; }
-compare() {
-	code=0
-	$lunshift verify "$volume" || code=$?
-	case $code in
-	0) ;;
-	5) die "source and destination differ; the volume stays synced, the host uses lunshift" ;;
-	*) die "source and destination could not be compared (exit code $code); the host uses lunshift" ;;
-	esac
-}
-
-# What is run on the host. session PORTAL IQN prints nothing where the host has no session with that
-# target, else the name of its disk, or "-" as long as none runs. log_in PORTAL IQN is done once that
-# disk is there.
-tools=$(
+# On the host too: log_in PORTAL IQN is done once the disk of that target is there.
+tools="$tools
+$(
 	cat <<'END'
-session() {
-	all=$(iscsiadm -m session -P 3 2>/dev/null) || [ $? -eq 21 ] || return 1 # 21: no session at all
-	printf '%s\n' "$all" | awk -v portal="$1" -v iqn="$2" '
-		$1 == "Target:" { target = $2 }
-		/Current Portal:/ {
-			here = target == iqn && (index($3, portal ":") == 1 || index($3, portal ",") == 1)
-			if (here) found = "-"
-		}
-		here && /Attached scsi disk/ && $6 == "running" { found = $4 }
-		END { if (found) print found }'
-}
 node() {
 	portal=$1 iqn=$2
 	shift 2
@@ -76,10 +48,7 @@ log_out() { node "$@" --logout >/dev/null; }
 # retire PORTAL IQN keeps the host's record of that target, but not for its next boot.
 retire() { node "$@" -o update -n node.startup -v manual || [ $? -eq 21 ]; } # 21: it has none
 END
-)
-host() { $HOST "set -e
-$tools
-$1"; }
+)"
 
 # use PORTAL IQN logs the host in, unless it is, and begins the use of the disk.
 use() { host "log_in $1 $2" && host "$START"; }
@@ -116,7 +85,7 @@ if [ "$at" = migrating ] || [ "$at" = synced ]; then
 	use $gateway || die "the host cannot use lunshift; the application is stopped"
 	say "copying"
 	$lunshift wait "$volume" --for synced --timeout "${WAIT:-24h}" || die "not synced; the host uses lunshift"
-	compare
+	compare "the host uses lunshift"
 	$lunshift cutover "$volume" --dry-run || die "not ready to be cut over; the host uses lunshift"
 	say "the host moves to the new array"
 	leave $gateway

@@ -7,18 +7,34 @@ import (
 	"testing"
 )
 
-// multipathed is the script that starts udev and multipathd and makes a writer, /writer, that
-// ends at the first write that fails. The kernel has no device handler for ALUA, as Debian's for
+// writer makes a script, /writer, that writes files to /mnt and ends at the first write that fails.
+const writer = `cat >/writer <<'END'
+i=0
+while [ ! -e /stop ]; do
+	i=$((i+1)); f=after$i
+	dd if=/dev/urandom of=/mnt/$f bs=64k count=1 conv=fsync 2>/dev/null || { echo "write of $f failed" >>/failed; exit 1; }
+	(cd /mnt && md5sum $f) >>/sums.new
+	echo $i >/written.new; mv /written.new /written # whole at every instant
+done
+END
+`
+
+// write runs it.
+const write = "sh /writer </dev/null >/dev/null 2>&1 &"
+
+// multipathed logs the guest in to a target under udev and multipathd, and has the writer write to a
+// file system on the map of its disk. The kernel has no device handler for ALUA, as Debian's for
 // virtual machines goes without: multipathd itself asks the paths for their state. All paths are
 // in one group, so that I/O goes over each of them all the time. retry is no_path_retry.
-func multipathed(retry string) string {
-	return `set -e
+func multipathed(t *testing.T, g *Guest, retry, iqn, portal string) {
+	t.Helper()
+	in(t, g, `set -e
 cat >/etc/multipath.conf <<'END'
 defaults {
 	find_multipaths no
 	path_grouping_policy multibus
 	polling_interval 1
-	no_path_retry ` + retry + `
+	no_path_retry `+retry+`
 }
 END
 systemd-udevd --daemon 2>/dev/null
@@ -26,17 +42,15 @@ udevadm trigger --action=add
 udevadm settle
 multipathd
 n=0; until multipathd show daemon >/dev/null 2>&1; do n=$((n+1)); [ $n -lt 300 ] || { echo "multipathd does not run"; exit 1; }; sleep 0.1; done
-` + mapScript + `
-cat >/writer <<'END'
-i=0
-while [ ! -e /stop ]; do
-	i=$((i+1)); f=after$i
-	dd if=/dev/urandom of=/mnt/$f bs=64k count=1 conv=fsync 2>/dev/null || { echo "write of $f failed" >>/failed; exit 1; }
-	(cd /mnt && md5sum $f) >>/sums.new
-	echo $i >/written
-done
-END
-`
+`+mapScript+writer+`
+node="iscsiadm -m node -T `+iqn+` -p `+portal+`"
+$node -o new >/dev/null
+$node --login
+paths 1
+mkfs.ext4 -q -F $map
+mount $map /mnt
+`+write)
+	writesOn(t, g)
 }
 
 // mapScript has the functions paths N, which waits until there is one map, $map, whose paths are
@@ -90,15 +104,7 @@ func TestMultipathHostStartsWithoutAStop(t *testing.T) {
 	gw := newGateway(t, twoArrays(t, front, 0, "identity = \"source\"\n"))
 	gw.start()
 	g := boot(t)
-	in(t, g, multipathed("fail")+`
-node="iscsiadm -m node -T `+oldIQN+` -p 10.0.0.5"
-$node -o new >/dev/null
-$node --login
-paths 1
-mkfs.ext4 -q -F $map
-mount $map /mnt
-sh /writer </dev/null >/dev/null 2>&1 &`)
-	writesOn(t, g)
+	multipathed(t, g, "fail", oldIQN, "10.0.0.5")
 	in(t, g, `set -e; . /map
 node="iscsiadm -m node -T `+front+` -p `+direct+`"
 $node -o new >/dev/null
@@ -139,15 +145,7 @@ func TestMultipathHostCutsOverWithoutAStop(t *testing.T) {
 	gw := newGateway(t, twoArrays(t, front, 0, "identity = \"destination\"\n"))
 	gw.start()
 	g := boot(t)
-	in(t, g, multipathed("queue")+`
-node="iscsiadm -m node -T `+front+` -p `+direct+`"
-$node -o new >/dev/null
-$node --login
-paths 1
-mkfs.ext4 -q -F $map
-mount $map /mnt
-sh /writer </dev/null >/dev/null 2>&1 &`)
-	writesOn(t, g)
+	multipathed(t, g, "queue", front, direct)
 	gw.run("start", "db01")
 	gw.run("wait", "db01", "--for", "synced", "--timeout", "2m")
 	gw.run("verify", "db01")
