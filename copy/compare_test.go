@@ -72,7 +72,7 @@ func TestWhatTheDestinationCannotReadIsWritten(t *testing.T) {
 	w := seededWorld(t, true)
 	bad := lun.Extent{Start: 2500, Blocks: 3}
 	var mended atomic.Bool
-	w.destination.Before = func(_ context.Context, op luntest.Op, e lun.Extent) error {
+	w.destination.Intercept(func(_ context.Context, op luntest.Op, e lun.Extent) error {
 		switch {
 		case op == luntest.Write && e == bad:
 			mended.Store(true)
@@ -80,7 +80,7 @@ func TestWhatTheDestinationCannotReadIsWritten(t *testing.T) {
 			return &lun.SenseError{Key: 0x3, ASC: 0x11}
 		}
 		return nil
-	}
+	})
 	if p := w.run(false); p.Copied != 3*512 || p.Compared != 4093*512 || p.Equal != p.Compared {
 		t.Errorf("progress %+v", p)
 	}
@@ -125,7 +125,8 @@ func TestBothSidesAreReadAtOnce(t *testing.T) {
 					return ctx.Err()
 				}
 			}
-			w.source.Before, w.destination.Before = wait, wait
+			w.source.Intercept(wait)
+			w.destination.Intercept(wait)
 			copier := New(Options{Source: w.source, Destination: w.destination, Ledger: w.ledger,
 				Volume: lun.Extent{Blocks: w.ledger.blocks}, RegionBlocks: w.ledger.region, Depth: depth, Compare: true,
 				Throttle: NewThrottle(0), Fault: func(error) {}})

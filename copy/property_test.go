@@ -209,7 +209,8 @@ func copyByChoices(t *testing.T, tape []byte, o choices) error {
 			return nil
 		}
 	}
-	source.Before, destination.Before = hook("source"), hook("destination")
+	source.Intercept(hook("source"))
+	destination.Intercept(hook("destination"))
 	c := New(Options{
 		Source: source, Destination: destination, Ledger: l, Volume: lun.Extent{Blocks: blocks},
 		RegionBlocks: region, Depth: 2, Readback: o.readback, Compare: o.compare, Throttle: NewThrottle(0), Fault: func(error) {},
@@ -217,7 +218,8 @@ func copyByChoices(t *testing.T, tape []byte, o choices) error {
 	if err := c.Run(context.Background()); err != nil {
 		return err
 	}
-	source.Before, destination.Before = nil, nil
+	source.Intercept(nil)
+	destination.Intercept(nil)
 	if p := c.Progress(); p.Equal > p.Compared || o.compare && o.thick && p.Compared-p.Equal > p.Copied+p.Skipped {
 		problem = errors.Join(problem, fmt.Errorf("the counts do not fit together: %+v", p))
 	}

@@ -33,13 +33,13 @@ func TestBlocksBetweenRunsThatAreReadApartAreZero(t *testing.T) {
 		t.Fatal(err)
 	}
 	var failed atomic.Int32
-	source.Before = func(_ context.Context, op luntest.Op, e lun.Extent) error {
+	source.Intercept(func(_ context.Context, op luntest.Op, e lun.Extent) error {
 		if op == luntest.Read && e.Start == region && e.Blocks > 2 {
 			failed.Add(1)
 			return errors.New("the runs are not read as one")
 		}
 		return nil
-	}
+	})
 	l := &sumLedger{blocks: 2 * region, region: region, valid: map[lun.LBA]bool{}}
 	c := New(Options{
 		Source: source, Destination: destination, Ledger: l, Volume: lun.Extent{Blocks: 2 * region},

@@ -257,7 +257,7 @@ func TestDepthChangesWhileTheCopyRuns(t *testing.T) {
 	var most, now atomic.Int32
 	reached := make(chan struct{})
 	gate := make(chan struct{})
-	w.source.Before = func(ctx context.Context, op luntest.Op, _ lun.Extent) error {
+	w.source.Intercept(func(ctx context.Context, op luntest.Op, _ lun.Extent) error {
 		if op != luntest.Read {
 			return nil
 		}
@@ -275,7 +275,7 @@ func TestDepthChangesWhileTheCopyRuns(t *testing.T) {
 		case <-ctx.Done():
 			return ctx.Err()
 		}
-	}
+	})
 	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
 	defer cancel()
 	c := New(Options{Source: w.source, Destination: w.destination, Ledger: w.ledger,

@@ -23,12 +23,12 @@ func TestAStepBeginsWhereAllAreReady(t *testing.T) {
 	var volumes []*Volume
 	for i, r := range pair {
 		for side, m := range []*luntest.Memory{r.source, r.destination} {
-			m.Before = func(_ context.Context, op luntest.Op, _ lun.Extent) error {
+			m.Intercept(func(_ context.Context, op luntest.Op, _ lun.Extent) error {
 				if down[i][side].Load() {
 					return lun.ErrUnavailable
 				}
 				return nil
-			}
+			})
 		}
 		must(t, r.vol.Start(ctx))
 		waitFor(t, r.vol, Synced)
@@ -121,7 +121,7 @@ func TestWhoDoesNotAnswerIsNotReady(t *testing.T) {
 	defer r.close(t)
 	hangs := make(chan struct{})
 	defer close(hangs)
-	r.destination.Before = func(ctx context.Context, op luntest.Op, _ lun.Extent) error {
+	r.destination.Intercept(func(ctx context.Context, op luntest.Op, _ lun.Extent) error {
 		if op == luntest.Read {
 			select {
 			case <-hangs:
@@ -130,7 +130,7 @@ func TestWhoDoesNotAnswerIsNotReady(t *testing.T) {
 			return ctx.Err()
 		}
 		return nil
-	}
+	})
 	err := v.Start(t.Context())
 	if err == nil || !strings.Contains(err.Error(), "destination : not ready for the start: no answer within 200ms") || v.Phase() != Ready {
 		t.Errorf("%v, phase %s", err, v.Phase())
@@ -196,12 +196,12 @@ func TestAMirrorNeedsTheSourceToBeSwitchedOn(t *testing.T) {
 	r := newRig(t, 64)
 	r.cfg.SourceAddress = "/old"
 	var away atomic.Bool
-	r.source.Before = func(context.Context, luntest.Op, lun.Extent) error {
+	r.source.Intercept(func(context.Context, luntest.Op, lun.Extent) error {
 		if away.Load() {
 			return lun.ErrUnavailable
 		}
 		return nil
-	}
+	})
 	v := r.open(t)
 	defer r.close(t)
 	away.Store(true)

@@ -23,7 +23,7 @@ func TestACopiedBlockIsDirtyBeforeItIsWritten(t *testing.T) {
 	must(t, v.Start(ctx))
 	must(t, v.Wait(ctx, Synced))
 	var written, clean atomic.Int64
-	r.destination.Before = func(_ context.Context, op luntest.Op, e lun.Extent) error {
+	r.destination.Intercept(func(_ context.Context, op luntest.Op, e lun.Extent) error {
 		if op == luntest.Write || op == luntest.Zero || op == luntest.Unmap {
 			written.Add(1)
 			if !v.raw().All(state.Dirty, run(e)) {
@@ -31,7 +31,7 @@ func TestACopiedBlockIsDirtyBeforeItIsWritten(t *testing.T) {
 			}
 		}
 		return nil
-	}
+	})
 	for at := range lun.LBA(64) {
 		must(t, v.WriteAt(ctx, stamp(at*8, 2), at*8))
 		must(t, v.Unmap(ctx, lun.Extent{Start: at*8 + 2, Blocks: 2}))
@@ -55,7 +55,7 @@ func TestOnlyTheCopiedPartOfAWriteIsDirtyBefore(t *testing.T) {
 	// The last region is not copied; of this extent half is called so.
 	e := lun.Extent{Start: 1000, Blocks: 16}
 	must(t, v.raw().Set(ctx, state.Valid, state.Run{Start: 1000, Blocks: 8}))
-	r.destination.Before = func(_ context.Context, op luntest.Op, at lun.Extent) error {
+	r.destination.Intercept(func(_ context.Context, op luntest.Op, at lun.Extent) error {
 		if op != luntest.Write {
 			return nil
 		}
@@ -66,7 +66,7 @@ func TestOnlyTheCopiedPartOfAWriteIsDirtyBefore(t *testing.T) {
 			t.Error("what was not copied is flagged before it is written")
 		}
 		return nil
-	}
+	})
 	p := make([]byte, 16*testBlock)
 	must(t, v.WriteAt(ctx, p, e.Start))
 	if !v.raw().All(state.Valid|state.Dirty, run(e)) {

@@ -56,13 +56,13 @@ func TestOneBadBlockInAPartialRegionHoldsUpNoOther(t *testing.T) {
 	r := newRig(t, blocks)
 	fill(t, r.source, lun.Extent{Blocks: blocks}, 1)
 	var bad atomic.Int32
-	r.source.Before = func(_ context.Context, op luntest.Op, e lun.Extent) error {
+	r.source.Intercept(func(_ context.Context, op luntest.Op, e lun.Extent) error {
 		if op == luntest.Read && e.Overlaps(lun.Extent{Start: 5, Blocks: 1}) {
 			bad.Add(1)
 			return &lun.SenseError{Key: 3, ASC: 0x11}
 		}
 		return nil
-	}
+	})
 	v := r.open(t)
 	defer r.close(t)
 	must(t, v.Throttle(context.Background(), 1))
@@ -81,12 +81,12 @@ func TestOneBadBlockInAPartialRegionHoldsUpNoOther(t *testing.T) {
 func TestABadSourceBlockThatWasRewrittenIsNotNeeded(t *testing.T) {
 	r := newRig(t, 1024)
 	fill(t, r.source, lun.Extent{Blocks: 1024}, 1)
-	r.source.Before = func(_ context.Context, op luntest.Op, e lun.Extent) error {
+	r.source.Intercept(func(_ context.Context, op luntest.Op, e lun.Extent) error {
 		if op == luntest.Read && e.Overlaps(lun.Extent{Start: 50, Blocks: 1}) {
 			return &lun.SenseError{Key: 3, ASC: 0x11}
 		}
 		return nil
-	}
+	})
 	v := r.open(t)
 	defer r.close(t)
 	must(t, v.Start(context.Background()))
@@ -102,19 +102,19 @@ func TestABadSourceBlockThatWasRewrittenIsNotNeeded(t *testing.T) {
 func TestAHoleBeingCopiedQueuesNoWriteBehindAnother(t *testing.T) {
 	r := newRig(t, 65536)
 	surveyed, stuck, proceed := make(chan struct{}), make(chan struct{}), make(chan struct{})
-	r.source.Before = func(_ context.Context, op luntest.Op, _ lun.Extent) error {
+	r.source.Intercept(func(_ context.Context, op luntest.Op, _ lun.Extent) error {
 		if op == luntest.Extents {
 			<-surveyed
 		}
 		return nil
-	}
+	})
 	var once sync.Once
-	r.destination.Before = func(_ context.Context, op luntest.Op, e lun.Extent) error {
+	r.destination.Intercept(func(_ context.Context, op luntest.Op, e lun.Extent) error {
 		if op == luntest.Write && e.Start == 0 {
 			once.Do(func() { close(stuck); <-proceed })
 		}
 		return nil
-	}
+	})
 	v := r.open(t)
 	defer r.close(t)
 	must(t, v.Start(context.Background()))
@@ -137,12 +137,12 @@ func TestAFaultThatIsOverIsNotShown(t *testing.T) {
 	r := newRig(t, 4096)
 	fill(t, r.source, lun.Extent{Blocks: 4096}, 1)
 	var once sync.Once
-	r.source.Before = func(_ context.Context, op luntest.Op, e lun.Extent) (err error) {
+	r.source.Intercept(func(_ context.Context, op luntest.Op, e lun.Extent) (err error) {
 		if op == luntest.Read && e.End() == 4096 {
 			once.Do(func() { err = fmt.Errorf("hiccup: %w", lun.ErrUnavailable) })
 		}
 		return err
-	}
+	})
 	v := r.open(t)
 	defer r.close(t)
 	must(t, v.Start(context.Background()))
@@ -178,13 +178,13 @@ func TestHalfASurveyIsNotTheAllocation(t *testing.T) {
 		fill(t, r.source, lun.Extent{Start: at, Blocks: 4}, 1)
 	}
 	var calls atomic.Int32
-	r.source.Before = func(ctx context.Context, op luntest.Op, e lun.Extent) error {
+	r.source.Intercept(func(ctx context.Context, op luntest.Op, e lun.Extent) error {
 		if op == luntest.Extents && calls.Add(1) > 3 {
 			<-ctx.Done()
 			return ctx.Err()
 		}
 		return nil
-	}
+	})
 	v := r.open(t)
 	must(t, v.Start(context.Background()))
 	for calls.Load() < 4 {
@@ -220,7 +220,7 @@ func TestShutdownKeepsItsLimitWhileAFlushHangs(t *testing.T) {
 	fill(t, r.source, lun.Extent{Blocks: 128}, 1)
 	hung, done := make(chan struct{}), make(chan struct{})
 	var once sync.Once
-	r.destination.Before = func(ctx context.Context, op luntest.Op, e lun.Extent) (err error) {
+	r.destination.Intercept(func(ctx context.Context, op luntest.Op, e lun.Extent) (err error) {
 		if op == luntest.Flush {
 			once.Do(func() {
 				close(hung)
@@ -232,7 +232,7 @@ func TestShutdownKeepsItsLimitWhileAFlushHangs(t *testing.T) {
 			})
 		}
 		return err
-	}
+	})
 	v := r.open(t)
 	must(t, v.Start(context.Background()))
 	<-hung
@@ -255,7 +255,7 @@ func TestAnAbortedFirstWriteEndsWhileAFlushHangs(t *testing.T) {
 	fill(t, r.source, lun.Extent{Blocks: 1024}, 1)
 	done := make(chan struct{})
 	var arm atomic.Bool
-	r.destination.Before = func(ctx context.Context, op luntest.Op, e lun.Extent) (err error) {
+	r.destination.Intercept(func(ctx context.Context, op luntest.Op, e lun.Extent) (err error) {
 		if op == luntest.Flush && arm.Load() {
 			select {
 			case <-ctx.Done():
@@ -264,7 +264,7 @@ func TestAnAbortedFirstWriteEndsWhileAFlushHangs(t *testing.T) {
 			}
 		}
 		return err
-	}
+	})
 	v := r.open(t)
 	defer r.close(t)
 	must(t, v.Throttle(context.Background(), 1))
@@ -311,12 +311,12 @@ func TestManyFailedWritesToOneBlockAreOneSuspect(t *testing.T) {
 	r := newRig(t, 1024)
 	fill(t, r.source, lun.Extent{Blocks: 1024}, 1)
 	var failing atomic.Bool
-	r.destination.Before = func(ctx context.Context, op luntest.Op, e lun.Extent) error {
+	r.destination.Intercept(func(ctx context.Context, op luntest.Op, e lun.Extent) error {
 		if op == luntest.Write && failing.Load() {
 			return errors.New("gone")
 		}
 		return nil
-	}
+	})
 	v := r.open(t)
 	defer r.close(t)
 	must(t, v.Throttle(context.Background(), 1))
@@ -334,12 +334,12 @@ func TestManyFailedWritesToOneBlockAreOneSuspect(t *testing.T) {
 func TestASourceThatRefusesToTellItsAllocationIsCopiedWhole(t *testing.T) {
 	r := newRig(t, 1024)
 	fill(t, r.source, lun.Extent{Blocks: 1024}, 1)
-	r.source.Before = func(_ context.Context, op luntest.Op, e lun.Extent) error {
+	r.source.Intercept(func(_ context.Context, op luntest.Op, e lun.Extent) error {
 		if op == luntest.Extents {
 			return &lun.SenseError{Key: 5, ASC: 0x20}
 		}
 		return nil
-	}
+	})
 	v := r.open(t)
 	defer r.close(t)
 	must(t, v.Start(context.Background()))
@@ -395,12 +395,12 @@ func TestCutoverThatFailsIsUndone(t *testing.T) {
 	var flushes atomic.Int32
 	flushes.Store(-1)
 	broken := errors.New("flush broken")
-	r.destination.Before = func(_ context.Context, op luntest.Op, _ lun.Extent) error {
+	r.destination.Intercept(func(_ context.Context, op luntest.Op, _ lun.Extent) error {
 		if op == luntest.Flush && flushes.Load() >= 0 && flushes.Add(1) == 2 {
 			return broken // the second is the one under the hold
 		}
 		return nil
-	}
+	})
 	v := r.open(t)
 	defer r.close(t)
 	ctx := context.Background()

@@ -277,14 +277,14 @@ func TestStartThatFailsHoldsNoFence(t *testing.T) {
 		r := newFencedRig(t)
 		v := r.open(t)
 		ctx, cancel := context.WithCancel(t.Context())
-		r.from.Before = func(_ context.Context, op luntest.Op, _ lun.Extent) error {
+		r.from.Intercept(func(_ context.Context, op luntest.Op, _ lun.Extent) error {
 			r.from.mu.Lock()
 			defer r.from.mu.Unlock()
 			if op == luntest.Flush && r.from.key != 0 {
 				cancel() // between the fence and the record
 			}
 			return nil
-		}
+		})
 		if err := v.Start(ctx); err == nil || v.Phase() != Ready {
 			t.Errorf("start: %v, phase %s", err, v.Phase())
 		}

@@ -42,13 +42,13 @@ func whole(t *testing.T) (*rig, *Volume) {
 func TestWritesInFlightAreNotCopiedByTheMirror(t *testing.T) {
 	r, v := whole(t)
 	entered, release := make(chan struct{}), make(chan struct{})
-	r.source.Before = func(_ context.Context, op luntest.Op, e lun.Extent) error {
+	r.source.Intercept(func(_ context.Context, op luntest.Op, e lun.Extent) error {
 		if op == luntest.Write && e.Start == 99 {
 			close(entered)
 			<-release
 		}
 		return nil
-	}
+	})
 	written := make(chan error, 1)
 	go func() { written <- v.WriteAt(t.Context(), stamp(99, 3), 99) }()
 	<-entered
@@ -75,12 +75,12 @@ func TestWritesInFlightAreNotCopiedByTheMirror(t *testing.T) {
 func TestManySuspectsAreOneDoubt(t *testing.T) {
 	r, v := whole(t)
 	var gone atomic.Bool
-	r.source.Before = func(_ context.Context, op luntest.Op, _ lun.Extent) error {
+	r.source.Intercept(func(_ context.Context, op luntest.Op, _ lun.Extent) error {
 		if gone.Load() && (op == luntest.Write || op == luntest.Flush) {
 			return lun.ErrUnavailable
 		}
 		return nil
-	}
+	})
 	gone.Store(true)
 	back := v.ways.Load().back
 	e := lun.Extent{Start: 7, Blocks: 1}
@@ -152,12 +152,12 @@ func TestAMirrorIsThereBeforeTheFirstCommand(t *testing.T) {
 	source, destination := luntest.NewThinMemory(testBlock, 2048), luntest.NewThinMemory(testBlock, 2048)
 	fill(t, source, lun.Extent{Blocks: 2048}, 1)
 	var failing atomic.Bool
-	source.Before = func(_ context.Context, op luntest.Op, _ lun.Extent) error {
+	source.Intercept(func(_ context.Context, op luntest.Op, _ lun.Extent) error {
 		if failing.Load() && op != luntest.Read {
 			return lun.ErrUnavailable
 		}
 		return nil
-	}
+	})
 	open := func(log logrus.FieldLogger) (*Volume, *state.Store, *target.Server) {
 		store, err := state.Open(dir, state.Options{Log: quiet()})
 		must(t, err)
@@ -192,7 +192,7 @@ func TestAMirrorIsThereBeforeTheFirstCommand(t *testing.T) {
 	in, copied := make(chan struct{}), make(chan struct{})
 	var copiedOnce sync.Once
 	var ourWrite atomic.Bool
-	destination.Before = func(_ context.Context, op luntest.Op, e lun.Extent) error {
+	destination.Intercept(func(_ context.Context, op luntest.Op, e lun.Extent) error {
 		if e.Start <= 5 && e.End() > 5 {
 			switch {
 			case op == luntest.Write && ourWrite.Load():
@@ -207,7 +207,7 @@ func TestAMirrorIsThereBeforeTheFirstCommand(t *testing.T) {
 			}
 		}
 		return nil
-	}
+	})
 	written := make(chan error, 1)
 	log := logrus.New()
 	log.SetOutput(io.Discard)
@@ -263,7 +263,7 @@ func TestNobodyWaitsForASourceThatIsGone(t *testing.T) {
 	waitFor(t, v, Synced)
 	eventually(t, v, "whole", func(s Status) bool { return s.Mirror != nil && s.Mirror.State == "whole" })
 	const ioTimeout = 6 * time.Second
-	source.Before = func(ctx context.Context, op luntest.Op, _ lun.Extent) error {
+	source.Intercept(func(ctx context.Context, op luntest.Op, _ lun.Extent) error {
 		if source.is.Load() && (op == luntest.Flush || op == luntest.Write) {
 			select {
 			case <-time.After(ioTimeout):
@@ -273,7 +273,7 @@ func TestNobodyWaitsForASourceThatIsGone(t *testing.T) {
 			}
 		}
 		return nil
-	}
+	})
 	source.is.Store(true)
 	began := time.Now()
 	done := make(chan struct{})
@@ -300,12 +300,12 @@ func TestAMirrorRestsWhereTheSourceTakesNoWrites(t *testing.T) {
 	r := newRig(t, 2048)
 	fill(t, r.source, lun.Extent{Blocks: 2048}, 1)
 	var full atomic.Bool
-	r.source.Before = func(_ context.Context, op luntest.Op, e lun.Extent) error {
+	r.source.Intercept(func(_ context.Context, op luntest.Op, e lun.Extent) error {
 		if full.Load() && op == luntest.Write && e.Start <= 5 && e.End() > 5 {
 			return errors.New("space allocation failed")
 		}
 		return nil
-	}
+	})
 	r.cfg.Mirror = true
 	var told atomic.Int64
 	r.cfg.Happened = func(h Happening) {
@@ -335,12 +335,12 @@ func TestFaultsOfACatchUpEndWithTheMirror(t *testing.T) {
 	r := newRig(t, 2048)
 	fill(t, r.source, lun.Extent{Blocks: 2048}, 1)
 	var full atomic.Bool
-	r.source.Before = func(_ context.Context, op luntest.Op, e lun.Extent) error {
+	r.source.Intercept(func(_ context.Context, op luntest.Op, e lun.Extent) error {
 		if full.Load() && op == luntest.Write {
 			return errors.New("space allocation failed")
 		}
 		return nil
-	}
+	})
 	v := r.open(t)
 	defer func() { r.close(t) }()
 	must(t, v.Start(t.Context()))
@@ -460,7 +460,7 @@ func TestAReadBesideAMirrorSeesNothingThatIsUndoneLater(t *testing.T) {
 	writing, write := make(chan struct{}), make(chan struct{})
 	var once, armed atomic.Bool
 	copies := make(chan struct{})
-	r.source.Before = func(ctx context.Context, op luntest.Op, x lun.Extent) error {
+	r.source.Intercept(func(ctx context.Context, op luntest.Op, x lun.Extent) error {
 		switch {
 		case op == luntest.Read && x == e && once.CompareAndSwap(false, true):
 			close(reading)
@@ -473,14 +473,14 @@ func TestAReadBesideAMirrorSeesNothingThatIsUndoneLater(t *testing.T) {
 			}
 		}
 		return nil
-	}
-	r.destination.Before = func(_ context.Context, op luntest.Op, x lun.Extent) error {
+	})
+	r.destination.Intercept(func(_ context.Context, op luntest.Op, x lun.Extent) error {
 		if op == luntest.Write && x == at && armed.CompareAndSwap(true, false) {
 			close(writing)
 			<-write
 		}
 		return nil
-	}
+	})
 	v := r.open(t)
 	defer r.close(t)
 	must(t, v.Start(t.Context()))
@@ -524,12 +524,12 @@ func TestTheFirstFlushIsOfTheSourceThoughTheMirrorIsBroken(t *testing.T) {
 		t.Fatalf("phase %s", p)
 	}
 	var gone atomic.Bool
-	r.source.Before = func(_ context.Context, op luntest.Op, _ lun.Extent) error {
+	r.source.Intercept(func(_ context.Context, op luntest.Op, _ lun.Extent) error {
 		if op == luntest.Write || op == luntest.Flush && gone.Load() {
 			return lun.ErrUnavailable
 		}
 		return nil
-	}
+	})
 	fill(t, v, lun.Extent{Start: 7, Blocks: 1}, 5)
 	eventually(t, v, "the mirror is broken", func(s Status) bool { return s.Mirror.State == "broken" })
 	gone.Store(true)

@@ -162,17 +162,17 @@ func TestRebuildThatDidNotEndIsNotBelieved(t *testing.T) {
 
 	// A kill in the midst: flags without a record.
 	broken := errors.New("gone")
-	r.destination.Before = func(_ context.Context, op luntest.Op, e lun.Extent) error {
+	r.destination.Intercept(func(_ context.Context, op luntest.Op, e lun.Extent) error {
 		if op == luntest.Flush {
 			return broken
 		}
 		return nil
-	}
+	})
 	if _, err := Rebuild(ctx, cfg, AdoptOptions{Rebuild: true, WasSynced: true}, nil); !errors.Is(err, broken) {
 		t.Errorf("a flush that failed: %v", err)
 	}
 	unknown("the flush failed")
-	r.destination.Before = nil
+	r.destination.Intercept(nil)
 	flags, err := cfg.Store.Flags("vol", state.Geometry{Blocks: lostSize, RegionBlocks: testRegion / testBlock})
 	must(t, err)
 	must(t, flags.Set(ctx, state.Valid, state.Run{Blocks: lostSize}))
@@ -207,12 +207,12 @@ func TestRebuildOfASyncedMigrationTakesTheDestination(t *testing.T) {
 func TestRebuildGoesPastUnreadableSourceBlocks(t *testing.T) {
 	ctx := t.Context()
 	r := lostMigration(t)
-	r.source.Before = func(_ context.Context, op luntest.Op, e lun.Extent) error {
+	r.source.Intercept(func(_ context.Context, op luntest.Op, e lun.Extent) error {
 		if op == luntest.Read && !e.Intersect(lun.Extent{Start: lostWritten, Blocks: 1}).Empty() {
 			return &lun.SenseError{Key: 0x3, ASC: 0x11}
 		}
 		return nil
-	}
+	})
 	cfg := r.config(t)
 	report, err := Rebuild(ctx, cfg, AdoptOptions{Rebuild: true, Zeroes: SideSource, Different: SideDestination}, nil)
 	must(t, err)

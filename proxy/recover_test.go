@@ -23,13 +23,14 @@ func stillRig(t *testing.T) (*rig, *Volume) {
 	fill(t, r.source, lun.Extent{Blocks: 1024}, 1)
 	must(t, r.source.Flush(t.Context()))
 	var still atomic.Int32
-	r.source.Before = func(ctx context.Context, op luntest.Op, e lun.Extent) error {
+	r.hold = func(ctx context.Context, op luntest.Op, e lun.Extent) error {
 		if op == luntest.Read && e.Blocks > 16 { // the copier's
 			still.Add(1)
 			<-ctx.Done()
 		}
 		return ctx.Err()
 	}
+	r.source.Intercept(r.hold)
 	v := r.open(t)
 	must(t, v.Start(t.Context()))
 	for end := time.Now().Add(30 * time.Second); still.Load() < copyDepth; time.Sleep(time.Millisecond) {
@@ -49,8 +50,8 @@ func (r *rig) killed(t *testing.T) *rig {
 		t.Fatalf("%v: %s", err, out)
 	}
 	os.Remove(filepath.Join(to, "badger", "LOCK"))
-	after := &rig{dir: to, source: r.source.Clone(), destination: r.destination.Clone(), settleDelay: r.settleDelay}
-	after.source.Before = r.source.Before
+	after := &rig{dir: to, source: r.source.Clone(), destination: r.destination.Clone(), settleDelay: r.settleDelay, hold: r.hold}
+	after.source.Intercept(r.hold)
 	return after
 }
 
@@ -89,13 +90,13 @@ func TestAKillAtEachInstantOfAFirstWrite(t *testing.T) {
 			var after *rig
 			var armed atomic.Bool
 			before := r.store.Stats().Journaled
-			r.destination.Before = func(_ context.Context, op luntest.Op, _ lun.Extent) error {
+			r.destination.Intercept(func(_ context.Context, op luntest.Op, _ lun.Extent) error {
 				if op == c.at && armed.CompareAndSwap(true, false) {
 					r.journaled(t, before, 1)
 					after = r.killed(t)
 				}
 				return nil
-			}
+			})
 			armed.Store(c.at != "")
 			fill(t, v, e, 2)
 			if c.at == "" {
@@ -149,12 +150,12 @@ func TestAFirstWriteThatFailedDoesNotShowAfterAKill(t *testing.T) {
 	broken := errors.New("flush broken")
 	var failing atomic.Bool
 	failing.Store(true)
-	r.destination.Before = func(_ context.Context, op luntest.Op, _ lun.Extent) error {
+	r.destination.Intercept(func(_ context.Context, op luntest.Op, _ lun.Extent) error {
 		if op == luntest.Flush && failing.Load() {
 			return broken
 		}
 		return nil
-	}
+	})
 	e := lun.Extent{Start: 300, Blocks: 2}
 	if err := v.WriteAt(t.Context(), stamps(e, 2), e.Start); !errors.Is(err, broken) {
 		t.Fatal(err)
@@ -176,12 +177,12 @@ func TestAVolumeIsNotServedWhileItsLastWritesCannotBeRead(t *testing.T) {
 	fill(t, v, lun.Extent{Start: 700, Blocks: 2}, 2)
 	after := r.killed(t)
 	bad := &lun.SenseError{Key: 0x3, ASC: 0x11, LBA: 301, Valid: true}
-	after.destination.Before = func(_ context.Context, op luntest.Op, b lun.Extent) error {
+	after.destination.Intercept(func(_ context.Context, op luntest.Op, b lun.Extent) error {
 		if op == luntest.Read && !b.Intersect(e).Empty() {
 			return bad
 		}
 		return nil
-	}
+	})
 	store, err := state.Open(after.dir, state.Options{Log: quiet()})
 	must(t, err)
 	front, err := target.New(target.Config{Log: quiet()})
@@ -193,7 +194,7 @@ func TestAVolumeIsNotServedWhileItsLastWritesCannotBeRead(t *testing.T) {
 	}
 	must(t, store.Close())
 	again := after.killed(t)
-	after.destination.Before = nil
+	after.destination.Intercept(nil)
 	w := after.open(t)
 	expect(t, w, e, 2)
 	after.close(t)
@@ -205,12 +206,12 @@ func TestAVolumeIsNotServedWhileItsLastWritesCannotBeRead(t *testing.T) {
 	var withdrawn []BlockRun
 	cfg.Withdraw = func(r BlockRun) { withdrawn = append(withdrawn, r) }
 	refuse := func(with error) {
-		again.destination.Before = func(_ context.Context, op luntest.Op, b lun.Extent) error {
+		again.destination.Intercept(func(_ context.Context, op luntest.Op, b lun.Extent) error {
 			if op == luntest.Read && !b.Intersect(e).Empty() {
 				return with
 			}
 			return nil
-		}
+		})
 	}
 	refuse(lun.ErrUnavailable) // that is not for good
 	if _, err := Open(t.Context(), cfg); !errors.Is(err, lun.ErrUnavailable) || len(withdrawn) > 0 {
@@ -227,7 +228,7 @@ func TestAVolumeIsNotServedWhileItsLastWritesCannotBeRead(t *testing.T) {
 	must(t, w.Shutdown(t.Context()))
 	must(t, store.Close())
 	// It stays so, and is not asked again.
-	again.destination.Before = nil
+	again.destination.Intercept(nil)
 	w = again.open(t)
 	expect(t, w, lun.Extent{Start: 700, Blocks: 2}, 2)
 	expect(t, w, e, 1)
@@ -245,7 +246,7 @@ func TestACopyIsNotFlaggedWhereAFirstWriteIsUnderWay(t *testing.T) {
 	copied, proceed := make(chan struct{}), make(chan struct{})
 	under, write := make(chan struct{}), make(chan struct{})
 	var flushes atomic.Int32
-	r.destination.Before = func(_ context.Context, op luntest.Op, e lun.Extent) error {
+	r.destination.Intercept(func(_ context.Context, op luntest.Op, e lun.Extent) error {
 		switch {
 		case op == luntest.Flush && flushes.Add(1) == 1:
 			close(copied)
@@ -255,7 +256,7 @@ func TestACopyIsNotFlaggedWhereAFirstWriteIsUnderWay(t *testing.T) {
 			<-write
 		}
 		return nil
-	}
+	})
 	v := r.open(t)
 	defer r.close(t)
 	must(t, v.Start(t.Context()))
@@ -333,12 +334,12 @@ func TestFirstFlushAfterAnUncertainStartIsOfTheSource(t *testing.T) {
 	after := r.killed(t)
 	v.store = sure
 	r.close(t)
-	after.source.Before = func(_ context.Context, op luntest.Op, e lun.Extent) error {
+	after.source.Intercept(func(_ context.Context, op luntest.Op, e lun.Extent) error {
 		if op == luntest.Read && e.Blocks > 16 {
 			return lun.ErrUnavailable // nothing is copied
 		}
 		return nil
-	}
+	})
 	w := after.open(t)
 	if w.Phase() != Migrating {
 		t.Fatalf("phase %s: the start was not recorded", w.Phase())

@@ -31,17 +31,17 @@ func TestAMigrationThatComparesGoesOnComparingAfterARestart(t *testing.T) {
 	}
 	writes := r.destination.Count(luntest.Write)
 	var whole atomic.Bool
-	r.destination.Before = func(_ context.Context, op luntest.Op, e lun.Extent) error {
+	r.destination.Intercept(func(_ context.Context, op luntest.Op, e lun.Extent) error {
 		if op == luntest.Read && e.Start >= 512 && !whole.Load() {
 			return fmt.Errorf("not yet: %w", lun.ErrUnavailable)
 		}
 		return nil
-	}
+	})
 	must(t, v.Start(t.Context(), StartOptions{Reuse: true}))
 	eventually(t, v, "half of it is compared", func(s Status) bool { return s.Equal == 511*testBlock })
 	r.close(t)
 
-	r.destination.Before = nil
+	r.destination.Intercept(nil)
 	whole.Store(true)
 	v = r.open(t)
 	waitFor(t, v, Synced)
@@ -101,12 +101,12 @@ func TestEqualBlocksOutliveAPowerLossOfTheDestination(t *testing.T) {
 	fill(t, r.destination, lun.Extent{Start: 100, Blocks: 1}, 1)
 	fill(t, r.destination, lun.Extent{Start: 900, Blocks: 1}, 1)
 	var lost atomic.Bool
-	r.destination.Before = func(_ context.Context, op luntest.Op, _ lun.Extent) error {
+	r.destination.Intercept(func(_ context.Context, op luntest.Op, _ lun.Extent) error {
 		if op == luntest.Flush && !lost.Swap(true) {
 			r.destination.PowerLoss()
 		}
 		return nil
-	}
+	})
 	v := r.open(t)
 	must(t, v.Start(t.Context(), StartOptions{Reuse: true}))
 	waitFor(t, v, Synced)

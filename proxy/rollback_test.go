@@ -105,12 +105,12 @@ func TestMirrorFollowsAndIsCaughtUp(t *testing.T) {
 	fill(t, r.source, lun.Extent{Blocks: blocks}, 1)
 	must(t, r.source.Flush(ctx))
 	var gone atomic.Bool
-	r.source.Before = func(_ context.Context, op luntest.Op, _ lun.Extent) error {
+	r.source.Intercept(func(_ context.Context, op luntest.Op, _ lun.Extent) error {
 		if gone.Load() && (op == luntest.Write || op == luntest.Flush) {
 			return lun.ErrUnavailable
 		}
 		return nil
-	}
+	})
 	r.cfg.Mirror = true
 	v := r.open(t)
 	defer func() { r.close(t) }()
@@ -175,13 +175,13 @@ func TestStepsTogetherChangeAllOrNone(t *testing.T) {
 	// One that hangs past the limit keeps both.
 	release := make(chan struct{})
 	entered := make(chan struct{}, 1)
-	pair[1].destination.Before = func(_ context.Context, op luntest.Op, e lun.Extent) error {
+	pair[1].destination.Intercept(func(_ context.Context, op luntest.Op, e lun.Extent) error {
 		if op == luntest.Write && e.Start == 99 {
 			entered <- struct{}{}
 			<-release
 		}
 		return nil
-	}
+	})
 	written := make(chan error, 1)
 	go func() { written <- b.WriteAt(ctx, stamp(99, 3), 99) }()
 	<-entered
@@ -262,12 +262,12 @@ func TestTheHoldThatIsShownIsAllOfIt(t *testing.T) {
 	waitFor(t, v, Synced)
 	eventually(t, v, "whole", func(s Status) bool { return s.Mirror != nil && s.Mirror.State == "whole" })
 	var slow atomic.Bool
-	r.source.Before = func(_ context.Context, op luntest.Op, _ lun.Extent) error {
+	r.source.Intercept(func(_ context.Context, op luntest.Op, _ lun.Extent) error {
 		if op == luntest.Flush && slow.Load() {
 			time.Sleep(400 * time.Millisecond)
 		}
 		return nil
-	}
+	})
 	stop := make(chan struct{})
 	longest := make(chan time.Duration)
 	go func() {
@@ -311,12 +311,12 @@ func TestACopyBackNamesTheSidesAsTheyAre(t *testing.T) {
 	fill(t, v, lun.Extent{Start: 5, Blocks: 1}, 2)
 	var bad atomic.Bool
 	bad.Store(true)
-	r.source.Before = func(_ context.Context, op luntest.Op, e lun.Extent) error {
+	r.source.Intercept(func(_ context.Context, op luntest.Op, e lun.Extent) error {
 		if bad.Load() && op == luntest.Write {
 			return errors.New("write protected")
 		}
 		return nil
-	}
+	})
 	must(t, v.Rollback(t.Context(), RollbackOptions{}))
 	eventually(t, v, "degraded", func(s Status) bool { return s.Degraded })
 	if why := v.Status().DegradedReason; !strings.Contains(why, "copy back: write LBA 5+1 of the source: ") {
@@ -331,12 +331,12 @@ func TestBlocksAreGivenUpOnceAllOthersAreReady(t *testing.T) {
 	pair := newPair(t, 256)
 	a, b := pair[0].vol, pair[1].vol
 	fill(t, pair[0].source, lun.Extent{Blocks: 256}, 1)
-	pair[0].source.Before = func(_ context.Context, op luntest.Op, e lun.Extent) error {
+	pair[0].source.Intercept(func(_ context.Context, op luntest.Op, e lun.Extent) error {
 		if op == luntest.Read && e.Start <= 7 && e.End() > 7 {
 			return &lun.SenseError{Key: 3, ASC: 0x11, LBA: 7, Valid: true}
 		}
 		return nil
-	}
+	})
 	for _, v := range []*Volume{a, b} {
 		must(t, v.Start(t.Context()))
 	}
@@ -344,12 +344,12 @@ func TestBlocksAreGivenUpOnceAllOthersAreReady(t *testing.T) {
 	eventually(t, a, "unreadable", func(s Status) bool { return s.Unreadable > 0 && s.Unreadable == s.Remaining })
 	var fails atomic.Bool
 	fails.Store(true)
-	pair[1].destination.Before = func(_ context.Context, op luntest.Op, _ lun.Extent) error {
+	pair[1].destination.Intercept(func(_ context.Context, op luntest.Op, _ lun.Extent) error {
 		if op == luntest.Flush && fails.Load() {
 			return lun.ErrUnavailable
 		}
 		return nil
-	}
+	})
 	cut := CutoverStep(CutoverOptions{NoVerify: true, AcceptUnreadable: true})
 	if err := Do(t.Context(), cut, Together{}, a, b); err == nil || a.Phase() != Migrating || a.Status().AcceptedUnreadable != 0 {
 		t.Errorf("%v; a is %s, %d bytes given up", err, a.Phase(), a.Status().AcceptedUnreadable)
@@ -370,7 +370,7 @@ func TestARollbackOfWhatNobodyWroteNeedsNoDestination(t *testing.T) {
 	v := r.open(t)
 	defer r.close(t)
 	must(t, v.Start(t.Context()))
-	r.destination.Before = func(context.Context, luntest.Op, lun.Extent) error { return lun.ErrUnavailable }
+	r.destination.Intercept(func(context.Context, luntest.Op, lun.Extent) error { return lun.ErrUnavailable })
 	must(t, v.Rollback(t.Context(), RollbackOptions{}))
 	waitFor(t, v, RolledBack)
 	expect(t, v, lun.Extent{Blocks: 2048}, 1)

@@ -54,13 +54,13 @@ func TestTheConfigurationSaysWhatTheDestinationsCacheIs(t *testing.T) {
 			r.destination = luntest.NewMemory(info)
 			r.cfg.DestinationCache = tc.cache
 			v = r.open(t)
-			r.source.Before = func(ctx context.Context, op luntest.Op, e lun.Extent) error {
+			r.source.Intercept(func(ctx context.Context, op luntest.Op, e lun.Extent) error {
 				if op == luntest.Extents || op == luntest.Read && e.Blocks > 1 { // no copy comes in between
 					<-ctx.Done()
 					return ctx.Err()
 				}
 				return nil
-			}
+			})
 			if err := v.Start(t.Context()); err != nil {
 				t.Fatal(err)
 			}
@@ -121,12 +121,12 @@ func TestReadbackHasNoFalseAlarmsWhileInitiatorsWrite(t *testing.T) {
 	r := newRig(t, 16<<10)
 	fill(t, r.source, lun.Extent{Blocks: 16 << 10}, 1)
 	r.cfg.Readback = true
-	r.destination.Before = func(_ context.Context, op luntest.Op, _ lun.Extent) error {
+	r.destination.Intercept(func(_ context.Context, op luntest.Op, _ lun.Extent) error {
 		if op == luntest.Read { // time for a write to come between
 			time.Sleep(3 * time.Millisecond)
 		}
 		return nil
-	}
+	})
 	v := r.open(t)
 	defer r.close(t)
 	if err := v.Start(t.Context()); err != nil {

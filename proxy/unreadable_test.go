@@ -17,7 +17,7 @@ import (
 // counts the attempts.
 func damaged(r *rig, bad ...lun.Extent) *atomic.Int64 {
 	attempts := new(atomic.Int64)
-	r.source.Before = func(_ context.Context, op luntest.Op, e lun.Extent) error {
+	r.source.Intercept(func(_ context.Context, op luntest.Op, e lun.Extent) error {
 		for _, b := range bad {
 			if op == luntest.Read && e.Overlaps(b) {
 				attempts.Add(1)
@@ -25,7 +25,7 @@ func damaged(r *rig, bad ...lun.Extent) *atomic.Int64 {
 			}
 		}
 		return nil
-	}
+	})
 	return attempts
 }
 
@@ -186,7 +186,7 @@ func TestAcceptUnreadableLooksAtEachBlockAndBelievesNoCount(t *testing.T) {
 	r := newRig(t, blocks)
 	must(t, r.source.WriteAt(t.Context(), stamps(lun.Extent{Blocks: blocks}, 1), 0))
 	bad, slow := lun.Extent{Start: 700, Blocks: 3}, lun.Extent{Start: 3000, Blocks: 1}
-	r.source.Before = func(ctx context.Context, op luntest.Op, e lun.Extent) error {
+	r.source.Intercept(func(ctx context.Context, op luntest.Op, e lun.Extent) error {
 		switch {
 		case op == luntest.Read && e.Overlaps(bad):
 			return &lun.SenseError{Key: 0x3, ASC: 0x11, LBA: bad.Start, Valid: true}
@@ -195,7 +195,7 @@ func TestAcceptUnreadableLooksAtEachBlockAndBelievesNoCount(t *testing.T) {
 			return ctx.Err()
 		}
 		return nil
-	}
+	})
 	v := r.open(t)
 	defer r.close(t)
 	c := &counted{flags: v.raw()}

@@ -258,16 +258,16 @@ func TestAComparisonThatFailsKeepsWhatItFound(t *testing.T) {
 	defer r.close(t)
 	must(t, r.destination.WriteAt(t.Context(), stamp(7, 77), 7))
 	ctx, cancel := context.WithCancel(t.Context())
-	r.source.Before = func(_ context.Context, op luntest.Op, e lun.Extent) error {
+	r.source.Intercept(func(_ context.Context, op luntest.Op, e lun.Extent) error {
 		if op == luntest.Read && e.Start > blocks/2 {
 			cancel() // somebody ends it
 		}
 		return nil
-	}
+	})
 	if _, err := v.Verify(ctx, VerifyOptions{}); err == nil {
 		t.Fatal("it was not ended")
 	}
-	r.source.Before = nil
+	r.source.Intercept(nil)
 	if s := v.Status(); !s.Degraded || !strings.Contains(s.DegradedReason, "512 bytes differed") {
 		t.Errorf("degraded %v: %q", s.Degraded, s.DegradedReason)
 	}

@@ -36,8 +36,10 @@ type rig struct {
 	cfg                 Config
 	bitmapMemory        uint64        // state.Options.BitmapMemory
 	settleDelay         time.Duration // state.Options.SettleDelay
-	store               *state.Store
-	vol                 *Volume
+	// hold intercepts the source in this rig and in what killed makes of it.
+	hold  func(context.Context, luntest.Op, lun.Extent) error
+	store *state.Store
+	vol   *Volume
 }
 
 func quiet() logrus.FieldLogger {
@@ -234,19 +236,19 @@ func TestFirstWriteSurvivesPowerLossOfTheDestination(t *testing.T) {
 	must(t, r.source.Flush(context.Background()))
 	broken := errors.New("flush broken")
 	var failing atomic.Bool
-	r.destination.Before = func(_ context.Context, op luntest.Op, _ lun.Extent) error {
+	r.destination.Intercept(func(_ context.Context, op luntest.Op, _ lun.Extent) error {
 		if op == luntest.Flush && failing.Load() {
 			return broken
 		}
 		return nil
-	}
+	})
 	// The copier stands still at its first read, a region at the most.
-	r.source.Before = func(ctx context.Context, op luntest.Op, e lun.Extent) error {
+	r.source.Intercept(func(ctx context.Context, op luntest.Op, e lun.Extent) error {
 		if op == luntest.Read && e.Blocks > 1 && e.Blocks <= testRegion/testBlock {
 			<-ctx.Done()
 		}
 		return ctx.Err()
-	}
+	})
 	v := r.open(t)
 	defer r.close(t)
 	must(t, v.Start(context.Background()))
@@ -273,13 +275,13 @@ func TestCacheLostBetweenWriteAndFlushIsNoticed(t *testing.T) {
 	fill(t, r.source, all, 1)
 	var losses, after atomic.Int32
 	after.Store(-1)
-	r.destination.Before = func(_ context.Context, op luntest.Op, _ lun.Extent) error {
+	r.destination.Intercept(func(_ context.Context, op luntest.Op, _ lun.Extent) error {
 		if op == luntest.Flush && after.Add(-1) == 0 {
 			losses.Add(1)
 			r.destination.PowerLoss()
 		}
 		return nil
-	}
+	})
 	v := r.open(t)
 	defer r.close(t)
 	must(t, v.Throttle(context.Background(), 1))
@@ -306,12 +308,12 @@ func TestAWriteInFlightAtStartIsNotMissedByTheCopy(t *testing.T) {
 	r := newRig(t, 1024)
 	entered, proceed := make(chan struct{}), make(chan struct{})
 	var once sync.Once
-	r.source.Before = func(_ context.Context, op luntest.Op, _ lun.Extent) error {
+	r.source.Intercept(func(_ context.Context, op luntest.Op, _ lun.Extent) error {
 		if op == luntest.Write {
 			once.Do(func() { close(entered); <-proceed })
 		}
 		return nil
-	}
+	})
 	v := r.open(t)
 	defer r.close(t)
 	wrote, started := make(chan error, 1), make(chan error, 1)
@@ -343,7 +345,7 @@ func TestFailedWriteDoesNotSurfaceThroughAnEarlierCopy(t *testing.T) {
 	fill(t, r.source, all, 1)
 	copied, proceed := make(chan struct{}), make(chan struct{})
 	var flushes, fail atomic.Int32
-	r.destination.Before = func(_ context.Context, op luntest.Op, e lun.Extent) error {
+	r.destination.Intercept(func(_ context.Context, op luntest.Op, e lun.Extent) error {
 		switch {
 		case op == luntest.Flush && flushes.Add(1) == 1: // of the copier's commit
 			close(copied)
@@ -352,7 +354,7 @@ func TestFailedWriteDoesNotSurfaceThroughAnEarlierCopy(t *testing.T) {
 			return &luntest.ErrAfter{Err: &lun.SenseError{Key: 4, ASC: 0x44}}
 		}
 		return nil
-	}
+	})
 	v := r.open(t)
 	defer r.close(t)
 	must(t, v.Start(context.Background()))
@@ -379,12 +381,12 @@ func TestWriteWaitsForNoMoreThanOneSlice(t *testing.T) {
 	fill(t, r.source, lun.Extent{Blocks: 8192}, 1)
 	stuck, proceed := make(chan lun.Extent, 1), make(chan struct{})
 	var once sync.Once
-	r.destination.Before = func(_ context.Context, op luntest.Op, e lun.Extent) error {
+	r.destination.Intercept(func(_ context.Context, op luntest.Op, e lun.Extent) error {
 		if op == luntest.Write && e.Blocks > 8 {
 			once.Do(func() { stuck <- e; <-proceed })
 		}
 		return nil
-	}
+	})
 	v := r.open(t)
 	defer r.close(t)
 	must(t, v.Start(context.Background()))
@@ -481,7 +483,8 @@ func TestFailingUnitsDelayTheCopyOnly(t *testing.T) {
 		}
 		return nil
 	}
-	r.source.Before, r.destination.Before = flaky, flaky
+	r.source.Intercept(flaky)
+	r.destination.Intercept(flaky)
 	v := r.open(t)
 	defer r.close(t)
 	must(t, v.Throttle(context.Background(), 1))

@@ -10,7 +10,7 @@ import (
 	"lunshift/lun"
 )
 
-// Op names a Device method for Memory.Before.
+// Op names a Device method for Memory.Intercept.
 type Op string
 
 // The commands of a Memory.
@@ -24,15 +24,12 @@ const (
 )
 
 // Memory is a Device that keeps its blocks in memory, for tests: it is thin,
-// it can lose its volatile cache, and Before can delay or fail any command.
+// it can lose its volatile cache, and Intercept can delay or fail any command.
 type Memory struct {
-	// Before, if set, is called before each command takes effect; its error is the
-	// command's. With ErrAfter the command takes effect all the same.
-	Before func(ctx context.Context, op Op, e lun.Extent) error
-
 	info lun.Info
 
 	mu     sync.Mutex // protects the fields below
+	before func(context.Context, Op, lun.Extent) error
 	closed bool
 	blocks map[lun.LBA][]byte // allocated blocks, as reads see them
 	stable map[lun.LBA][]byte // as they would be after a power loss
@@ -56,6 +53,15 @@ func NewMemory(info lun.Info) *Memory {
 // NewThinMemory makes a blank thin Memory with a volatile cache.
 func NewThinMemory(blockSize uint32, blocks uint64) *Memory {
 	return NewMemory(lun.Info{BlockSize: blockSize, Blocks: blocks, Thin: true, UnmapZeroes: true, ReportsAllocation: true, VolatileCache: true})
+}
+
+// Intercept has before called before each command takes effect, from the next command on;
+// its error is the command's, and with ErrAfter the command takes effect all the same. Nil
+// ends it. It may be called while commands run.
+func (m *Memory) Intercept(before func(ctx context.Context, op Op, e lun.Extent) error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.before = before
 }
 
 // PowerLoss drops what was not flushed, but for the blocks that kept, if given, is true
@@ -212,8 +218,11 @@ func (m *Memory) command(ctx context.Context, op Op, e lun.Extent, do func()) er
 	if err := m.info.Check(e); err != nil {
 		return err
 	}
-	if m.Before != nil {
-		if err := m.Before(ctx, op, e); err != nil {
+	m.mu.Lock()
+	before := m.before
+	m.mu.Unlock()
+	if before != nil {
+		if err := before(ctx, op, e); err != nil {
 			if after, ok := err.(*ErrAfter); ok {
 				m.mu.Lock()
 				defer m.mu.Unlock()

@@ -42,12 +42,12 @@ func newVolatileArray(t *testing.T, name string, naa uint64, content []byte) *vo
 	}
 	must(t, a.unit.Flush(t.Context()))
 	// Flushes take a while, so that losses come between a write and its flush.
-	a.unit.Before = func(_ context.Context, op luntest.Op, _ lun.Extent) error {
+	a.unit.Intercept(func(_ context.Context, op luntest.Op, _ lun.Extent) error {
 		if op == luntest.Flush {
 			time.Sleep(time.Duration(rand.IntN(4)) * time.Millisecond)
 		}
 		return nil
-	}
+	})
 	a.on()
 	t.Cleanup(a.off)
 	return a
