@@ -411,6 +411,7 @@ func (x *engine) outcome(c *engineCall) {
 
 // kill ends this life of the service: what waits happens or not.
 func (x *engine) kill() {
+	synctest.Wait() // else a call that comes meanwhile is in no list, and never ends
 	calls := x.waiting()
 	x.mu.Lock()
 	x.life++
