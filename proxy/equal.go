@@ -154,7 +154,7 @@ func (m *mirror) settle(ctx context.Context, then time.Time, sourceServes bool) 
 			return err
 		}
 	}
-	lost := m.losses(sourceServes)
+	lost := m.losses()
 	slices.SortFunc(list, func(a, b *equal) int { return byStart(a.Extent, b.Extent) })
 	for len(list) > 0 {
 		n := min(equalBatch, len(list))
@@ -210,18 +210,16 @@ func (m *mirror) clearBatch(ctx context.Context, batch []*equal, kinds state.Kin
 	return nil
 }
 
-// losses gives a test for what a side may have lost with its cache since it was alike: of the
-// source alone where that serves, or is about to.
-func (m *mirror) losses(sourceServes bool) (lost func(*equal) bool) {
+// losses gives a test for what a side may have lost with its cache since it was alike. What the
+// destination lost counts before the source serves too: initiators may have read there what it fell back to.
+func (m *mirror) losses() (lost func(*equal) bool) {
 	source, destination := m.v.source.Resets(), m.v.destination.Resets()
-	return func(x *equal) bool {
-		return x.source != source || !sourceServes && x.destination != destination
-	}
+	return func(x *equal) bool { return x.source != source || x.destination != destination }
 }
 
 // lost tells whether there is any such.
-func (m *mirror) lost(sourceServes bool) bool {
-	lost := m.losses(sourceServes)
+func (m *mirror) lost() bool {
+	lost := m.losses()
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	for _, list := range m.equal {

@@ -428,7 +428,7 @@ func (v *Volume) mirrorStatus() *MirrorStatus {
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	lost := m.losses(false)
+	lost := m.losses()
 	for _, list := range m.equal {
 		for _, x := range list {
 			i := sort.Search(len(writing), func(i int) bool { return writing[i].End() > x.Start })

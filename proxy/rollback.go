@@ -53,19 +53,18 @@ func (rollback) needs(v *Volume) []need {
 	if err := v.raw().Await(context.Background(), run(v.info.All())); err != nil {
 		return []need{source, destination}
 	}
-	if v.needsDestination(false) {
+	if v.needsDestination() {
 		return []need{source, destination}
 	}
 	return []need{source}
 }
 
 // needsDestination tells whether the destination may have blocks that the source has not: what a
-// mirror took to be on both is not, where one of them lost its cache; the source alone, where that is
-// flushed and serves next.
-func (v *Volume) needsDestination(sourceServes bool) bool {
+// mirror took to be on both is not, where one of them lost its cache.
+func (v *Volume) needsDestination() bool {
 	_, missing := v.ways.Load().back.NextMissing(0)
 	m := v.mirror.Load()
-	return missing || m != nil && m.lost(sourceServes)
+	return missing || m != nil && m.lost()
 }
 
 func (rollback) look(context.Context, *Volume) error { return nil }
@@ -113,7 +112,7 @@ func (rollback) settle(ctx context.Context, v *Volume) error {
 		return v.stateError(ctx, err)
 	}
 	// Where it has nothing alone, as nobody wrote or a mirror is whole, the destination may be gone.
-	v.whole.Store(!v.needsDestination(true))
+	v.whole.Store(!v.needsDestination())
 	if err := v.destinationFlush.Flush(ctx); err != nil && !v.whole.Load() {
 		return fmt.Errorf("blocks are on the destination alone: %w", err)
 	}
