@@ -105,12 +105,17 @@ func (s *Server) Admit(iqn string, lun uint64, initiators []Initiator, portalGro
 		if c.node != n {
 			continue
 		}
-		before := old.admits(&c.peer)
-		switch now := u.sees(&c.peer); {
+		before, now := old.admits(&c.peer), u.sees(&c.peer)
+		if before && !now {
+			c.unitGone(u)
+		}
+		switch {
 		case !n.sees(&c.peer):
 			c.close(fmt.Errorf("%s is not admitted to target %s any more", c.initiator, iqn))
-		case now != before:
-			c.lunsChanged(lun)
+		case now && !before:
+			c.lunsChanged(u)
+		case before && !now:
+			c.lunsChanged(nil)
 		}
 	}
 	return nil

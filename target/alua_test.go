@@ -255,7 +255,7 @@ func TestEveryInitiatorIsToldOfAnotherIdentity(t *testing.T) {
 
 // An initiator that has other ways to the unit takes one of these when this one is closed
 // for good, and waits here when it is not.
-// Caught: BECOMING READY in both cases.
+// Caught: BECOMING READY in both cases; REPORT TARGET PORT GROUPS refused.
 func TestRetiredUnitSaysWhetherToWaitOrToGoElsewhere(t *testing.T) {
 	for _, elsewhere := range []bool{false, true} {
 		s, addr := begin(t, Config{}, Unit{IQN: iqn, LUN: 0, Device: newMemory(512, 64), Identity: arrayIdentity()},
@@ -276,6 +276,10 @@ func TestRetiredUnitSaysWhetherToWaitOrToGoElsewhere(t *testing.T) {
 		}
 		if r := i.do(tur, nil, 0); !r.is(want) {
 			t.Errorf("elsewhere %v: %+v", elsewhere, r)
+		}
+		// It is by this that it learns of the state (SPC-4 5.15.2).
+		if states, _ := portGroups(t, i, false); elsewhere && states[targetPortGroup]&0xf != byte(Unavailable) {
+			t.Errorf("its state is %#x", states[targetPortGroup])
 		}
 		if b := inquiryOf(i, 1, 0x83); !bytes.HasPrefix(b[4:], arrayIdentity().Designators) {
 			t.Errorf("INQUIRY: % x", b)

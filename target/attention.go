@@ -95,22 +95,42 @@ func (c *conn) depart() {
 	}
 }
 
+// unitGone is the loss of the I_T nexus with a unit that the session does not see any more.
+func (c *conn) unitGone(u *unit) {
+	c.mu.Lock()
+	arrived, unsaid := c.arrived, c.attention[u.LUN]
+	delete(c.attention, u.LUN)
+	c.mu.Unlock()
+	u.reserved.release(c)
+	if arrived {
+		u.reserved.depart(u.nexus(c), unsaid)
+	}
+}
+
 // lunsChanged establishes REPORTED LUNS DATA HAS CHANGED on every unit of the session,
-// and says so at once.
-func (c *conn) lunsChanged(added uint64) {
+// and says so at once; on a unit that it sees from now on, what awaits it there. added may be nil.
+func (c *conn) lunsChanged(added *unit) {
+	var waiting []sense
+	c.mu.Lock()
+	arrived := c.arrived // else arrive takes that
+	c.mu.Unlock()
+	if added != nil && arrived {
+		waiting = establish(added.reserved.arrive(added.nexus(c)), attnPowerOn)
+	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	var some uint64
 	changed := false
 	units := c.units()
 	maps.DeleteFunc(c.attention, func(id uint64, _ []sense) bool { return units[id] == nil })
-	for id := range units {
-		if id != added {
+	for id, u := range units {
+		if u != added {
 			c.attend(id, attnLUNsChanged)
 			some, changed = id, true
-		} else {
-			c.attend(id, attnPowerOn)
 		}
+	}
+	for _, s := range waiting {
+		c.attend(added.LUN, s)
 	}
 	if changed {
 		c.announce(some, attnLUNsChanged)

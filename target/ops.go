@@ -22,6 +22,7 @@ type operation struct {
 
 	anyLUN      bool // served where there is no logical unit
 	noAttention bool // does not report unit attentions
+	noDevice    bool // is of the target alone: served for a unit that is retired as well
 	quick       bool // never waits: runs on the reader
 	unordered   bool // waits for no other command, whatever the task attributes
 	bulk        bool // data-in is charged to BytesInFlight
@@ -82,7 +83,7 @@ func commandSet() []operation {
 		{opcode: 0x1a, service: -1, name: "MODE SENSE (6)", usage: []byte{0x1a, 0x08, 0xff, 0xff, 0xff, 0}, handle: modeSense, quick: true},                                                          // SPC-4 6.13
 		{opcode: 0x5a, service: -1, name: "MODE SENSE (10)", usage: []byte{0x5a, 0x18, 0xff, 0xff, 0, 0, 0, 0xff, 0xff, 0}, handle: modeSense, quick: true},                                          // SPC-4 6.14
 		{opcode: 0xa0, service: -1, name: "REPORT LUNS", usage: []byte{0xa0, 0, 0xff, 0, 0, 0, 0xff, 0xff, 0xff, 0xff, 0, 0}, handle: reportLUNs, anyLUN: true, noAttention: true, quick: true},      // SPC-4 6.33
-		{opcode: 0xa3, service: 0x0a, name: "REPORT TARGET PORT GROUPS", usage: []byte{0xa3, 0xea, 0, 0, 0, 0, 0xff, 0xff, 0xff, 0xff, 0, 0}, handle: reportPortGroups, quick: true},                 // SPC-4 6.37
+		{opcode: 0xa3, service: 0x0a, name: "REPORT TARGET PORT GROUPS", usage: []byte{0xa3, 0xea, 0, 0, 0, 0, 0xff, 0xff, 0xff, 0xff, 0, 0}, handle: reportPortGroups, quick: true, noDevice: true}, // SPC-4 6.37
 		{opcode: 0xa3, service: 0x0c, name: "REPORT SUPPORTED OPERATION CODES", usage: []byte{0xa3, 0x0c, 0x87, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0, 0}, handle: reportOpcodes, quick: true}, // SPC-4 6.35
 		{opcode: 0xa3, service: 0x0d, name: "REPORT SUPPORTED TASK MANAGEMENT FUNCTIONS", usage: []byte{0xa3, 0x0d, 0x80, 0, 0, 0, 0xff, 0xff, 0xff, 0xff, 0, 0}, handle: reportTMFs, quick: true},   // SPC-4 6.36
 

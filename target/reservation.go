@@ -196,10 +196,14 @@ func (r *reservations) publish(p *persistent) {
 func (r *reservations) begin(ctx context.Context) error {
 	select {
 	case r.turn <- struct{}{}:
-		return nil
 	case <-ctx.Done():
 		return ctx.Err()
 	}
+	if err := ctx.Err(); err != nil { // both came at once
+		r.end()
+		return err
+	}
+	return nil
 }
 
 func (r *reservations) end() { <-r.turn }
@@ -312,6 +316,13 @@ func reserve(t *task) error {
 	defer r.end()
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	// A reset and a unit that is taken away release after they aborted, or closed the way here.
+	if err := t.Err(); err != nil {
+		return err
+	}
+	if !t.u.sees(&t.c.peer) {
+		return senseNoUnit
+	}
 	p := r.persistent.Load()
 	if len(p.regs) > 0 {
 		if reg := p.find(t.u.nexus(t.c)); reg != nil && p.kind != 0 && (registrants(p.kind) || reg.holder) {

@@ -33,6 +33,7 @@ type prRequest struct {
 	action, scope, kind byte
 	key, newKey         uint64 // RESERVATION KEY, SERVICE ACTION RESERVATION KEY
 	aptpl, unregister   bool
+	specifies           bool // SPEC_I_PT
 	from                nexus
 	// others are further I_T nexuses to be registered, named by ALL_TG_PT and SPEC_I_PT:
 	// ports those of from at other target ports, specified those of TransportIDs.
@@ -126,14 +127,18 @@ func (u *unit) tell(s *Server, n notice) {
 			continue
 		}
 		o.mu.Lock()
-		if !o.closing && o.units()[u.LUN] == u {
+		if o.arrived && !o.closing && o.units()[u.LUN] == u { // else it finds it when it arrives
 			o.attend(u.LUN, n.sense)
 			connected = true
 		}
 		o.mu.Unlock()
 	}
 	if !connected {
-		u.reserved.remember(n.nexus, establish(slices.Clone(u.reserved.departed[n.nexus]), n.sense))
+		list, known := u.reserved.departed[n.nexus]
+		if !known { // by this start
+			list = []sense{attnPowerOn}
+		}
+		u.reserved.remember(n.nexus, establish(slices.Clone(list), n.sense))
 	}
 }
 
@@ -224,11 +229,15 @@ func (u *unit) decodeRequest(t *task) (*prRequest, error) {
 	if len(list) < prListLength+4 {
 		return nil, senseParamLength
 	}
+	q.specifies = true
 	ids, err := transportIDs(u, list[28:], binary.BigEndian.Uint32(list[24:]))
 	if err != nil {
 		return nil, err
 	}
 	for _, n := range ids {
+		if len(q.specified) > mostRegistrations { // more need not be told apart
+			return nil, senseNoRegistrations
+		}
 		for _, g := range groups {
 			n.group = g
 			if n != q.from && !slices.Contains(q.ports, n) && !slices.Contains(q.specified, n) {
@@ -280,7 +289,7 @@ func transportIDs(u *unit, b []byte, length uint32) ([]nexus, error) {
 		} else if !u.ReservationsByName {
 			return nil, senseParamField
 		}
-		if id.name = string(name); checkName(id.name) != nil {
+		if id.name = fold(string(name)); checkName(string(name)) != nil || checkName(id.name) != nil { // as at login
 			return nil, senseParamField
 		}
 		all = append(all, u.named(id))
@@ -446,7 +455,7 @@ func (p *persistent) register(q *prRequest, reg *registration) (*outcome, error)
 	if !anyhow && (reg == nil && q.key != 0 || reg != nil && reg.key != q.key) {
 		return nil, lun.ErrConflict
 	}
-	if len(q.specified) > 0 && reg != nil {
+	if q.specifies && reg != nil {
 		return nil, senseInvalidField
 	}
 	if reg == nil && q.newKey == 0 {

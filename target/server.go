@@ -250,7 +250,7 @@ func (s *Server) AddUnit(u Unit) error {
 	s.mu.Unlock()
 	for _, c := range s.sessions(u.IQN) {
 		if made.sees(&c.peer) { // to others nothing changed
-			c.lunsChanged(u.LUN)
+			c.lunsChanged(made)
 		}
 	}
 	return nil
@@ -356,7 +356,7 @@ func (s *Server) RemoveUnit(iqn string, lun uint64) error {
 		if last && c.node == n {
 			c.close(fmt.Errorf("target %s removed", iqn))
 		} else if u.sees(&c.peer) {
-			c.lunsChanged(lun)
+			c.lunsChanged(nil)
 		}
 	}
 	return nil

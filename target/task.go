@@ -284,10 +284,12 @@ func (t *task) perform() (err error) {
 			return err
 		}
 	}
-	if !t.u.gate.enter() {
-		return t.u.shut()
+	if !t.op.noDevice {
+		if !t.u.gate.enter() {
+			return t.u.shut()
+		}
+		defer t.u.gate.leave()
 	}
-	defer t.u.gate.leave()
 	if err := t.Err(); err != nil {
 		return err
 	}

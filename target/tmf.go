@@ -88,16 +88,16 @@ func (c *conn) manage(head *iscsi.BHS, count *uint32) {
 			abortOf(c, false, sense{})
 			break
 		}
-		u.reserved.release(nil)
 		for _, o := range peers {
 			abortOf(o, false, attnLUNReset)
 		}
+		u.reserved.release(nil) // no RESERVE that was aborted comes after this
 	case iscsi.TMFTargetWarmReset, iscsi.TMFTargetColdReset:
-		for _, u := range mine {
-			u.reserved.release(nil)
-		}
 		for _, o := range peers {
 			abortOf(o, true, attnTargetReset)
+		}
+		for _, u := range mine {
+			u.reserved.release(nil)
 		}
 		if f == iscsi.TMFTargetColdReset {
 			after = func() {
