@@ -15,13 +15,16 @@ const (
 	// copyLimit is the data, in bytes, that is copied behind its header rather than
 	// referred to: one buffer is cheaper to write than three.
 	copyLimit = 16 << 10
-	// pingITT is the task tag of our own NOP-Out, logoutITT that of Logout, and abort
-	// requests count up from abortITT; slots stay far below.
+	// pingITT is the task tag of our own NOP-Out, logoutITT that of Logout, and that of a
+	// request to abort is abortITT with the one of its task: an answer that comes after the
+	// task's own must not be taken for that of the slot's next one.
 	pingITT   = 0xfffe0000
 	logoutITT = 0xfffe0001
-	abortITT  = 0xfffd0000
-	maxEchoes = 16
-	maxEcho   = 4096
+	abortITT  = 0x80000000
+	// generations keeps task tags, and those of requests to abort, below pingITT.
+	generations = 0x7ff0
+	maxEchoes   = 16
+	maxEcho     = 4096
 	// maxR2T bounds the R2Ts a target may leave with us unanswered.
 	maxR2T = 4096
 )
@@ -135,7 +138,7 @@ func (c *conn) admit(t *Command) {
 	c.free = c.free[:len(c.free)-1]
 	// The generation tells a late answer from one to the slot's next command. It
 	// stays below the tags that are no slots'.
-	c.gens[slot] = (c.gens[slot] + 1) & 0x7fff
+	c.gens[slot] = (c.gens[slot] + 1) % generations
 	t.itt = uint32(c.gens[slot])<<16 | uint32(slot)
 	t.cmdSN = c.cmdSN
 	c.cmdSN++
@@ -287,8 +290,7 @@ func (c *conn) sendAbort(itt uint32) {
 	h.SetImmediate()
 	h.SetFlags(iscsi.FlagFinal | iscsi.TMFAbortTask)
 	h.SetLUN(c.s.lunField)
-	// The low half names the slot, which stays taken until the answer.
-	h.SetITT(abortITT | itt&0xffff)
+	h.SetITT(abortITT | itt)
 	h.SetTTT(itt)
 	h.SetCmdSN(c.cmdSN)
 	h.SetExpStatSN(c.expStatSN)

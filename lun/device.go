@@ -272,6 +272,9 @@ type SenseError struct {
 	// LBA is the INFORMATION field where it was valid.
 	LBA   LBA
 	Valid bool
+	// Deferred is of an earlier command that was answered with GOOD; the one that is told of it
+	// was not done (SPC-4 4.5.5).
+	Deferred bool
 }
 
 func (e *SenseError) Error() string {

@@ -28,10 +28,11 @@ type file struct {
 	open sync.RWMutex
 	fd   int // -1 once closed
 
-	punch  bool        // fallocate PUNCH_HOLE works
-	failed atomic.Bool // an fdatasync failed
-	nowait atomic.Bool // preadv2 RWF_NOWAIT works
-	whole  stripes     // keep blocks whole: a read sees none that is half written
+	punch    bool        // fallocate PUNCH_HOLE works
+	failed   atomic.Bool // an fdatasync failed
+	flushing sync.Mutex  // one fdatasync at a time
+	nowait   atomic.Bool // preadv2 RWF_NOWAIT works
+	whole    stripes     // keep blocks whole: a read sees none that is half written
 }
 
 func openFile(path string, opts Options) (Device, error) {
@@ -168,6 +169,9 @@ func (f *file) Flush(ctx context.Context) error {
 	if f.ro {
 		return nil
 	}
+	// The kernel tells of a failure once: of two at a time the other one would be fine.
+	f.flushing.Lock()
+	defer f.flushing.Unlock()
 	// After a failed fdatasync the kernel may have dropped what it could not
 	// write, and a second call would say that all is well.
 	if f.failed.Load() {

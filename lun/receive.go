@@ -324,14 +324,13 @@ func (c *conn) takeR2T(h *iscsi.BHS) error {
 
 // takeAborted takes the answer to ABORT TASK.
 func (c *conn) takeAborted(h *iscsi.BHS) error {
-	if h.ITT()&0xffff0000 != abortITT {
+	if h.ITT()&abortITT == 0 {
 		return fmt.Errorf("task management response for unknown task %08Xh", h.ITT())
 	}
-	slot := int(h.ITT() & 0xffff)
-	if slot >= len(c.slots) || c.slots[slot] == nil || !c.slots[slot].aborting {
+	t := c.find(h.ITT() &^ abortITT)
+	if t == nil || !t.aborting {
 		return nil // the task's own answer came first
 	}
-	t := c.slots[slot]
 	switch h.Response() {
 	case iscsi.TMFComplete, iscsi.TMFNoTask:
 		// "No such task" without an answer before it means the task never came

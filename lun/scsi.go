@@ -337,6 +337,7 @@ func parseSense(p []byte) *SenseError {
 	if len(p) < 3 {
 		return s
 	}
+	s.Deferred = p[0]&0x7f == 0x71 || p[0]&0x7f == 0x73
 	switch p[0] & 0x7f {
 	case 0x70, 0x71:
 		s.Key, s.ASC, s.ASCQ = p[2]&0xf, 0, 0

@@ -45,7 +45,7 @@ type session struct {
 	log      logrus.FieldLogger
 	// verify runs on each new connection before commands of callers do.
 	verify func(ctx context.Context, s *session) error
-	// onLoss, unless nil, runs once for each lost connection before its commands
+	// onLoss, unless nil, runs for each lost connection before its commands
 	// are sent again; it must not block.
 	onLoss func()
 	// period is the grain of time-outs.
@@ -313,6 +313,12 @@ func (s *session) qualify(ctx context.Context, c *conn) error {
 	defer cancel()
 	if err := s.verify(ctx, s); err != nil {
 		return err
+	}
+	s.mu.Lock()
+	again := s.wasOpen
+	s.mu.Unlock()
+	if again && s.onLoss != nil {
+		s.onLoss() // once more: the target may have lost power since, and told that while it was verified
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()

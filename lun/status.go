@@ -113,6 +113,9 @@ func (r *remote) judge(c *Command) error {
 	case statusCheckCondition:
 		sense := c.CheckSense()
 		switch {
+		case sense.Deferred: // what was written and not flushed may be lost
+			r.resets.Add(1)
+			return &repeat{repeatAborted, fmt.Errorf("%w: an earlier write failed: %v", ErrUnavailable, sense)}
 		case sense.Key == senseUnitAttention:
 			if sense.ASC == 0x29 { // POWER ON, RESET, OR BUS DEVICE RESET OCCURRED
 				r.resets.Add(1)
