@@ -135,8 +135,9 @@ func (i *Initiator) Do(ctx context.Context, c *Command) error {
 	return i.sessions[int(i.turn.Add(1))%len(i.sessions)].do(ctx, c)
 }
 
-// Resets implements Resetter: it counts lost connections, behind each of which may
-// be a device that lost power, and resets that the device reports itself.
+// Resets implements Resetter: it counts lost connections and their return, behind each of
+// which may be a device that lost power, and the resets and failures of earlier writes that
+// the device reports itself.
 func (i *Initiator) Resets() uint64 { return i.resets.Load() }
 
 // Unreachable implements Reachable.

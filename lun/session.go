@@ -45,8 +45,9 @@ type session struct {
 	log      logrus.FieldLogger
 	// verify runs on each new connection before commands of callers do.
 	verify func(ctx context.Context, s *session) error
-	// onLoss, unless nil, runs for each lost connection before its commands
-	// are sent again; it must not block.
+	// onLoss, unless nil, runs for each lost connection before its commands are sent
+	// again, and before the next one is open to callers: the target may have lost power
+	// in between as well, and told it while it was verified. It must not block.
 	onLoss func()
 	// period is the grain of time-outs.
 	period time.Duration
@@ -315,15 +316,12 @@ func (s *session) qualify(ctx context.Context, c *conn) error {
 		return err
 	}
 	s.mu.Lock()
-	again := s.wasOpen
-	s.mu.Unlock()
-	if again && s.onLoss != nil {
-		s.onLoss() // once more: the target may have lost power since, and told that while it was verified
-	}
-	s.mu.Lock()
 	defer s.mu.Unlock()
 	if c.err != nil {
 		return c.err
+	}
+	if s.wasOpen && s.onLoss != nil {
+		s.onLoss()
 	}
 	s.open, s.wasOpen, s.zombies, s.downErr = true, true, 0, nil
 	c.opened = true

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"slices"
 	"testing"
 	"time"
 
@@ -199,8 +200,8 @@ func (i *initiator) recv() pduIn {
 	return p
 }
 
-// expectClosed waits for the end of the connection; a Reject may come first.
-func (i *initiator) expectClosed() {
+// expectClosed waits for the end of the connection; a Reject may come first, and what else is named.
+func (i *initiator) expectClosed(first ...iscsi.Opcode) {
 	i.t.Helper()
 	for {
 		p, err := i.next()
@@ -210,7 +211,7 @@ func (i *initiator) expectClosed() {
 			}
 			return
 		}
-		if p.Opcode() != iscsi.OpReject {
+		if p.Opcode() != iscsi.OpReject && !slices.Contains(first, p.Opcode()) {
 			i.t.Fatalf("got %v, want the end", p.Opcode())
 		}
 	}

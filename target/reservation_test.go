@@ -22,6 +22,11 @@ type keeper struct {
 	fail  error
 }
 
+// serve begins a server of a unit whose reservations k keeps: another one each time.
+func (k *keeper) serve(t *testing.T) (*Server, string) {
+	return begin(t, Config{}, Unit{IQN: iqn, Device: newMemory(512, 64), Reservations: k})
+}
+
 func (k *keeper) Load() ([]byte, error) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
@@ -534,7 +539,7 @@ func (i *initiator) fullStatus() (all []fullStatus) {
 
 func TestOneInitiatorRegistersAndMovesForOthers(t *testing.T) {
 	k := &keeper{}
-	_, addr := begin(t, Config{}, Unit{IQN: iqn, Device: newMemory(512, 64), Reservations: k})
+	_, addr := k.serve(t)
 	a, b, c := host(t, addr, nameA), host(t, addr, nameB), host(t, addr, nameC)
 	ids := append(testID(nameB, isidOf(nameB)), testID(nameC, isidOf(nameC))...)
 	ids = append(ids, testID(nameA, isidOf(nameA))...) // the sender itself does no harm
@@ -578,10 +583,7 @@ func TestWithAPTPLReservationsSurviveAndWithoutTheyDoNot(t *testing.T) {
 	for _, aptpl := range []byte{flagAPTPL, 0} {
 		t.Run(fmt.Sprint(aptpl), func(t *testing.T) {
 			k := &keeper{}
-			serve := func() (*Server, string) {
-				return begin(t, Config{}, Unit{IQN: iqn, Device: newMemory(512, 64), Reservations: k})
-			}
-			s, addr := serve()
+			s, addr := k.serve(t)
 			a, b := host(t, addr, nameA), host(t, addr, nameB)
 			a.pr(prRegister, 0, 0, 0xa, flagAPTPL)
 			b.pr(prRegister, 0, 0, 0xb, flagAPTPL)
@@ -592,7 +594,7 @@ func TestWithAPTPLReservationsSurviveAndWithoutTheyDoNot(t *testing.T) {
 				t.Errorf("REPORT CAPABILITIES %x", got)
 			}
 			s.Close()
-			_, addr = serve()
+			_, addr = k.serve(t)
 			a, b = host(t, addr, nameA), host(t, addr, nameB)
 			after := b.fullStatus()
 			if gen, _ := b.keys(); gen != 0 {
@@ -616,7 +618,7 @@ func TestWithAPTPLReservationsSurviveAndWithoutTheyDoNot(t *testing.T) {
 
 func TestWhatCannotBeSavedDidNotHappen(t *testing.T) {
 	k := &keeper{}
-	_, addr := begin(t, Config{}, Unit{IQN: iqn, Device: newMemory(512, 64), Reservations: k})
+	_, addr := k.serve(t)
 	a, b := host(t, addr, nameA), host(t, addr, nameB)
 	a.pr(prRegister, 0, 0, 0xa, flagAPTPL)
 	b.pr(prRegister, 0, 0, 0xb, flagAPTPL)

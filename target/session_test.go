@@ -663,7 +663,7 @@ func TestUnitsComeAndGoWhileServing(t *testing.T) {
 	if err := s.RemoveUnit(iqn, 1); err != nil {
 		t.Fatal(err)
 	}
-	i.expectClosed()
+	i.expectClosed(iscsi.OpAsync) // that LUN 0 went is announced when there is time
 }
 
 func TestRetireCancelsWhatDoesNotEnd(t *testing.T) {

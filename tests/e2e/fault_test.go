@@ -262,12 +262,10 @@ func (v *faultyVolume) live(t *testing.T) {
 	for _, h := range hosts {
 		h.Close()
 	}
-	for end := time.Now().Add(30 * time.Second); ; time.Sleep(100 * time.Millisecond) {
-		// Its session may just be coming back.
-		if _, err = v.client.Cutover(ctx, v.name, proxy.CutoverOptions{}); err == nil || !strings.Contains(err.Error(), "not ready for the cutover") || time.Now().After(end) {
-			break
-		}
-	}
+	v.until("the session that comes back", func() bool {
+		_, err = v.client.Cutover(ctx, v.name, proxy.CutoverOptions{})
+		return err == nil || !strings.Contains(err.Error(), "not ready for the cutover")
+	})
 	must(t, err)
 	after, err := os.ReadFile(v.destination)
 	must(t, err)

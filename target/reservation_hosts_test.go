@@ -116,16 +116,13 @@ func TestWhoSeesAUnitAgainLearnsOfItsRegistration(t *testing.T) {
 // this start never had.
 func TestARegistrantThatWasAwayOverARestartLearnsOfIt(t *testing.T) {
 	k := &keeper{}
-	serve := func() (*Server, string) {
-		return begin(t, Config{}, Unit{IQN: iqn, Device: newMemory(512, 64), Reservations: k})
-	}
-	s, addr := serve()
+	s, addr := k.serve(t)
 	a, b := host(t, addr, nameA), host(t, addr, nameB)
 	a.pr(prRegister, 0, 0, 0xa, flagAPTPL)
 	b.pr(prRegister, 0, 0, 0xb, flagAPTPL)
 	b.pr(prReserve, typeWriteRegistrantsOnly, 0xb, 0, 0)
 	s.Close()
-	_, addr = serve()
+	_, addr = k.serve(t)
 	b = host(t, addr, nameB)
 	b.pr(prRelease, typeWriteRegistrantsOnly, 0xb, 0, 0)
 	a = enter(t, addr, nameA)
